@@ -24,7 +24,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except BadInput as error:
-            print(f"{main.__module__.rsplit('.', 1)[-1]}: {error}".replace("\n", " "), file=sys.stderr)
+            print(f"error: {error}".replace("\n", " "), file=sys.stderr)
             return 2
 
     return run

@@ -1,0 +1,1 @@
+"""ReFusion in JAX: slot-level plan-and-infill masked diffusion language models."""
