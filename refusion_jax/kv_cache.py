@@ -1,0 +1,57 @@
+"""The key/value cache: preallocated, indexed by absolute position, with a bitmap of what is filled.
+
+A committed key or value never changes and attention does not care in which order entries arrived, so
+slots that are committed out of text order need no cropping, concatenating or sorting: they are written
+where they stand in the text, and the bitmap says what may be attended to.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from refusion_jax.model import LayerKV, ModelConfig
+
+Array = jax.Array
+
+
+class KVCache(struct.PyTreeNode):
+    """Keys and values of the committed tokens.
+
+    Attributes:
+      layers: per layer (keys, values), each [B, S, K, H]; one array a layer, so that a decoder that
+        unrolls its layers reads each in place.
+      filled: bool [B, S], which positions hold a committed token.
+    """
+
+    layers: tuple[LayerKV, ...]
+    filled: Array
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, batch: int, length: int, dtype) -> "KVCache":
+        """An empty cache of `length` positions a row."""
+        shape = (batch, length, config.num_kv_heads, config.head_dim)
+        layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        return cls(layers, jnp.zeros((batch, length), bool))
+
+    def commit(self, fresh: tuple[LayerKV, ...], positions: Array, keep: Array) -> "KVCache":
+        """Keeps some of the keys and values a forward pass returned.
+
+        Args:
+          fresh: per layer (keys, values), each [B, T, K, H].
+          positions: int32 [B, T], where each stands in the text.
+          keep: bool [B, T]; the others leave no trace.
+        """
+
+        def write(buffer: Array, new: Array) -> Array:
+            return scatter_rows(buffer, positions, new, keep)
+
+        layers = jax.tree.map(write, self.layers, tuple(fresh))
+        return KVCache(layers, write(self.filled, jnp.ones_like(keep)))
+
+
+def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Array:
+    """Writes new [B, T, ...] into buffer [B, S, ...] at positions [B, T] where keep [B, T] is set."""
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    beyond_the_end = buffer.shape[1]
+    index = jnp.where(keep, positions, beyond_the_end)
+    return buffer.at[rows, index].set(new.astype(buffer.dtype), mode="drop")

@@ -1,0 +1,215 @@
+"""What is asked of the decoder: settings of a request, a batch of them as arrays, the padded shape."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from refusion_jax.errors import BadInput
+
+SEMANTICS = ("fixed", "release")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How one prompt is decoded.
+
+    Attributes:
+      mask_id, eos_id: of the tokenizer.
+      gen_length: most response tokens, EOS included.
+      slot_size: W, tokens a slot.
+      num_blocks: blocks that are decoded left to right; within a block slots are decoded in any order.
+      slot_threshold: a slot is chosen when the probability of its drafted first token is above it.
+      token_threshold: a drafted token is accepted when its probability after the tokens before it is
+        above it. Both may be any finite number: below 0 always passes, 1 and above never does.
+      temperature: of the planning drafts (Gumbel-max); 0 is greedy.
+      seed: of the drafts where temperature is above 0.
+      semantics: "fixed", or "release" for the authors' code to the letter. `fixed` differs from it in
+        four places: an EOS found while infilling drops slots by their place in the text; gen_length
+        must be a multiple of num_blocks * slot_size; probabilities are float32 whatever the model's
+        dtype; of equally confident slots the earliest is chosen. (The last holds in `release` too, as
+        the authors' choice among exact ties is arbitrary.)
+
+    Raises:
+      BadInput: a setting that cannot be decoded.
+    """
+
+    mask_id: int
+    eos_id: int
+    gen_length: int = 128
+    slot_size: int = 8
+    num_blocks: int = 1
+    slot_threshold: float = 0.9
+    token_threshold: float = 0.4
+    temperature: float = 0.0
+    seed: int = 0
+    semantics: str = "fixed"
+
+    def __post_init__(self):
+        for name in ("mask_id", "eos_id"):
+            value = getattr(self, name)
+            if not is_int(value) or value < 0:
+                raise BadInput(f"{name} must be the id of a token, found {value!r}")
+        for name in ("gen_length", "slot_size", "num_blocks"):
+            value = getattr(self, name)
+            if not is_int(value) or not 1 <= value <= 1 << 20:
+                raise BadInput(f"{name} must be a positive whole number of tokens or blocks, found {value!r}")
+        for name in ("slot_threshold", "token_threshold", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise BadInput(f"{name} must be a finite number, found {value!r}")
+        if self.temperature < 0:
+            raise BadInput(f"temperature must be 0 or above, found {self.temperature!r}")
+        if not is_int(self.seed) or not 0 <= self.seed < 1 << 32:
+            raise BadInput(f"seed must be a whole number from 0 to 2^32 - 1, found {self.seed!r}")
+        if self.semantics not in SEMANTICS:
+            raise BadInput(f"semantics must be one of {', '.join(SEMANTICS)}, found {self.semantics!r}")
+        _ = self.block_len  # raises where the lengths do not fit
+
+    @property
+    def block_len(self) -> int:
+        """Tokens a block; raises BadInput where gen_length does not divide into blocks and slots."""
+        whole = self.num_blocks * self.slot_size
+        lengths = f"gen_length {self.gen_length}, num_blocks {self.num_blocks}, slot_size {self.slot_size}"
+        if self.semantics == "fixed":
+            if self.gen_length % whole:
+                raise BadInput(
+                    f"gen_length must be a multiple of num_blocks x slot_size = {whole}, found {lengths}"
+                )
+            return self.gen_length // self.num_blocks
+        # The authors round up to whole slots, then down to whole blocks, and lose what is left over.
+        rounded = -(-self.gen_length // self.slot_size) * self.slot_size
+        block_len = rounded // self.num_blocks
+        if block_len == 0 or block_len % self.slot_size:
+            raise BadInput(
+                f"gen_length rounded up to slots and cut into blocks gives blocks of {block_len} tokens, "
+                f"which must be a positive multiple of slot_size, found {lengths}"
+            )
+        return block_len
+
+    @property
+    def response_len(self) -> int:
+        """Tokens that are generated at most."""
+        return self.block_len * self.num_blocks
+
+
+def is_int(value) -> bool:
+    """A whole number of Python or NumPy; True and False are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes a batch is padded to, all that a compilation depends on beside the model.
+
+    Attributes:
+      rows: B.
+      prompt: P, tokens of a prompt.
+      gen: tokens of a response.
+      block: T, tokens of a block.
+      slots: M, slots of a block.
+      iterations: entries a trace has room for.
+      trace: whether one is kept.
+    """
+
+    rows: int
+    prompt: int
+    gen: int
+    block: int
+    slots: int
+    iterations: int
+    trace: bool = False
+
+    @classmethod
+    def fitting(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        configs: Sequence[DecodeConfig],
+        rows: int | None = None,
+        trace: bool = False,
+    ) -> "Shape":
+        """The shape that holds all these requests, in batches of `rows` (default: one batch)."""
+        if len(prompts) != len(configs) or not prompts:
+            raise BadInput(f"as many settings as prompts are needed, found {len(configs)} and {len(prompts)}")
+        return cls(
+            rows=rows or len(prompts),
+            prompt=bucket(max(map(len, prompts))),
+            gen=bucket(max(c.response_len for c in configs)),
+            block=bucket(max(c.block_len for c in configs)),
+            slots=bucket(max(c.block_len // c.slot_size for c in configs)),
+            iterations=bucket(max(c.response_len // c.slot_size for c in configs)),
+            trace=trace,
+        )
+
+
+def bucket(length: int) -> int:
+    """The next of 4, 6, 8, 12, 16, 24, 32, 48, … : a third is wasted at most, few shapes occur."""
+    power = 4
+    while power < length:
+        if power * 3 // 2 >= length:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+class Requests(struct.PyTreeNode):
+    """A batch of requests as arrays [B]; a row of padding has no blocks. Fields as in DecodeConfig."""
+
+    prompt_len: jax.Array
+    slot_size: jax.Array
+    block_len: jax.Array
+    num_blocks: jax.Array
+    slot_threshold: jax.Array
+    token_threshold: jax.Array
+    temperature: jax.Array
+    release: jax.Array
+    seed: jax.Array
+
+    @classmethod
+    def batch(
+        cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig], shape: Shape, vocab_size: int
+    ) -> tuple[jax.Array, "Requests"]:
+        """Prompts int32 [B, P], padded on the right, and their requests.
+
+        Raises:
+          BadInput: a prompt holds something that is no token of the vocabulary, or the special tokens
+            are outside it or differ between requests.
+        """
+        special = {(c.mask_id, c.eos_id) for c in configs}
+        if len(special) != 1:
+            raise BadInput(f"the requests of a batch must share mask_id and eos_id, found {sorted(special)}")
+        if configs[0].mask_id >= vocab_size:
+            raise BadInput(
+                f"mask_id must be below the vocabulary size {vocab_size}, found {configs[0].mask_id}"
+            )
+        padded = np.zeros((shape.rows, shape.prompt), np.int32)
+        for row, prompt in enumerate(prompts):
+            check_prompt(prompt, vocab_size)
+            padded[row, : len(prompt)] = prompt
+
+        def column(values: list, dtype, padding=0) -> jax.Array:
+            return jnp.asarray(values + [padding] * (shape.rows - len(values)), dtype)
+
+        requests = cls(
+            prompt_len=column([len(p) for p in prompts], jnp.int32),
+            slot_size=column([c.slot_size for c in configs], jnp.int32, padding=1),
+            block_len=column([c.block_len for c in configs], jnp.int32),
+            num_blocks=column([c.num_blocks for c in configs], jnp.int32),
+            slot_threshold=column([c.slot_threshold for c in configs], jnp.float32),
+            token_threshold=column([c.token_threshold for c in configs], jnp.float32),
+            temperature=column([c.temperature for c in configs], jnp.float32),
+            release=column([c.semantics == "release" for c in configs], bool),
+            seed=column([c.seed for c in configs], jnp.uint32),
+        )
+        return jnp.asarray(padded), requests
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises BadInput unless every entry of `prompt` is the id of a token."""
+    for token in prompt:
+        if not is_int(token) or not 0 <= token < vocab_size:
+            raise BadInput(f"a prompt's ids must be from 0 to {vocab_size - 1}, found {token!r}")
