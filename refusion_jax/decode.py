@@ -24,8 +24,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.kv_cache import KVCache, scatter_rows
+from refusion_jax.model import exact_matmuls
 from refusion_jax.phases import Phase, Query, Row, all_slots, carry_out, query, score
 from refusion_jax.requests import DecodeConfig, Requests, Shape
+from refusion_jax.samples import Samples, in_text_order
 
 Array = jax.Array
 
@@ -201,48 +203,11 @@ def decode(
       mask_id, eos_id: int32 scalars.
       shape: the padded sizes.
     """
-    with jax.default_matmul_precision("highest" if model.dtype == jnp.float32 else None):
+    with exact_matmuls(model):
         state = first_step(model, params, prompts, requests, shape, mask_id, eos_id)
         return jax.lax.while_loop(
             running, lambda state: step(model, params, state, requests, mask_id, eos_id), state
         )
-
-
-class Samples(struct.PyTreeNode):
-    """What a batch of requests was answered with.
-
-    Attributes:
-      raw_ids: int32 [B, G], all committed response tokens in text order, holes closed up, then zeros.
-      num_raw: int32 [B], how many those are.
-      num_ids: int32 [B], how many stand before the first EOS: `raw_ids[b, :num_ids[b]]` is the answer.
-      num_forwards: int32 [B], forward passes in which the row had tokens to compute.
-      num_iterations: int32 [B], plans carried out.
-      trace: or None.
-    """
-
-    raw_ids: Array
-    num_raw: Array
-    num_ids: Array
-    num_forwards: Array
-    num_iterations: Array
-    trace: Trace | None = None
-
-
-@functools.partial(jax.jit, static_argnames=("gen",))
-def collect(state: DecodeState, requests: Requests, eos_id: Array, *, gen: int) -> Samples:
-    """Puts the committed tokens of a finished decode in text order."""
-
-    def one(tokens: Array, filled: Array, request: Requests) -> tuple[Array, Array, Array]:
-        place = jnp.arange(tokens.shape[0])
-        committed = filled & (place >= request.prompt_len)
-        order = jnp.argsort(jnp.where(committed, place, tokens.shape[0]))[:gen]
-        num_raw = jnp.sum(committed)
-        raw = jnp.where(jnp.arange(gen) < num_raw, tokens[order], 0)
-        eos = (raw == eos_id) & (jnp.arange(gen) < num_raw)
-        return raw, num_raw, jnp.where(eos.any(), jnp.argmax(eos), num_raw)
-
-    raw_ids, num_raw, num_ids = jax.vmap(one)(state.tokens, state.cache.filled, requests)
-    return Samples(raw_ids, num_raw, num_ids, state.row.forwards, state.row.iterations, state.trace)
 
 
 def sample(
@@ -272,5 +237,6 @@ def sample(
     padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
     mask_id, eos_id = jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id)
     state = decode(model, params, padded, requests, mask_id, eos_id, shape=shape)
-    samples = collect(state, requests, eos_id, gen=shape.gen)
+    answers = in_text_order(state.tokens, state.cache.filled, requests.prompt_len, eos_id, gen=shape.gen)
+    samples = Samples(*answers, state.row.forwards, state.row.iterations, state.trace)
     return jax.tree.map(lambda x: x[: len(prompts)], samples)

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 LayerKV = tuple[Array, Array]  # keys (after norm and RoPE) and values, each [B, S, K, H]
@@ -114,8 +115,13 @@ class ModelConfig:
 
 
 def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines of the RoPE angles, float32 [B, T, 1, H/2], for int32 positions [B, T]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    """Cosines and sines of the RoPE angles, float32 [B, T, 1, H/2], for int32 positions [B, T].
+
+    The frequencies are float32 constants rounded as PyTorch rounds them: at far positions one unit in
+    their last place is the largest difference between the two.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.float32(theta) ** exponents
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -144,19 +150,18 @@ def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) 
     """
     B, T, N, H = q.shape
     k, v = fresh
-    q = q.reshape(B, T, k.shape[2], -1, H) * (H**-0.5)
+    q = q.reshape(B, T, k.shape[2], -1, H)
     if mask is None:
         if cache is not None:
             raise ValueError("attention to a cache needs a mask")
         mask = jnp.tril(jnp.ones((T, T), bool))[None]
     parts = [fresh] if cache is None else [cache, fresh]
-    scores = jnp.concatenate(
-        [jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) for k, _ in parts],
-        axis=-1,
-    )
+    scores = [jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) for k, _ in parts]
+    borders = [k.shape[1] for k, _ in parts[:-1]]
+    scores = jnp.concatenate(scores, axis=-1) * H**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    weights = jnp.split(weights, [weights.shape[-1] - T], axis=-1)[2 - len(parts) :]
+    weights = jnp.split(weights, borders, axis=-1)
     out = sum(jnp.einsum("BKGTS,BSKH->BTKGH", w, v) for w, (_, v) in zip(weights, parts, strict=True))
     return out.reshape(B, T, N, H)
 
@@ -339,6 +344,11 @@ class Transformer(nn.Module):
         """
         x, kv = self.hidden(tokens, positions, cache, mask)
         return self.unembed(x), kv
+
+
+def exact_matmuls(model: Transformer):
+    """A context in which a float32 model multiplies in float32 on every backend (GPUs default to TF32)."""
+    return jax.default_matmul_precision("highest" if model.dtype == jnp.float32 else None)
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from flax import struct
 from refusion_jax.errors import BadInput
 
 SEMANTICS = ("fixed", "release")
+MOST_TOKENS = 1 << 20  # of a response; beyond it a setting is a slip of the hand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +51,11 @@ class DecodeConfig:
     semantics: str = "fixed"
 
     def __post_init__(self):
-        for name in ("mask_id", "eos_id"):
-            value = getattr(self, name)
-            if not is_int(value) or value < 0:
-                raise BadInput(f"{name} must be the id of a token, found {value!r}")
-        for name in ("gen_length", "slot_size", "num_blocks"):
-            value = getattr(self, name)
-            if not is_int(value) or not 1 <= value <= 1 << 20:
-                raise BadInput(f"{name} must be a positive whole number of tokens or blocks, found {value!r}")
-        for name in ("slot_threshold", "token_threshold", "temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise BadInput(f"{name} must be a finite number, found {value!r}")
-        if self.temperature < 0:
-            raise BadInput(f"temperature must be 0 or above, found {self.temperature!r}")
-        if not is_int(self.seed) or not 0 <= self.seed < 1 << 32:
-            raise BadInput(f"seed must be a whole number from 0 to 2^32 - 1, found {self.seed!r}")
+        check_common(self)
+        for name in ("slot_size", "num_blocks"):
+            check_whole(name, getattr(self, name), 1, MOST_TOKENS)
+        for name in ("slot_threshold", "token_threshold"):
+            check_finite(name, getattr(self, name))
         if self.semantics not in SEMANTICS:
             raise BadInput(f"semantics must be one of {', '.join(SEMANTICS)}, found {self.semantics!r}")
         _ = self.block_len  # raises where the lengths do not fit
@@ -97,9 +87,27 @@ class DecodeConfig:
         return self.block_len * self.num_blocks
 
 
-def is_int(value) -> bool:
-    """A whole number of Python or NumPy; True and False are none."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def check_common(config) -> None:
+    """What every decoding method asks of mask_id, eos_id, gen_length, temperature and seed."""
+    for name in ("mask_id", "eos_id"):
+        check_whole(name, getattr(config, name), 0, 2**31 - 1)
+    check_whole("gen_length", config.gen_length, 1, MOST_TOKENS)
+    check_finite("temperature", config.temperature)
+    if config.temperature < 0:
+        raise BadInput(f"temperature must be 0 or above, found {config.temperature!r}")
+    check_whole("seed", config.seed, 0, 2**32 - 1)
+
+
+def check_whole(name: str, value, least: int, most: int) -> None:
+    """Raises BadInput unless value is a whole number from least to most."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
+        raise BadInput(f"{name} must be a whole number from {least} to {most}, found {value!r}")
+
+
+def check_finite(name: str, value) -> None:
+    """Raises BadInput unless value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadInput(f"{name} must be a finite number, found {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +118,7 @@ class Shape:
       rows: B.
       prompt: P, tokens of a prompt.
       gen: tokens of a response.
-      block: T, tokens of a block.
+      block: T, tokens of a block. This and what follows is for slots alone.
       slots: M, slots of a block.
       iterations: entries a trace has room for.
       trace: whether one is kept.
@@ -119,9 +127,9 @@ class Shape:
     rows: int
     prompt: int
     gen: int
-    block: int
-    slots: int
-    iterations: int
+    block: int = 0
+    slots: int = 0
+    iterations: int = 0
     trace: bool = False
 
     @classmethod
@@ -179,37 +187,45 @@ class Requests(struct.PyTreeNode):
           BadInput: a prompt holds something that is no token of the vocabulary, or the special tokens
             are outside it or differ between requests.
         """
-        special = {(c.mask_id, c.eos_id) for c in configs}
-        if len(special) != 1:
-            raise BadInput(f"the requests of a batch must share mask_id and eos_id, found {sorted(special)}")
-        if configs[0].mask_id >= vocab_size:
-            raise BadInput(
-                f"mask_id must be below the vocabulary size {vocab_size}, found {configs[0].mask_id}"
-            )
-        padded = np.zeros((shape.rows, shape.prompt), np.int32)
-        for row, prompt in enumerate(prompts):
-            check_prompt(prompt, vocab_size)
-            padded[row, : len(prompt)] = prompt
+        padded = pad_prompts(prompts, configs, shape, vocab_size)
 
-        def column(values: list, dtype, padding=0) -> jax.Array:
-            return jnp.asarray(values + [padding] * (shape.rows - len(values)), dtype)
+        def of(field: str, dtype, padding=0) -> jax.Array:
+            return column([getattr(c, field) for c in configs], shape.rows, dtype, padding)
 
         requests = cls(
-            prompt_len=column([len(p) for p in prompts], jnp.int32),
-            slot_size=column([c.slot_size for c in configs], jnp.int32, padding=1),
-            block_len=column([c.block_len for c in configs], jnp.int32),
-            num_blocks=column([c.num_blocks for c in configs], jnp.int32),
-            slot_threshold=column([c.slot_threshold for c in configs], jnp.float32),
-            token_threshold=column([c.token_threshold for c in configs], jnp.float32),
-            temperature=column([c.temperature for c in configs], jnp.float32),
-            release=column([c.semantics == "release" for c in configs], bool),
-            seed=column([c.seed for c in configs], jnp.uint32),
+            prompt_len=column([len(p) for p in prompts], shape.rows, jnp.int32),
+            slot_size=of("slot_size", jnp.int32, padding=1),
+            block_len=of("block_len", jnp.int32),
+            num_blocks=of("num_blocks", jnp.int32),
+            slot_threshold=of("slot_threshold", jnp.float32),
+            token_threshold=of("token_threshold", jnp.float32),
+            temperature=of("temperature", jnp.float32),
+            release=column([c.semantics == "release" for c in configs], shape.rows, bool),
+            seed=of("seed", jnp.uint32),
         )
-        return jnp.asarray(padded), requests
+        return padded, requests
 
 
-def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
-    """Raises BadInput unless every entry of `prompt` is the id of a token."""
-    for token in prompt:
-        if not is_int(token) or not 0 <= token < vocab_size:
-            raise BadInput(f"a prompt's ids must be from 0 to {vocab_size - 1}, found {token!r}")
+def pad_prompts(prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shape, vocab_size: int):
+    """Prompts int32 [B, P], padded on the right.
+
+    Raises:
+      BadInput: a prompt holds something that is no token of the vocabulary, or the special tokens are
+        outside it or differ between requests.
+    """
+    special = {(c.mask_id, c.eos_id) for c in configs}
+    if len(special) != 1:
+        raise BadInput(f"the requests of a batch must share mask_id and eos_id, found {sorted(special)}")
+    if configs[0].mask_id >= vocab_size:
+        raise BadInput(f"mask_id must be below the vocabulary size {vocab_size}, found {configs[0].mask_id}")
+    padded = np.zeros((shape.rows, shape.prompt), np.int32)
+    for row, prompt in enumerate(prompts):
+        for token in prompt:
+            check_whole("an id of a prompt", token, 0, vocab_size - 1)
+        padded[row, : len(prompt)] = prompt
+    return jnp.asarray(padded)
+
+
+def column(values: Sequence, rows: int, dtype, padding=0) -> jax.Array:
+    """values as an array [rows], padded at the end."""
+    return jnp.asarray([*values, *[padding] * (rows - len(values))], dtype)

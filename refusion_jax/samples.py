@@ -1,0 +1,57 @@
+"""What decoding gives back, whatever the method."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+class Samples(struct.PyTreeNode):
+    """The answers of a batch.
+
+    Attributes:
+      raw_ids: int32 [B, G], all committed response tokens in text order, holes closed up, then zeros.
+      num_raw: int32 [B], how many those are.
+      num_ids: int32 [B], how many stand before the first EOS: `raw_ids[b, :num_ids[b]]` is the answer.
+      num_forwards: int32 [B], forward passes in which the row had tokens to compute.
+      num_iterations: int32 [B], plans carried out (tokens, when decoding left to right).
+      trace: a decode.Trace where one was asked for.
+    """
+
+    raw_ids: Array
+    num_raw: Array
+    num_ids: Array
+    num_forwards: Array
+    num_iterations: Array
+    trace: Any = None
+
+
+@functools.partial(jax.jit, static_argnames=("gen",))
+def in_text_order(
+    tokens: Array, committed: Array, prompt_len: Array, eos_id: Array, *, gen: int
+) -> tuple[Array, Array, Array]:
+    """raw_ids, num_raw and num_ids of Samples.
+
+    Args:
+      tokens: int32 [B, S], by position.
+      committed: bool [B, S], which of them are there; those of the prompt do not count.
+      prompt_len: int32 [B].
+      eos_id: int32.
+      gen: G.
+    """
+
+    def one(tokens: Array, committed: Array, prompt_len: Array) -> tuple[Array, Array, Array]:
+        place = jnp.arange(tokens.shape[0])
+        response = committed & (place >= prompt_len)
+        order = jnp.argsort(jnp.where(response, place, tokens.shape[0]))[:gen]
+        num_raw = jnp.sum(response)
+        real = jnp.arange(gen) < num_raw
+        raw_ids = jnp.where(real, tokens[order], 0)
+        eos = real & (raw_ids == eos_id)
+        return raw_ids, num_raw, jnp.where(eos.any(), jnp.argmax(eos), num_raw)
+
+    return jax.vmap(one)(tokens, committed, prompt_len)
