@@ -162,6 +162,17 @@ def write_config(folder: str | Path, config: ModelConfig, extra: dict[str, Any])
     path.write_text(json.dumps(config_json(config) | extra, indent=2, sort_keys=True) + "\n")
 
 
+def first_token(folder: str | Path) -> str:
+    """Where left-to-right decoding of a model reads its first token: "mask" or "next".
+
+    What its config.json says of the objective decides; where it says nothing, a model with a mask token
+    was trained as ReFusion models are.
+    """
+    raw = read_json(Path(folder) / "config.json")
+    by_objective = {"refusion": "mask", "ar": "next"}
+    return by_objective.get(raw.get("objective"), "next" if raw.get("mask_token_id") is None else "mask")
+
+
 def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
     """The parameters of the unrolled model from FOLDER's safetensors files.
 

@@ -220,10 +220,15 @@ def pad_prompts(prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shap
         raise BadInput(f"mask_id must be below the vocabulary size {vocab_size}, found {configs[0].mask_id}")
     padded = np.zeros((shape.rows, shape.prompt), np.int32)
     for row, prompt in enumerate(prompts):
-        for token in prompt:
-            check_whole("an id of a prompt", token, 0, vocab_size - 1)
+        check_prompt(prompt, vocab_size)
         padded[row, : len(prompt)] = prompt
     return jnp.asarray(padded)
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises BadInput unless every entry of the prompt is the id of a token."""
+    for token in prompt:
+        check_whole("an id of a prompt", token, 0, vocab_size - 1)
 
 
 def column(values: Sequence, rows: int, dtype, padding=0) -> jax.Array:

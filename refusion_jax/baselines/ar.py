@@ -49,6 +49,11 @@ class ARConfig:
                 f"first_token must be one of {', '.join(FIRST_TOKENS)}, found {self.first_token!r}"
             )
 
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raises BadInput for an empty prompt where the first token is read off its last."""
+        if self.first_token == "next" and not len(prompt):
+            raise BadInput("first_token must be 'mask' for an empty prompt, found 'next'")
+
 
 class ARRequests(struct.PyTreeNode):
     """A batch of requests as arrays [B]; a row of padding has gen_length 0. Fields as in ARConfig."""
@@ -172,8 +177,7 @@ def sample(
     """
     configs = [config] * len(prompts) if isinstance(config, ARConfig) else list(config)
     for prompt, c in zip(prompts, configs, strict=True):
-        if not len(prompt) and c.first_token == "next":
-            raise BadInput("first_token must be 'mask' for an empty prompt, found 'next'")
+        c.check_prompt(prompt)
     if shape is None:
         longest = max(map(len, prompts)), max(c.gen_length for c in configs)
         shape = Shape(len(prompts), *map(bucket, longest))

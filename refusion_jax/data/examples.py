@@ -1,0 +1,183 @@
+"""Examples as fixed-length rows of token ids, in one endless sequence with random access."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from refusion_jax.data.task import Example, Task
+from refusion_jax.errors import BadInput
+from refusion_jax.tokenizer import Tokenizer
+
+_SCAN = 1024  # examples tokenised at a time, and how many of an endless task are looked at
+
+Row = dict[str, np.ndarray]
+
+
+class Counts(NamedTuple):
+    """What became of the examples scanned: a whole finite source, or the first of an endless one."""
+
+    kept: int
+    too_long: int
+    empty: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept} examples kept, {self.too_long} longer than max_length and {self.empty} "
+            "with an empty response dropped"
+        )
+
+
+class Encoded(NamedTuple):
+    """Ids of the prompt, and of the response with EOS; both empty if the response is."""
+
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+class Encoder:
+    """Examples to token ids and rows of `max_length`; knows which examples can be used."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int):
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        prompts = self._tokenizer.encode_batch([self._prompt(example) for example in examples])
+        responses = self._tokenizer.encode_batch([example.response for example in examples])
+        eos = [self._tokenizer.eos_id]
+        return [
+            Encoded(prompt, response + eos) if example.response.strip() else Encoded([], [])
+            for example, prompt, response in zip(examples, prompts, responses, strict=True)
+        ]
+
+    def usable(self, length: int | np.ndarray) -> bool | np.ndarray:
+        return (length > 0) & (length <= self._max_length)
+
+    def count(self, lengths: np.ndarray, what: str) -> Counts:
+        """Counts and logs what of `lengths` [N] is usable; raises BadInput when nothing is."""
+        too_long, empty = (int(n.sum()) for n in (lengths > self._max_length, lengths == 0))
+        counts = Counts(int(self.usable(lengths).sum()), too_long, empty)
+        if counts.kept == 0:
+            shortest = f"; the shortest takes {lengths[lengths > 0].min()}" if too_long else ""
+            raise BadInput(
+                f"{what}: no example can be used with data.max_length {self._max_length} ({counts}{shortest})"
+            )
+        level = logging.WARNING if too_long or empty else logging.INFO
+        logging.getLogger(__name__).log(level, "%s: %s", what, counts)
+        return counts
+
+    def row(self, encoded: Encoded, index: int) -> Row:
+        tokens = np.full(self._max_length, self._tokenizer.pad_id, np.int32)
+        tokens[: encoded.length] = encoded.prompt + encoded.response
+        return {
+            "tokens": tokens,
+            "prompt_len": np.int32(len(encoded.prompt)),
+            "total_len": np.int32(encoded.length),
+            "index": np.int32(index % 2**31),
+        }
+
+    def _prompt(self, example: Example) -> str:
+        try:
+            return self._tokenizer.prompt(example.query)
+        except BadInput as error:
+            raise BadInput(f"{error}; the prompt is {str(example.query)[:200]!r}") from error
+
+
+class Examples(Protocol):
+    """An endless sequence of usable examples, each a function of its place.
+
+    `counts` has one entry for each source.
+    """
+
+    counts: dict[str, Counts]
+
+    def __getitem__(self, place: int) -> Row:
+        """tokens [L] (prompt, response, EOS, padding), prompt_len [], total_len [], index []; int32.
+
+        `total_len` counts prompt, response and EOS. `index` numbers the examples over the whole
+        run: no two places share one (up to 2^31). In a finite source of N examples, those dropped
+        included, it is epoch * N + the example's number in the source.
+        """
+
+
+class FiniteExamples:
+    """The usable examples of a source (`name` is for messages), epoch after epoch.
+
+    With a `shuffle_seed` each epoch has an order of its own, otherwise that of the source. `len` is
+    the number of examples in an epoch. See `Examples`.
+    """
+
+    def __init__(self, encoder: Encoder, source: Sequence[Example], name: str, shuffle_seed: int | None):
+        if len(source) == 0:
+            raise BadInput(f"{name}: holds no examples")
+        self._encoder = encoder
+        self._source = source
+        # Everything is tokenised once before the first step. Only then is the place of an example
+        # known without a look at all those before it, which sharding and resuming rely on.
+        lengths = np.concatenate(
+            [
+                _lengths(encoder, [source[i] for i in range(start, min(start + _SCAN, len(source)))])
+                for start in range(0, len(source), _SCAN)
+            ]
+        )
+        self.counts = {name: encoder.count(lengths, name)}
+        self._kept = np.flatnonzero(encoder.usable(lengths))
+        order = grain.MapDataset.range(len(self._kept))
+        if shuffle_seed is not None:
+            order = order.shuffle(_hash32(f"shuffle {shuffle_seed}"))
+        self._order = order.repeat()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, place: int) -> Row:
+        number = int(self._kept[self._order[place]])
+        (encoded,) = self._encoder.encode([self._source[number]])
+        return self._encoder.row(encoded, place // len(self) * len(self._source) + number)
+
+
+class TaskExamples:
+    """Examples of embedded tasks that take turns; one that is too long is drawn again.
+
+    See `Examples`.
+    """
+
+    _DRAWS = 1000
+    _NEXT_DRAW = 2**40  # far beyond any place, so that no example is used for two places
+
+    def __init__(self, encoder: Encoder, tasks: Sequence[Task], split: str, seed: int):
+        self._encoder = encoder
+        self._tasks = tasks
+        self._split = split
+        self._seed = seed
+        self.counts = {}
+        for task in tasks:
+            lengths = _lengths(encoder, [task.example(i, split, seed) for i in range(_SCAN)])
+            self.counts[task.name] = encoder.count(lengths, str(task))
+
+    def __getitem__(self, place: int) -> Row:
+        turn, which = divmod(place, len(self._tasks))
+        task = self._tasks[which]
+        for draw in range(self._DRAWS):
+            example = task.example(turn + draw * self._NEXT_DRAW, self._split, self._seed)
+            (encoded,) = self._encoder.encode([example])
+            if self._encoder.usable(encoded.length):
+                return self._encoder.row(encoded, place)
+        raise BadInput(f"{task}: {self._DRAWS} examples in a row are longer than data.max_length")
+
+
+def _lengths(encoder: Encoder, examples: Sequence[Example]) -> np.ndarray:
+    return np.array([encoded.length for encoded in encoder.encode(examples)])
+
+
+def _hash32(text: str) -> int:
+    """Scatters seeds: grain adds the epoch to its seed, so seed 1 would be seed 0 an epoch later."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

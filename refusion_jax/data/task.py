@@ -1,0 +1,144 @@
+"""What every embedded task shares: examples as a function of their number, splits, verification."""
+
+import abc
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from refusion_jax.chat_template import Message
+from refusion_jax.errors import BadInput
+
+T = TypeVar("T")
+
+# Share of all problems, in percent; what is left over is for training.
+HELD_OUT = {"validation": 5, "test": 5}
+SPLITS = ("train", *HELD_OUT)
+
+# A held-out split gets 1 problem in 20, so that 1000 draws miss it once in 1e22: unless there is
+# no such problem at all.
+_MAX_DRAWS = 1000
+
+
+class Example(NamedTuple):
+    """A prompt and its response. A query of several messages is a conversation so far."""
+
+    query: str | Sequence[Message]
+    response: str
+
+
+class Dice:
+    """Random choices keyed by whatever it is made from: the same key gives the same choices.
+
+    Reads the raw stream of Philox, which unlike NumPy's distributions is fixed across versions.
+    """
+
+    def __init__(self, *key: Any):
+        self._bits = np.random.Philox(key=_stable_hash(repr(key)))
+        self._pool: list[int] = []
+
+    def below(self, stop: int) -> int:
+        """An integer of 0 … stop-1."""
+        if not self._pool:
+            self._pool = self._bits.random_raw(32).tolist()
+        return self._pool.pop() % stop
+
+    def between(self, low: int, high: int) -> int:
+        """An integer of low … high, both included."""
+        return low + self.below(high - low + 1)
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[self.below(len(items))]
+
+    def sample(self, items: Sequence[T], count: int) -> list[T]:
+        """`count` different items in random order."""
+        rest = list(items)
+        return [rest.pop(self.below(len(rest))) for _ in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """A generator of problems with an exact verifier; its fields set the difficulty.
+
+    A problem is what has to be solved, apart from how it is worded. Its key alone decides which
+    split it belongs to, so no wording of a held-out problem is ever seen in training, at whatever
+    difficulty.
+    """
+
+    name: ClassVar[str]
+
+    def example(self, index: int, split: str = "train", seed: int = 0) -> Example:
+        """Example number `index` of a split: a pure function of the arguments and the fields.
+
+        Raises BadInput for an unknown split, or if the split holds no problem of this difficulty.
+        """
+        if split not in SPLITS:
+            raise BadInput(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        dice = Dice(self, split, seed, index)
+        for _ in range(_MAX_DRAWS):
+            problem = self._draw(dice)
+            if self.split_of(problem) == split:
+                return Example(self._word(problem, dice), self._solution(problem))
+        raise BadInput(f"{self}: no problem of the {split} split in {_MAX_DRAWS} draws; make it more varied")
+
+    def split_of(self, problem: Any) -> str:
+        place = _stable_hash(f"{self.name}:{self._key(problem)}") % 100
+        for split, share in HELD_OUT.items():
+            if place < share:
+                return split
+            place -= share
+        return "train"
+
+    def solution(self, query: str) -> str | None:
+        """The full response to a query, worked out from the query alone."""
+        problem = self.parse(query)
+        return None if problem is None else self._solution(problem)
+
+    def check(self, query: str, response: str) -> bool:
+        """Whether the response's final answer is right; never raises, whatever the texts."""
+        solution = self.solution(query)
+        return solution is not None and self._same_answer(response, solution)
+
+    def check_exact(self, query: str, response: str) -> bool:
+        """Whether the response is the full solution, every step of it, character by character."""
+        return response == self.solution(query)
+
+    @abc.abstractmethod
+    def parse(self, query: str) -> Any | None:
+        """The problem that a query poses, or None if it is not one of this task's."""
+
+    @abc.abstractmethod
+    def _draw(self, dice: Dice) -> Any:
+        """A random problem."""
+
+    @abc.abstractmethod
+    def _key(self, problem: Any) -> str:
+        """The same text for all problems that are the same to solve."""
+
+    @abc.abstractmethod
+    def _word(self, problem: Any, dice: Dice) -> str:
+        """A query that poses the problem, in one of several wordings."""
+
+    @abc.abstractmethod
+    def _solution(self, problem: Any) -> str: ...
+
+    @abc.abstractmethod
+    def _same_answer(self, response: str, solution: str) -> bool: ...
+
+    def _require(self, field: str, low: int, high: int) -> None:
+        value = getattr(self, field)
+        if type(value) is not int or not low <= value <= high:
+            raise BadInput(f"{self.name}.{field} is {value!r}, expected {low} to {high}")
+
+
+def final_answer(response: str) -> str | None:
+    """What stands after the last `####`, GSM8K's mark of the final answer."""
+    _, mark, answer = response.rpartition("####")
+    return answer.strip() if mark else None
+
+
+def _stable_hash(text: str) -> int:
+    """128 bits of a hash that, unlike `hash`, is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

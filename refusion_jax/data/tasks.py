@@ -1,0 +1,32 @@
+"""The embedded tasks by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from refusion_jax.data.arithmetic import Arithmetic
+from refusion_jax.data.extraction import Extraction
+from refusion_jax.data.task import Example, Task
+from refusion_jax.data.word_problems import WordProblems
+from refusion_jax.errors import BadInput
+
+__all__ = ["TASKS", "Example", "Task", "make_task"]
+
+TASKS: dict[str, type[Task]] = {
+    "arithmetic": Arithmetic,
+    "extraction": Extraction,
+    "word_problems": WordProblems,
+}
+
+
+def make_task(name: str, parameters: Mapping[str, Any]) -> Task:
+    """The task `name` with its fields set; raises BadInput for an unknown name or field."""
+    if name not in TASKS:
+        raise BadInput(f"task is {name!r}, expected one of {', '.join(TASKS)}")
+    fields = [field.name for field in dataclasses.fields(TASKS[name])]
+    if not isinstance(parameters, Mapping):
+        raise BadInput(f"{name} is set to {parameters!r}, expected a mapping of {', '.join(fields)}")
+    for key in parameters:
+        if key not in fields:
+            raise BadInput(f"{name}.{key} is no setting of the task; it has {', '.join(fields)}")
+    return TASKS[name](**parameters)

@@ -1,0 +1,233 @@
+"""Decodes prompts from the command line, a file of requests, or a terminal.
+
+python -m refusion_jax.sample --checkpoint=DIR --prompt="..."
+python -m refusion_jax.sample --checkpoint=DIR --input=requests.jsonl --output=results.jsonl
+python -m refusion_jax.sample --checkpoint=DIR
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from refusion_jax import hf, serving
+from refusion_jax.config import Parser
+from refusion_jax.errors import BadInput, command
+from refusion_jax.loader import load
+from refusion_jax.requests import DecodeConfig
+from refusion_jax.serving import Defaults, Request
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+SETTINGS = (
+    "gen_length",
+    "slot_size",
+    "num_blocks",
+    "slot_threshold",
+    "token_threshold",
+    "temperature",
+    "seed",
+)
+
+
+def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model decodes and how; shared by the commands that decode."""
+    of = DecodeConfig(mask_id=0, eos_id=0)
+    add = parser.add_argument
+    add(
+        "--checkpoint", metavar="DIR", required=True, help="model folder: Hugging Face's, or written by train"
+    )
+    add("--method", choices=("refusion", "ar"), default="refusion", help="decoder (default %(default)s)")
+    whole = {"type": int, "metavar": "N"}
+    number = {"type": float, "metavar": "X"}
+    of_default = "(default %(default)s)"
+    add("--gen_length", **whole, default=of.gen_length, help=f"most response tokens {of_default}")
+    add("--slot_size", **whole, default=of.slot_size, help=f"tokens of a slot {of_default}")
+    add(
+        "--num_blocks",
+        **whole,
+        default=of.num_blocks,
+        help=f"blocks decoded left to right; gen_length is a multiple of num_blocks x slot_size {of_default}",
+    )
+    add(
+        "--slot_threshold",
+        **number,
+        default=of.slot_threshold,
+        help=f"probability above which a slot is chosen; below 0 always, from 1 never {of_default}",
+    )
+    add(
+        "--token_threshold",
+        **number,
+        default=of.token_threshold,
+        help=f"probability above which a drafted token is accepted; likewise {of_default}",
+    )
+    add("--temperature", **number, default=of.temperature, help=f"of the drafts, 0 is greedy {of_default}")
+    add("--seed", **whole, default=of.seed, help=f"of the drafts when temperature is above 0 {of_default}")
+    add(
+        "--semantics",
+        choices=("fixed", "release"),
+        default=of.semantics,
+        help=f"release: the authors' code to the letter, its slips included {of_default}",
+    )
+    add(
+        "--first_token",
+        choices=("next", "mask"),
+        help="where --method=ar reads the first token: off the last prompt token, or off a mask "
+        "(default: as the checkpoint's objective trained it)",
+    )
+    add("--batch_size", **whole, default=8, help=f"requests decoded together {of_default}")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of weights and computation (default bfloat16, on a CPU float32)",
+    )
+    add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
+
+
+def open_model(flags: argparse.Namespace):
+    """The model, parameters, tokenizer and default settings that the decoding flags name."""
+    if flags.batch_size < 1:
+        raise BadInput(f"--batch_size must be at least 1 request, found {flags.batch_size}")
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = DTYPES[flags.dtype or ("float32" if on_cpu else "bfloat16")]
+    model, params, tokenizer = load(flags.checkpoint, dtype=dtype)
+    settings = {name: getattr(flags, name) for name in SETTINGS}
+    if flags.method == "ar":
+        settings["first_token"] = flags.first_token or hf.first_token(flags.checkpoint)
+    elif flags.first_token:
+        raise BadInput("--first_token is for --method=ar alone")
+    else:
+        settings["semantics"] = flags.semantics
+    return model, params, tokenizer, Defaults(flags.method, settings, flags.raw, tuple(flags.stop))
+
+
+def from_file(flags: argparse.Namespace) -> int:
+    """Serves every request of --input; 2 if some could not be served."""
+    lines = read_lines(Path(flags.input))
+    model, params, tokenizer, defaults = open_model(flags)
+    answers: list[dict[str, Any] | None] = []
+    requests: list[Request] = []
+    for number, line in lines:
+        try:
+            raw = json.loads(line)
+        except ValueError as error:
+            answers.append({"id": None, "error": f"{flags.input}:{number}: not JSON ({error})"})
+            continue
+        try:
+            requests.append(serving.parse(raw, defaults, tokenizer, model.config.vocab_size))
+            answers.append(None)
+        except BadInput as error:
+            name = raw.get("id") if isinstance(raw, dict) else None
+            answers.append({"id": name, "error": f"{flags.input}:{number}: {error}"})
+
+    served = iter(())
+    if requests:
+        shape = serving.fitting_shape(requests, flags.batch_size)
+        served = serving.serve(model, params, tokenizer, requests, shape, defaults.stop)
+    write_results((next(served) if answer is None else answer for answer in answers), flags.output)
+    errors = [answer["error"] for answer in answers if answer is not None]
+    if errors:
+        raise BadInput(f"{len(errors)} of {len(answers)} requests could not be served, first {errors[0]}")
+    return 0
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(line number, line) of every line of a file that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--input={path}: cannot be read ({error})") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise BadInput(f"--input={path}: holds no request")
+    return lines
+
+
+def write_results(results, output: str | None) -> None:
+    """Writes results as JSON lines, to a file that takes its name when it is whole, or to stdout."""
+    if output is None:
+        for answer in results:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+        return
+    partial = Path(f"{output}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for answer in results:
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.flush()
+    os.replace(partial, output)
+
+
+def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:
+    """Prints the answer to each --prompt and what it took."""
+    model, params, tokenizer, defaults = open_model(flags)
+    for number, prompt in enumerate(prompts):
+        raw = {"id": number, "prompt": prompt}
+        request = serving.parse(raw, defaults, tokenizer, model.config.vocab_size)
+        print_answer(model, params, tokenizer, request, defaults)
+    return 0
+
+
+def converse(flags: argparse.Namespace) -> int:
+    """Answers lines typed on a terminal until it is closed."""
+    model, params, tokenizer, defaults = open_model(flags)
+    print("Type a prompt and Enter; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return 0
+        try:
+            raw = {"id": 0, "prompt": prompt}
+            request = serving.parse(raw, defaults, tokenizer, model.config.vocab_size)
+            print_answer(model, params, tokenizer, request, defaults)
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def print_answer(model, params, tokenizer, request: Request, defaults: Defaults) -> None:
+    shape = serving.fitting_shape([request], 1)
+    start = time.perf_counter()
+    serving.warm_up(model, params, request.config, shape)
+    compiled = time.perf_counter()
+    (answer,) = serving.serve(model, params, tokenizer, [request], shape, defaults.stop)
+    seconds = time.perf_counter() - compiled
+    print(answer["text"])
+    print(
+        f"[{answer['num_tokens']} tokens in {answer['num_forwards']} forwards, "
+        f"{answer['tokens_per_forward']:.2f} tokens per forward, "
+        f"{answer['num_tokens'] / seconds:.1f} tokens/s; compiled in {compiled - start:.1f} s]",
+        file=sys.stderr,
+    )
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m refusion_jax.sample",
+        description="Decodes prompts. Without --prompt or --input it asks for prompts on the terminal.",
+        allow_abbrev=False,
+    )
+    add_decoding_flags(parser)
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; repeatable")
+    parser.add_argument("--input", metavar="FILE", help="requests, one JSON object a line")
+    parser.add_argument("--output", metavar="FILE", help="results, one JSON object a line (default stdout)")
+    flags = parser.parse_args(arguments)
+    if flags.prompt and flags.input:
+        raise BadInput("--prompt and --input: give one of the two")
+    if flags.output and not flags.input:
+        raise BadInput("--output needs --input")
+    if flags.input:
+        return from_file(flags)
+    return answer_prompts(flags, flags.prompt) if flags.prompt else converse(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

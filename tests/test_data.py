@@ -1,0 +1,407 @@
+"""Sources and pipeline: what is read, dropped and refused, and batches as a function of the step."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from refusion_jax.data.examples import Counts
+from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
+from refusion_jax.data.sources import load_jsonl, read_jsonl
+from refusion_jax.data.task import Example
+from refusion_jax.data.tasks import make_task
+from refusion_jax.errors import BadInput
+from refusion_jax.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+USER = {"role": "user", "content": "hi"}
+ASSISTANT = {"role": "assistant", "content": "ho"}
+
+
+def write_lines(path, *lines):
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines))
+    return str(path)
+
+
+def numbered(path, count):
+    """A file whose example i asks for i."""
+    records = ({"query": f"say {i}", "response": str(i)} for i in range(count))
+    return write_lines(path, *records)
+
+
+def jsonl_config(*paths, **settings):
+    return DataConfig(source="jsonl", paths=paths, **{"max_length": 32, **settings})
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key], err_msg=key)
+
+
+def read_back(batch, row):
+    """Prompt and response of one row as text, checking the layout on the way."""
+    tokens = batch["tokens"][row].tolist()
+    prompt, total = int(batch["prompt_len"][row]), int(batch["total_len"][row])
+    assert tokens[total - 1] == TOKENIZER.eos_id
+    assert set(tokens[total:]) <= {TOKENIZER.pad_id}
+    assert TOKENIZER.eos_id not in tokens[: total - 1]
+    return TOKENIZER.decode(tokens[:prompt]), TOKENIZER.decode(tokens[prompt:total])
+
+
+# JSONL
+
+
+def test_jsonl_reads_both_formats_and_skips_blank_lines(tmp_path):
+    system = {"role": "system", "content": "be brief"}
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"query": "2+2?", "response": "4 é", "further": 1},
+        b"",
+        {"messages": [USER, ASSISTANT]},
+        b"   \r",
+        {"messages": [system, USER, ASSISTANT, USER, {"role": "assistant", "content": "hm"}, USER]},
+        {"query": "", "response": ""},
+    )
+    assert load_jsonl([path]) == [
+        Example("2+2?", "4 é"),
+        Example("hi", "ho"),
+        Example([system, USER, ASSISTANT, USER], "hm"),
+        Example("", ""),
+    ]
+    assert load_jsonl([path, path]) == load_jsonl([path]) * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"query": "a", "response": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        ([], "a JSON list, expected an object"),
+        ({"query": "a"}, r"has no 'response' but \['query'\]"),
+        ({"prompt": "a", "response": "b"}, "has no 'query' but .*expected query and response"),
+        ({"query": 1, "response": "b"}, "query is 1, expected text"),
+        ({"query": "a", "response": None}, "response is None, expected text"),
+        ({"query": "a", "response": "\ud800"}, "response has a lone surrogate"),
+        ({"messages": "a"}, "messages is 'a', expected a list"),
+        ({"messages": [USER, {"role": "assistant"}]}, r"messages\[1\].content is None"),
+        ({"messages": [USER]}, r"roles \['user'\], expected a message by the assistant"),
+        ({"messages": [ASSISTANT, USER]}, "at least one before it"),
+        ({"messages": []}, r"roles \[\]"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path / "a.jsonl", {"query": "a", "response": "b"}, b"", line)
+    lines = read_jsonl(path)
+    assert next(lines) == Example("a", "b")
+    with pytest.raises(BadInput, match=f"a.jsonl:3: .*{message}"):
+        next(lines)
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(BadInput, match=r"missing.jsonl: cannot be read: No such file"):
+        load_jsonl([tmp_path / "missing.jsonl"])
+    with pytest.raises(BadInput, match="cannot be read: Is a directory"):
+        load_jsonl([tmp_path])
+    full = numbered(tmp_path / "full.jsonl", 2)
+    for content in b"", b"\n \n":
+        empty = write_lines(tmp_path / "empty.jsonl", content)
+        with pytest.raises(BadInput, match=r"empty\.jsonl: holds no examples"):
+            load_jsonl([full, empty])
+
+
+# TFDS
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    from refusion_jax.data.tfds_source import jsonl_to_tfds
+
+    folder = tmp_path_factory.mktemp("tfds")
+    train = numbered(folder / "train.jsonl", 20)
+    conversation = {"messages": [USER, ASSISTANT, USER, {"role": "assistant", "content": "é"}]}
+    test = write_lines(folder / "test.jsonl", {"query": "é", "response": "b"}, conversation)
+    jsonl_to_tfds({"train": [train], "test": [train, test]}, folder / "made")
+    return folder / "made"
+
+
+def test_tfds_gives_what_the_jsonl_files_hold(tfds_folder):
+    from refusion_jax.data.tfds_source import TfdsSource
+
+    files = [tfds_folder.parent / "train.jsonl", tfds_folder.parent / "test.jsonl"]
+    assert list(TfdsSource(tfds_folder, "train")) == load_jsonl(files[:1])
+    test = TfdsSource(next(tfds_folder.glob("*/*/")), "test")
+    assert list(test) == load_jsonl(files)
+    assert test[len(test) - 1] == Example([USER, ASSISTANT, USER], "é")
+    assert len(TfdsSource(tfds_folder, "train[:25%]")) == 5
+
+
+def test_tfds_batches_equal_jsonl_batches(tfds_folder):
+    stored = DataConfig(source="tfds", paths=(str(tfds_folder),), max_length=32)
+    plain = jsonl_config(str(tfds_folder.parent / "train.jsonl"))
+    batches = [
+        take(batch_iterator(load_examples(config, TOKENIZER, seed=5), 8), 6) for config in (stored, plain)
+    ]
+    assert_same(*batches)
+
+
+def test_tfds_bad_input(tfds_folder, tmp_path):
+    from refusion_jax.data.tfds_source import TfdsSource, jsonl_to_tfds
+
+    with pytest.raises(BadInput, match="found none"):
+        TfdsSource(tmp_path / "missing", "train")
+    with pytest.raises(BadInput, match="split 'dev' cannot be read, the dataset has test, train"):
+        TfdsSource(tfds_folder, "dev")
+    with pytest.raises(BadInput, match="exists already"):
+        jsonl_to_tfds({"train": [tfds_folder.parent / "train.jsonl"]}, tfds_folder)
+    broken = write_lines(tmp_path / "broken.jsonl", {"query": "a", "response": "b"}, b"{")
+    with pytest.raises(BadInput, match=r"broken\.jsonl:2: not valid JSON"):
+        jsonl_to_tfds({"train": [broken]}, tmp_path / "new")
+    with pytest.raises(BadInput, match="expected one TFDS folder"):
+        load_examples(DataConfig(source="tfds"), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("dataset_info.json", "array_record", "tfrecord", "is stored as tfrecord, expected array_r"),
+        ("dataset_info.json", "{", "[", "cannot be read as a TFDS dataset"),
+        ("features.json", '"query"', '"question"', r"\['messages', 'question', 'response'\], expected"),
+        ("features.json", "{", "", "cannot be read as a TFDS dataset"),
+        ("jsonl_examples-train.array_record-00000-of-00001", "", "", "split 'train' cannot be read"),
+    ],
+)
+def test_a_damaged_dataset_is_bad_input(tfds_folder, tmp_path, file, old, new, message):
+    from refusion_jax.data.tfds_source import TfdsSource
+
+    folder = shutil.copytree(next(tfds_folder.glob("*/*/")), tmp_path / "copy")
+    content = (folder / file).read_text(errors="replace")
+    (folder / file).write_text(content.replace(old, new) if old else "")
+    with pytest.raises(BadInput, match=f"copy: .*{message}"):
+        TfdsSource(folder, "train")
+
+
+def test_the_pipeline_does_not_import_tfds():
+    code = "import sys, refusion_jax.data.pipeline; print('tensorflow_datasets' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+# Rows
+
+
+def test_rows_hold_prompt_response_eos_and_padding(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"query": "ab", "response": "cdé"})
+    batch = next(batch_iterator(load_examples(jsonl_config(path, max_length=12), TOKENIZER), 2))
+    eos, pad = TOKENIZER.eos_id, TOKENIZER.pad_id
+    row = [*b"ab", *"cdé".encode(), eos, *[pad] * 5]
+    assert batch["tokens"].tolist() == [row, row]
+    assert batch["prompt_len"].tolist() == [2, 2]
+    assert batch["total_len"].tolist() == [7, 7]
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+        "tokens": ((2, 12), np.int32),
+        "prompt_len": ((2,), np.int32),
+        "total_len": ((2,), np.int32),
+        "index": ((2,), np.int32),
+    }
+
+
+def test_prompts_are_rendered(tmp_path):
+    class Templated(ByteTokenizer):
+        has_chat_template = True
+
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"query": "hi", "response": "x"},
+        {"messages": [USER, ASSISTANT, USER, ASSISTANT]},
+    )
+    config = jsonl_config(path, shuffle=False, max_length=64)
+    raw = next(batch_iterator(load_examples(config, TOKENIZER), 2))
+    conversation = "user: hi\nassistant: ho\nuser: hi\nassistant: "
+    assert [read_back(raw, row) for row in range(2)] == [("hi", "x"), (conversation, "ho")]
+    templated = next(batch_iterator(load_examples(config, Templated()), 2))
+    assert read_back(templated, 0) == ("user: hi\nassistant: ", "x")
+
+
+def test_unusable_examples_are_dropped_whole_and_counted(tmp_path, caplog):
+    records = [{"query": "q" * n, "response": "r"} for n in range(1, 11)]
+    records[2]["response"] = ""
+    records[4]["response"] = " \n"
+    path = write_lines(tmp_path / "a.jsonl", *records)
+    with caplog.at_level(logging.WARNING):
+        examples = load_examples(jsonl_config(path, max_length=10, shuffle=False), TOKENIZER)
+    # A prompt of 8, one of response and EOS just fit.
+    assert examples.counts == {path: Counts(kept=6, too_long=2, empty=2)}
+    assert len(examples) == 6
+    assert "6 examples kept, 2 longer than max_length and 2 with an empty response" in caplog.text
+    batch = next(batch_iterator(examples, 12))
+    assert batch["prompt_len"].tolist() == [1, 2, 4, 6, 7, 8] * 2
+    # Numbers are those of the source, dropped examples included, and go on in the next epoch.
+    assert batch["index"].tolist() == [0, 1, 3, 5, 6, 7, 10, 11, 13, 15, 16, 17]
+
+
+def test_a_source_with_nothing_left_is_bad_input(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"query": "abcdef", "response": "gh"},
+        {"query": "abcde", "response": "gh"},
+        {"query": "a", "response": ""},
+    )
+    message = r"a.jsonl: no example can be used with data.max_length 7 .*2 longer .* and 1 with an empty"
+    with pytest.raises(BadInput, match=message + ".*the shortest takes 8"):
+        load_examples(jsonl_config(path, max_length=7), TOKENIZER)
+    config = DataConfig(tasks=["extraction"], max_length=20)
+    with pytest.raises(BadInput, match=r"Extraction\(.*no example can be used .* 1024 longer"):
+        load_examples(config, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "data.tasks is empty, expected some of arithmetic, extraction, word_problems"),
+        ({"tasks": ["chess"]}, "task is 'chess'"),
+        ({"tasks": {"arithmetic": {"digit": 1}}}, "arithmetic.digit is no setting"),
+        ({"tasks": "arithmetic", "split": "dev"}, "split is 'dev'"),
+        ({"source": "csv"}, "data.source is 'csv', expected tasks, jsonl or tfds"),
+        ({"source": "jsonl"}, "data.paths is empty"),
+        ({"tasks": "arithmetic", "max_length": 1}, "data.max_length is 1, expected 2 or more"),
+        ({"tasks": "arithmetic", "max_length": "9"}, "data.max_length is '9'"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(BadInput, match=message):
+        load_examples(DataConfig(**settings), TOKENIZER)
+
+
+# Order
+
+
+def test_each_epoch_of_a_finite_source_has_every_example_in_a_new_order(tmp_path):
+    path = numbered(tmp_path / "a.jsonl", 30)
+
+    def epochs(seed):
+        batches = take(batch_iterator(load_examples(jsonl_config(path), TOKENIZER, seed), 10), 9)
+        assert all(
+            read_back(batch, row)[1] == str(batch["index"][row] % 30)
+            for batch in batches
+            for row in range(10)
+        )
+        return np.concatenate([batch["index"] for batch in batches]).reshape(3, 30)
+
+    indices = epochs(seed=0)
+    for epoch in range(3):
+        assert sorted(indices[epoch]) == list(range(30 * epoch, 30 * epoch + 30))
+    orders = [tuple(order % 30) for order in (*indices, *epochs(seed=1))]
+    assert len(set(orders)) == 6  # also not seed 0's second epoch as seed 1's first
+    assert tuple(range(30)) not in orders
+    np.testing.assert_array_equal(indices, epochs(seed=0))
+
+
+def test_batches_go_across_the_end_of_an_epoch(tmp_path):
+    path = numbered(tmp_path / "a.jsonl", 3)
+    examples = load_examples(jsonl_config(path), TOKENIZER)
+    indices = np.concatenate([b["index"] for b in take(batch_iterator(examples, 7), 3)])
+    assert sorted(indices) == list(range(21))
+
+
+def test_tasks_are_endless_and_take_turns():
+    tasks = {"arithmetic": {"digits": 2}, "extraction": {"fields": 2}}
+    config = DataConfig(tasks=tasks, split="validation", max_length=128)
+    examples = load_examples(config, TOKENIZER, seed=3)
+    assert examples.counts.keys() == tasks.keys()
+    batch = take(batch_iterator(examples, 6), 2)[1]
+    assert batch["index"].tolist() == [6, 7, 8, 9, 10, 11]
+    for row, place in enumerate(batch["index"].tolist()):
+        name = list(tasks)[place % 2]
+        expected = make_task(name, tasks[name]).example(place // 2, "validation", 3)
+        assert read_back(batch, row) == expected
+
+
+def test_task_examples_that_are_too_long_are_replaced():
+    config = DataConfig(tasks="word_problems", max_length=150)
+    examples = load_examples(config, TOKENIZER)
+    counts = examples.counts["word_problems"]
+    assert counts.too_long > 100
+    assert counts.kept > 100
+    task = make_task("word_problems", {})
+    batch = next(batch_iterator(examples, 64))
+    assert batch["total_len"].max() <= 150
+    assert batch["index"].tolist() == list(range(64))
+    pairs = [read_back(batch, row) for row in range(64)]
+    assert len(set(pairs)) == 64
+    assert all(task.check(*pair) for pair in pairs)
+    kept = [pair == task.example(row) for row, pair in enumerate(pairs)]
+    assert any(kept)
+    assert not all(kept)
+
+
+# Sharding and resuming
+
+
+@pytest.fixture(params=["finite", "task"])
+def examples(request, tmp_path):
+    if request.param == "task":
+        return load_examples(DataConfig(tasks="arithmetic", max_length=64), TOKENIZER)
+    return load_examples(jsonl_config(numbered(tmp_path / "a.jsonl", 50)), TOKENIZER)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 12])
+def test_processes_together_feed_the_batch_of_one(examples, processes):
+    whole = take(batch_iterator(examples, 12), 7)
+    shards = [take(batch_iterator(examples, 12, p, processes), 7) for p in range(processes)]
+    joined = [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*shards, strict=True)
+    ]
+    assert_same(joined, whole)
+    assert len({tuple(batch["index"]) for batch in whole}) == 7
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(10, 4), (0, 1), (2, 4)])
+def test_batch_size_must_be_a_multiple_of_the_processes(examples, batch_size, processes):
+    with pytest.raises(BadInput, match=f"batch_size is {batch_size}, expected a positive multiple"):
+        batch_iterator(examples, batch_size, 0, processes)
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_resuming_gives_the_rest_of_the_run(examples, num_threads):
+    uninterrupted = take(batch_iterator(examples, 8), 20)
+    iterator = batch_iterator(examples, 8, num_threads=num_threads)
+    take(iterator, 9)
+    state = iterator.get_state()
+    assert state == {"next_index": 9}
+    take(iterator, 4)
+    iterator.set_state(state)
+    assert_same(take(iterator, 11), uninterrupted[9:])
+    # The state of one process serves another number of processes too.
+    second = batch_iterator(examples, 8, 1, 2)
+    second.set_state(state)
+    assert next(second)["index"].tolist() == uninterrupted[9]["index"][4:].tolist()
+
+
+def test_state_goes_through_orbax(examples, tmp_path):
+    uninterrupted = take(batch_iterator(examples, 4), 8)
+    iterator = batch_iterator(examples, 4)
+    take(iterator, 5)
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.wait_until_finished()
+        restored = batch_iterator(examples, 4)
+        manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+    assert_same(take(restored, 3), uninterrupted[5:])
+    stored = [p for p in (tmp_path / "checkpoints" / "5" / "data").rglob("*") if p.is_file()]
+    assert sum(path.stat().st_size for path in stored) < 1000  # a position, no data
