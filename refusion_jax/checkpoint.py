@@ -1,0 +1,236 @@
+"""Checkpoints of a run, and a warning before the machine goes: the only file that imports Orbax.
+
+    DIR/checkpoints/STEP/params      parameters, each array in shards
+    DIR/checkpoints/STEP/optimizer   step and optimiser state
+    DIR/checkpoints/STEP/data        where the data iterator stands, JSON
+
+STEP is the number of updates done. A checkpoint is written under another name and renamed when it is
+whole, and renamed again before it is deleted; so a directory STEP is a complete checkpoint, whenever the
+process was killed.
+"""
+
+import contextlib
+import logging
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from refusion_jax.errors import BadInput
+
+FOLDER = "checkpoints"
+OUTDATED = ".outdated"  # where old checkpoints wait for deletion
+
+# What a launcher sees of a process that SIGTERM ended. SLURM requeues a preempted job whatever its code;
+# Kubernetes and xpk restart on 128 + signal number by default.
+PREEMPTED_EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Checkpoints:
+    """The checkpoints of one training run, for the process (or processes) that write them.
+
+    Args:
+      folder: DIR, the run's folder, on a disk that all processes see.
+      keep: how many of the newest checkpoints stay; those before are deleted.
+    """
+
+    def __init__(self, folder: str | Path, keep: int):
+        self._folder = Path(folder).resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, todelete_subdir=OUTDATED, cleanup_tmp_directories=True
+        )
+        with _orbax_silent():
+            self._manager = ocp.CheckpointManager(self._folder / FOLDER, options=options)
+        self._delete_leftovers()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._manager.close()
+        self._delete_leftovers()
+
+    def latest_step(self) -> int | None:
+        """The newest checkpoint's step, None without any; one being written counts."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, trees: Mapping[str, Any], data: Any) -> None:
+        """Saves in the background; arrays and `data` are as they were when this returns.
+
+        Waits for a save that is still under way. To be called by all processes.
+
+        Args:
+          step: updates done.
+          trees: a tree of arrays for each item ("params", "optimizer").
+          data: the state of the data iterator, JSON; the same in all processes, so that a run can go on
+            with another number of them.
+        """
+        self._manager.wait_until_finished()  # until then Orbax may be moving a checkpoint into OUTDATED
+        self._delete_in_background()
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)), force=True)
+
+    def restore(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The trees and the data iterator's state saved at `step`.
+
+        Args:
+          step: which checkpoint.
+          trees: for each item its tree of ShapeDtypeStructs, with the shardings wanted.
+
+        Raises:
+          BadInput: the checkpoint is damaged or holds other shapes.
+        """
+        folder = self._folder / FOLDER / str(step)
+        for name, tree in trees.items():
+            _check_shapes(folder / name, tree)
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
+        restored = _reading(folder, lambda: self._manager.restore(step, args=args))
+        return {name: restored[name] for name in trees}, restored["data"]
+
+    # Orbax moves an old checkpoint into OUTDATED in one go and leaves it there. Deleting it in place would
+    # leave half a checkpoint under its proper name if the process were killed meanwhile.
+
+    def _delete_in_background(self) -> None:
+        outdated = self._folder / FOLDER / OUTDATED
+        if jax.process_index() == 0 and outdated.exists():
+            doomed = outdated.rename(f"{outdated}-{time.time_ns()}")
+            threading.Thread(target=shutil.rmtree, args=(doomed, True)).start()
+
+    def _delete_leftovers(self) -> None:
+        if jax.process_index() == 0:
+            for doomed in (self._folder / FOLDER).glob(f"{OUTDATED}*"):
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """The step of the newest checkpoint in DIR; None without any."""
+    path = Path(folder) / FOLDER
+    return max(ocp.utils.checkpoint_steps(path), default=None) if path.is_dir() else None
+
+
+def saved_params(folder: str | Path) -> dict[str, Any]:
+    """Shapes and types of the newest parameters in DIR: nested dict of ShapeDtypeStructs.
+
+    Raises:
+      BadInput: DIR holds no checkpoint, or a damaged one.
+    """
+    tree = _metadata(_newest(folder) / "params")
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def restore_params(folder: str | Path, abstract: Any) -> Any:
+    """The newest parameters in DIR, without the optimiser's state.
+
+    Args:
+      folder: DIR.
+      abstract: ShapeDtypeStructs in the structure of `saved_params`; their shardings and types are those
+        of the result, whatever was saved.
+
+    Raises:
+      BadInput: DIR holds no checkpoint, a damaged one, or one with other shapes.
+    """
+    path = _newest(folder) / "params"
+    _check_shapes(path, abstract)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _reading(path, lambda: checkpointer.restore(path, abstract))
+
+
+class Preemption:
+    """Notes SIGTERM, so that the loop can finish its step and save; restores the old handler on exit."""
+
+    def __init__(self):
+        self._noticed = False
+
+    def __enter__(self) -> "Preemption":
+        # With several processes JAX's own service listens: it agrees on a step for all of them.
+        self._ours = jax.process_count() == 1
+        if self._ours:
+            self._previous = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._ours:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop after `step`; to be asked by all processes after each step."""
+        return self._noticed if self._ours else multihost_utils.reached_preemption_sync_point(step)
+
+    def _notice(self, number: int, frame: Any) -> None:
+        self._noticed = True
+
+
+def _newest(folder: str | Path) -> Path:
+    step = latest_step(folder)
+    if step is None:
+        raise BadInput(f"{Path(folder) / FOLDER}: holds no checkpoint")
+    return Path(folder).resolve() / FOLDER / str(step)
+
+
+def _metadata(path: Path) -> Any:
+    """The tree of array descriptions of one item of a checkpoint."""
+    metadata = _reading(path, lambda: ocp.StandardCheckpointHandler().metadata(epath.Path(path)))
+    return metadata.tree
+
+
+def _check_shapes(path: Path, abstract: Any) -> None:
+    """Raises BadInput naming the first array of `abstract` that the checkpoint has not in that shape."""
+    saved, wanted = (
+        {_name(key): leaf.shape for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        for tree in (_metadata(path), abstract)
+    )
+    for name in wanted | saved:
+        if saved.get(name) != wanted.get(name):
+            found, expected = saved.get(name, "missing"), wanted.get(name, "none")
+            raise BadInput(
+                f"{path}: {name} is {found}, this model makes it {expected}; was it another model?"
+            )
+
+
+def _name(key: tuple) -> str:
+    # Orbax stores named tuples as dicts and tuples as lists: the same place is called differently.
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key)
+
+
+def _reading(path: Path, read: Callable[[], Any]) -> Any:
+    """`read()`, with whatever a damaged checkpoint makes Orbax raise turned into BadInput."""
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda event: None if "loop is closed" in str(event.exc_value) else report(event)
+    try:
+        with _orbax_silent():
+            value = read()
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # too large for this machine, which is no damage
+    except Exception as error:  # Orbax raises anything, bare Exception too
+        # The reads of other arrays fail later and into the void; without the hook above, which stays,
+        # and this, their errors would follow ours on stderr.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        reason = str(error.__cause__ or error).split(" [tensorstore_spec", 1)[0]
+        step = next(folder for folder in (path, *path.parents) if folder.parent.name == FOLDER)
+        raise BadInput(
+            f"{path}: damaged checkpoint ({reason}); delete {step} to use the one before"
+        ) from None
+    sys.unraisablehook = report
+    return value
+
+
+@contextlib.contextmanager
+def _orbax_silent() -> Iterator[None]:
+    """Orbax logs about missing files before it raises; the exception is enough."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,234 @@
+"""Run configurations: a Python file, `--config.a.b=value` overrides, frozen dataclasses.
+
+A configuration file has `get_config()`, which returns an `ml_collections.ConfigDict` of sections. Each
+section becomes one frozen dataclass, a field of the run's dataclass; a field that the file leaves out has
+the dataclass's default. Nothing beyond this module sees a ConfigDict.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import runpy
+import traceback
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ml_collections
+
+from refusion_jax.errors import BadInput
+
+PREFIX = "--config."
+
+Run = TypeVar("Run")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, as those of all bad input."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise BadInput(f"{message}; see --help")
+
+
+def load(path: str | Path, overrides: Sequence[str], run_class: type[Run]) -> Run:
+    """The run described by a configuration file and `--config.section.field=value` arguments.
+
+    Args:
+      path: a Python file with `get_config()`.
+      overrides: arguments as given. A value is read as Python literal of the field's type; text needs no
+        quotes.
+      run_class: a dataclass whose fields are dataclasses, the sections.
+
+    Raises:
+      BadInput: the file cannot be used; a section, field or value is unknown, missing or of a wrong type.
+    """
+    config = _run_file(Path(path))
+    sections = typing.get_type_hints(run_class)
+    with config.unlocked():
+        for name, section_class in sections.items():
+            section = config[name] = config.get(name, ml_collections.ConfigDict())
+            if not isinstance(section, ml_collections.ConfigDict):
+                raise BadInput(f"{path}: section {name} must be a ConfigDict, found {section!r}")
+            for field in dataclasses.fields(section_class):
+                if field.name not in section and (default := _default(field)) is not dataclasses.MISSING:
+                    section[field.name] = default
+    for override in overrides:
+        _override(config, override, sections)
+    return build(run_class, config.to_dict(), str(path))
+
+
+def build(run_class: type[Run], values: Mapping[str, Any], source: str) -> Run:
+    """The dataclass from nested mappings; lists become tuples.
+
+    Args:
+      run_class: as in `load`.
+      values: section -> field -> value.
+      source: the file, for messages.
+
+    Raises:
+      BadInput: a section or field is unknown, missing or wrong.
+    """
+    sections = typing.get_type_hints(run_class)
+    for name in values:
+        if name not in sections:
+            raise BadInput(f"{source}: unknown section {name}{_did_you_mean(name, sections)}")
+    built = {}
+    for name, section_class in sections.items():
+        built[name] = _build_section(section_class, values.get(name) or {}, f"{source}: {name}")
+    return run_class(**built)
+
+
+def as_dict(run: Any) -> dict[str, Any]:
+    """The run as nested plain dicts and lists, as YAML writes them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return plain(dataclasses.asdict(run))
+
+
+def help_text(run_class: type) -> str:
+    """One line for each field that an override can set: type, meaning, default."""
+    lines = ["overrides (default; a file's own values come first, then these):"]
+    for name, section_class in typing.get_type_hints(run_class).items():
+        about, hints = _field_docs(section_class), typing.get_type_hints(section_class)
+        for field in dataclasses.fields(section_class):
+            default = _default(field)
+            shown = "required" if default is dataclasses.MISSING else f"default {default!r}"
+            text = about.get(field.name, "").removesuffix(".")
+            lines.append(f"  {PREFIX}{name}.{field.name}={_type_name(hints[field.name])}  {text} ({shown})")
+    return "\n".join(lines)
+
+
+def _run_file(path: Path) -> ml_collections.ConfigDict:
+    if not path.is_file():
+        raise BadInput(f"--config={path}: no such file")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if not isinstance(get_config, Callable):
+            raise BadInput(f"{path}: has no function get_config()")
+        config = get_config()
+    except BadInput:
+        raise
+    except SyntaxError as error:
+        raise BadInput(f"{error.filename}:{error.lineno}: {error.msg}") from None
+    except Exception as error:  # whatever the user's own code raises
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        raise BadInput(f"{place}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise BadInput(f"{path}: get_config() must return a ConfigDict, found {type(config).__name__}")
+    return config
+
+
+def _override(config: ml_collections.ConfigDict, argument: str, sections: Mapping[str, type]) -> None:
+    """Sets the one field that `argument`, `--config.section.field=value`, names."""
+    key, equals, text = argument.removeprefix(PREFIX).partition("=")
+    flag = f"{PREFIX}{key}"
+    if not argument.startswith(PREFIX) or not equals:
+        raise BadInput(
+            f"{argument}: no such flag; a field of the configuration is {PREFIX}section.field=value"
+        )
+    fields = {
+        f"{name}.{field}": hint
+        for name, section_class in sections.items()
+        for field, hint in typing.get_type_hints(section_class).items()
+    }
+    if key not in fields:
+        raise BadInput(f"{flag}: no such field{_did_you_mean(key, fields, PREFIX)}")
+    name, field = key.split(".")
+    section = config[name]
+    with section.unlocked(), section.ignore_type():
+        section[field] = _parse(text, fields[key], flag)
+
+
+def _parse(text: str, hint: Any, flag: str) -> Any:
+    """`text` as a value of the type `hint`."""
+    if hint is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text
+    for candidate in (value, text):
+        if _fits(candidate, hint):
+            return candidate
+    raise BadInput(f"{flag}: must be {_type_name(hint)}, found {text!r}")
+
+
+def _build_section(section_class: type, values: Mapping[str, Any], place: str) -> Any:
+    hints = typing.get_type_hints(section_class)
+    for field, value in values.items():
+        if field not in hints:
+            raise BadInput(f"{place}.{field}: no such field{_did_you_mean(field, hints)}")
+        if not _fits(value, hints[field]):
+            raise BadInput(f"{place}.{field}: must be {_type_name(hints[field])}, found {value!r}")
+    for field in dataclasses.fields(section_class):
+        if field.name not in values and _default(field) is dataclasses.MISSING:
+            raise BadInput(f"{place}.{field.name}: is missing")
+    values = {field: _cast(value, hints[field]) for field, value in values.items()}
+    try:
+        return section_class(**values)
+    except BadInput:
+        raise
+    except ValueError as error:
+        raise BadInput(f"{place}.{error}") from None
+
+
+def _default(field: dataclasses.Field) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` may stand where the type is `hint`; an int may stand for a float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin in (tuple, Sequence):
+        return isinstance(value, tuple | list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    if hint is float:
+        return type(value) in (int, float)
+    return hint is Any or type(value) is (type(None) if hint in (None, type(None)) else origin or hint)
+
+
+def _cast(value: Any, hint: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if hint is float else value
+
+
+def _type_name(hint: Any) -> str:
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if plain else str(hint).replace("collections.abc.", "")
+
+
+def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _field_docs(section_class: type) -> dict[str, str]:
+    """Field -> its text in the class's docstring, `name: text` with further lines indented deeper."""
+    names = {field.name for field in dataclasses.fields(section_class)}
+    docs: dict[str, str] = {}
+    name, depth = "", 0
+    for line in (inspect.getdoc(section_class) or "").splitlines():
+        entry = re.fullmatch(r"( *)(\w+): (.*)", line)
+        if entry and entry[2] in names:
+            name, depth = entry[2], len(entry[1])
+            docs[name] = entry[3]
+        elif name and line.startswith(" " * (depth + 1)):
+            docs[name] += " " + line.strip()
+        else:
+            name = ""
+    return docs

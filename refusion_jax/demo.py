@@ -1,0 +1,104 @@
+"""Shows a model trained on an embedded task: ReFusion against left-to-right decoding of the same weights.
+
+    python -m refusion_jax.demo --checkpoint=runs/demo
+
+Held-out problems are decoded by both methods; two answers are shown with the order in which their slots
+were filled. The last line is JSON: accuracy, tokens per forward and seconds of both.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from refusion_jax import evaluate, sample
+from refusion_jax.config import Parser
+from refusion_jax.data.task import Task
+from refusion_jax.data.tasks import make_task
+from refusion_jax.errors import BadInput, command
+
+PROBLEMS = 200
+BATCH_SIZE = 50
+COLOURS = ("green", "yellow", "cyan", "magenta", "red", "blue")
+# How the demo decodes: whole answers in one block of four slots.
+DECODING = ["--gen_length=32", "--slot_size=8", "--num_blocks=1"]
+
+
+def trained_task(folder: Path) -> Task:
+    """The embedded task that the run in `folder` was trained on.
+
+    Raises:
+      BadInput: it was trained on something else, or on several tasks.
+    """
+    try:
+        data = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]
+        tasks = data["tasks"]
+        ((name, settings),) = tasks.items()
+    except (OSError, TypeError, KeyError, ValueError, AttributeError, yaml.YAMLError):
+        raise BadInput(f"{folder}/config.yaml must name one embedded task in data.tasks") from None
+    return make_task(name, settings)
+
+
+def open_model(folder: Path, method: str) -> tuple:
+    """The checkpoint with the decoding flags of the demo."""
+    parser = argparse.ArgumentParser()
+    sample.add_decoding_flags(parser)
+    return sample.open_model(parser.parse_args([f"--checkpoint={folder}", f"--method={method}", *DECODING]))
+
+
+def show(console: Console, answer: Mapping[str, Any], prompt_len: int) -> None:
+    """An answer's text, each slot in the colour of the plan that filled it, with the plan's number below."""
+    filled_by = {place: i for i, plan in enumerate(answer["trace"]) for place in plan["committed"]}
+    order = [filled_by[place] for place in sorted(filled_by)][: len(answer["ids"])]
+    text, numbers = Text("  "), Text("  ")
+    for character, i in zip(answer["text"], order, strict=True):  # bytes: one token a character
+        text.append(character, style=COLOURS[i % len(COLOURS)])
+        numbers.append(str((i + 1) % 10), style="dim")
+    console.print(Text(answer["query"], style="bold"))
+    console.print(text, numbers, sep="\n")
+    for i, plan in enumerate(answer["trace"]):
+        planned = ", ".join(str(place - prompt_len) for place in plan["planned"])
+        console.print(
+            f"    plan {i + 1}: slots at {planned}; {len(plan['committed'])} tokens committed, "
+            f"{plan['forwards']} forwards so far",
+            style=COLOURS[i % len(COLOURS)],
+            highlight=False,
+        )
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m refusion_jax.demo", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", required=True, help="folder of a run on one embedded task"
+    )
+    folder = Path(parser.parse_args(arguments).checkpoint)
+    task = trained_task(folder)
+    console = Console(soft_wrap=True)
+    figures = {}
+    for method in ("refusion", "ar"):
+        opened = open_model(folder, method)
+        scored = evaluate.score(opened, task, "test", PROBLEMS, BATCH_SIZE, trace=method == "refusion")
+        figures[method] = scored.figures()
+        console.print(
+            f"{method:>8}: {scored.accuracy:.1%} of {PROBLEMS} held-out problems right, "
+            f"{scored.tokens_per_forward:.2f} tokens per forward, {scored.seconds:.1f} s",
+            highlight=False,
+        )
+        if method == "refusion":
+            tokenizer, answers = opened[2], scored.answers
+    # The answers that took the most plans show the order best.
+    for answer in sorted(answers, key=lambda answer: -answer["num_iterations"])[:2]:
+        show(console, answer, len(tokenizer.encode(answer["query"])))
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

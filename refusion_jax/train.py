@@ -1,0 +1,214 @@
+"""Trains a model.
+
+    python -m refusion_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+Goes on by itself where DIR (--workdir) holds a checkpoint. Leaves in it config.yaml (the run), config.json
+and the tokenizer (the model), checkpoints/STEP, metrics.csv and TensorBoard events. On SIGTERM it finishes
+its step, saves and exits with 143, the code on which launchers restart; then the same command goes on.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from refusion_jax import config, hf, sharding
+from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
+from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
+from refusion_jax.errors import BadInput, command
+from refusion_jax.metrics import Reporter
+from refusion_jax.model import ModelConfig, stack_layers
+from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from refusion_jax.train_step import Program, RunConfig, TrainState, make_program
+
+CONFIG_FILE = "config.yaml"
+
+# In these a run that goes on must be what it was: they shape its state and number its batches.
+FIXED = {
+    "model": [field.name for field in dataclasses.fields(ModelConfig)],
+    "data": [field.name for field in dataclasses.fields(DataConfig)],
+    "train": ["batch_size", "seed", "scan_layers"],
+}
+
+
+def train(run: RunConfig, workdir: str | Path) -> int:
+    """Trains to `run.train.steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Returns:
+      0, or PREEMPTED_EXIT_CODE when SIGTERM came: the step under way was finished and saved first.
+
+    Raises:
+      BadInput: the run, its data or what `workdir` holds cannot be used.
+    """
+    tokenizer = _tokenizer(run)
+    mesh = sharding.make_mesh(run.mesh)
+    program = make_program(run, mesh, tokenizer.mask_id)
+    examples = load_examples(run.data, tokenizer, run.train.seed)
+    group, groups = sharding.row_group(mesh)
+    batches = batch_iterator(examples, run.train.batch_size, group, groups)
+    folder = _open_folder(workdir)
+    with Checkpoints(folder, run.train.keep) as checkpoints, Preemption() as preemption:
+        done = checkpoints.latest_step()
+        if done is None:
+            state = first_state(run, program)
+        else:
+            _check_same_run(folder, run)
+            state, position = _restore(checkpoints, done, program.state)
+            batches.set_state(position)
+        if jax.process_index() == 0:
+            _describe(folder, run, tokenizer)
+            size = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
+            begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
+            print(f"{size:,} parameters on {dict(mesh.shape)}, {begin}", flush=True)
+        return _loop(run, folder, program, state, done or 0, batches, checkpoints, preemption)
+
+
+def first_state(run: RunConfig, program: Program) -> TrainState:
+    """The state before the first step: random parameters, or those of the folder `train.init_from`.
+
+    Raises:
+      BadInput: that folder holds no readable Hugging Face model, or one of another shape.
+    """
+    folder = run.train.init_from
+    if not folder:
+        return program.init()
+    found = hf.read_config(folder)
+    for name, value in dataclasses.asdict(run.model).items():
+        if getattr(found, name) != value:
+            raise BadInput(f"model.{name}: is {value}, the model in {folder} has {getattr(found, name)}")
+    params = hf.load_params(folder, run.model, jnp.float32)
+    params = stack_layers(params) if run.train.scan_layers else params
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
+    return program.start(jax.device_put(params, shardings))
+
+
+def _loop(
+    run: RunConfig,
+    folder: Path,
+    program: Program,
+    state: TrainState,
+    done: int,
+    batches: Any,
+    checkpoints: Checkpoints,
+    preemption: Preemption,
+) -> int:
+    steps = run.train.steps
+    unreported: list[dict[str, jax.Array]] = []
+    previous = None
+    with Reporter(folder, done, steps) if jax.process_index() == 0 else nullcontext() as reporter:
+        for step in range(done + 1, steps + 1):
+            batch = jax.make_array_from_process_local_data(program.rows, next(batches))
+            state, metrics = program.step(state, batch)
+            unreported.append(metrics)
+            # Stay one step ahead of the devices and no more: they need not wait for us, and little is
+            # under way when SIGTERM comes.
+            jax.block_until_ready(previous)
+            previous = metrics
+            if reporter is not None:
+                reporter.advance(step)
+            if step % run.train.log_every == 0 or step == steps:
+                if reporter is not None:
+                    values = jax.device_get(unreported)
+                    reporter.report(step, values[-1], sum(int(value["tokens"]) for value in values))
+                unreported = []
+            preempted = preemption.reached(step) and step < steps
+            if preempted or step == steps or step % run.train.save_every == 0:
+                # After the rows up to here: a run that goes on from this checkpoint does not repeat them.
+                trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
+                checkpoints.save(step, trees, batches.get_state())
+            if preempted:
+                print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
+                return PREEMPTED_EXIT_CODE
+    return 0
+
+
+def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[TrainState, Any]:
+    """The state saved at `step`, sharded as the abstract one given, and the place in the data."""
+    trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
+    trees, position = checkpoints.restore(step, trees)
+    saved_step, opt_state = trees["optimizer"]
+    return TrainState(saved_step, trees["params"], opt_state), position
+
+
+def _tokenizer(run: RunConfig) -> Tokenizer:
+    folder = run.train.tokenizer or run.train.init_from
+    tokenizer = load_tokenizer(folder) if folder else ByteTokenizer()
+    highest = max(tokenizer.vocab_size - 1, tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id)
+    if highest >= run.model.vocab_size:
+        raise BadInput(
+            f"model.vocab_size: must be above {highest}, the tokenizer's highest id, "
+            f"found {run.model.vocab_size}"
+        )
+    return tokenizer
+
+
+def _open_folder(workdir: str | Path) -> Path:
+    """The run's folder, made if there is none; BadInput if it cannot be one."""
+    if "://" in str(workdir):
+        raise BadInput(f"--workdir={workdir}: must be a folder of a file system that all hosts mount")
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--workdir={workdir}: cannot be made ({error.strerror})") from None
+    if (folder / "config.json").exists() and not (folder / CONFIG_FILE).exists():
+        raise BadInput(f"--workdir={workdir}: holds a model that no run wrote, choose another folder")
+    return folder
+
+
+def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
+    """Writes what is needed to go on with the run and to sample from it."""
+    temporary = folder / f"{CONFIG_FILE}.tmp"
+    temporary.write_text(yaml.safe_dump(config.as_dict(run), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, folder / CONFIG_FILE)
+    tokenizer.save(folder)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
+    hf.write_config(folder, run.model, ids | {"objective": "refusion"})
+
+
+def _check_same_run(folder: Path, run: RunConfig) -> None:
+    """Raises BadInput naming the first field of FIXED in which `run` is not the run in the folder."""
+    path = folder / CONFIG_FILE
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stored = {section: dict(stored[section]) for section in FIXED}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        raise BadInput(f"{path}: is not the configuration of the run whose checkpoints are here") from None
+    wanted = config.as_dict(run)
+    for section, fields in FIXED.items():
+        for field in fields:
+            new = wanted[section][field]
+            old = stored[section].get(field, new)
+            if old != new:
+                raise BadInput(
+                    f"{section}.{field}: is {new!r}, the run in {folder} has {old!r}; "
+                    "change it back or choose another --workdir"
+                )
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = config.Parser(
+        prog="python -m refusion_jax.train",
+        description="Trains a model; goes on by itself where --workdir holds a checkpoint. "
+        "SIGTERM makes it save and exit with 143.",
+        epilog=config.help_text(RunConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
+    flags, overrides = parser.parse_known_args(arguments)
+    return train(config.load(flags.config, overrides, RunConfig), flags.workdir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

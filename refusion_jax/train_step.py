@@ -1,0 +1,214 @@
+"""One training step as a compiled function of (state, batch), and the configuration it follows.
+
+    draw, rearrange (whole batch) -> microbatches: model, loss, gradients -> sum -> AdamW
+
+Its randomness is a function of (seed, step, example), so a run that was interrupted, or moved to another
+mesh, draws what it would have drawn.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from refusion_jax import diffusion, sharding
+from refusion_jax.data.pipeline import DataConfig
+from refusion_jax.diffusion import DiffusionConfig, Noised
+from refusion_jax.errors import BadInput
+from refusion_jax.model import REMAT_POLICIES, ModelConfig, Transformer
+from refusion_jax.optimizer import OptimizerConfig
+from refusion_jax.sharding import Layout, MeshConfig
+
+Array = jax.Array
+Batch = Mapping[str, Array]  # tokens [B, T], prompt_len [B], total_len [B], index [B]; int32
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run.
+
+    Attributes:
+      steps: updates in all.
+      batch_size: examples an update, over all devices.
+      save_every: steps between checkpoints; the last step is always saved.
+      log_every: steps between rows of metrics.csv; the last step always has one.
+      microbatches: parts a batch is computed in, one after the other, to save memory.
+      keep: newest checkpoints that are kept.
+      seed: of parameters, data order and noise.
+      dtype: of activations and matrix products, "float32" or "bfloat16"; parameters are float32.
+      remat: what a layer keeps for the backward pass, "none" (everything), "dots" or "full" (nothing).
+      scan_layers: compile one layer and loop over it, instead of all layers in a row.
+      init_from: Hugging Face model folder to start from; empty starts from random parameters.
+      tokenizer: folder with the tokenizer; empty takes that of init_from, or bytes without one.
+    """
+
+    steps: int
+    batch_size: int
+    save_every: int
+    log_every: int
+    microbatches: int = 1
+    keep: int = 3
+    seed: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_layers: bool = False
+    init_from: str = ""
+    tokenizer: str = ""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "save_every", "log_every", "microbatches", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, known in (("dtype", DTYPES), ("remat", REMAT_POLICIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The sections of a configuration file."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    diffusion: DiffusionConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+
+
+class TrainState(struct.PyTreeNode):
+    """All that changes from step to step. No key is in it: a step's randomness comes from its number."""
+
+    step: Array  # int32 [], updates done
+    params: Any
+    opt_state: Any
+
+
+class Program(NamedTuple):
+    """The functions of a run, to be compiled when first called, and what they work on.
+
+    Attributes:
+      state: TrainState of ShapeDtypeStructs with shardings.
+      rows: where the arrays of a batch lie.
+      init: () -> state with random parameters.
+      start: parameters -> state with them; uses them up.
+      step: (state, batch) -> next state and metrics of this step; uses the state up.
+    """
+
+    state: TrainState
+    rows: NamedSharding
+    init: Callable[[], TrainState]
+    start: Callable[[Any], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
+    """Plans a run on a mesh; computes and compiles nothing yet.
+
+    Raises:
+      BadInput: the batch cannot be split evenly over microbatches and devices.
+    """
+    parts = run.train.microbatches * sharding.batch_shards(mesh)
+    if run.train.batch_size % parts:
+        raise BadInput(
+            f"train.batch_size must be a multiple of {parts}, the microbatches times the devices that "
+            f"share the rows, got {run.train.batch_size}"
+        )
+    dtype = DTYPES[run.train.dtype]
+    model = Transformer(run.model, dtype, jnp.float32, run.train.scan_layers, run.train.remat)
+    optimizer = run.optimizer.transformation(run.train.steps)
+
+    def start(params: Any) -> TrainState:
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    def init() -> TrainState:
+        nothing = jnp.zeros((1, 1), jnp.int32)
+        return start(model.init(_keys(run)[0], nothing, nothing)["params"])
+
+    boxed = jax.eval_shape(init)
+    layout = sharding.layout(boxed, mesh)
+    rows, shardings = sharding.batch_sharding(mesh), layout.shardings
+    return Program(
+        state=sharding.with_shardings(sharding.unbox(boxed), shardings),
+        rows=rows,
+        init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
+        start=jax.jit(start, in_shardings=(shardings.params,), out_shardings=shardings, donate_argnums=0),
+        step=jax.jit(
+            make_train_step(run, model, optimizer, layout, mask_id),
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            donate_argnums=0,
+        ),
+    )
+
+
+def make_train_step(
+    run: RunConfig,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    mask_id: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The function (state, batch) -> (next state, metrics) of one update.
+
+    Metrics are float32 scalars "loss", "ar_loss" and "diffusion_loss" of the parameters given,
+    "grad_norm" before clipping and "learning_rate", and int32 "tokens" of the batch without padding.
+    """
+    schedule = run.optimizer.schedule(run.train.steps)
+
+    def split(x: Array) -> Array:
+        # Part i takes the rows whose number is i modulo the number of parts. So each device cuts up the
+        # rows it has: all devices are busy in every part, and no row moves.
+        parts = x.reshape(-1, run.train.microbatches, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(parts, sharding.batch_sharding(layout.mesh, leading=1))
+
+    def gradients(params: Any, noised: Noised) -> tuple[Any, dict[str, Array]]:
+        divided_by = diffusion.divisors(noised)  # of the whole batch, so that the parts add up
+
+        def loss(params: Any, part: Noised) -> tuple[Array, dict[str, Array]]:
+            logits, _ = model.apply({"params": params}, part.tokens, part.positions)
+            return diffusion.loss(logits, part, run.diffusion.diffusion_weight, divided_by)
+
+        def add(sums: Any, part: Noised) -> tuple[Any, None]:
+            grads, losses = jax.grad(loss, has_aux=True)(params, part)
+            grads = jax.lax.with_sharding_constraint(grads, layout.shardings.params)
+            return jax.tree.map(jnp.add, sums, (grads, losses)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        no_losses = dict.fromkeys(("loss", "ar_loss", "diffusion_loss"), jnp.float32(0))
+        sums, _ = jax.lax.scan(add, (zeros, no_losses), jax.tree.map(split, noised))
+        return sums
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        with layout.scope():
+            noised = _noised(run, state.step, batch, mask_id)
+            grads, losses = gradients(state.params, noised)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = losses | {
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": schedule(state.step),
+            "tokens": jnp.sum(batch["total_len"]),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return train_step
+
+
+def _noised(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
+    tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
+    key = jax.random.fold_in(_keys(run)[1], step)
+    max_slots = run.diffusion.max_slots(tokens.shape[1])
+    draw = diffusion.draw(key, batch["index"], total_len - prompt_len, max_slots, run.diffusion)
+    return diffusion.rearrange(tokens, prompt_len, total_len, draw, mask_id, run.diffusion)
+
+
+def _keys(run: RunConfig) -> Array:
+    """The keys of the parameters and of the noise."""
+    return jax.random.split(jax.random.key(run.train.seed))

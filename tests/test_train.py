@@ -1,0 +1,411 @@
+"""Training: the same numbers on every mesh, in every number of parts, and after every kind of death."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from refusion_jax import checkpoint, hf, load, metrics
+from refusion_jax.data.pipeline import DataConfig
+from refusion_jax.diffusion import DiffusionConfig
+from refusion_jax.errors import BadInput
+from refusion_jax.model import ModelConfig, stack_layers
+from refusion_jax.optimizer import OptimizerConfig
+from refusion_jax.sharding import MeshConfig, make_mesh
+from refusion_jax.train import first_state, main
+from refusion_jax.train_step import RunConfig, TrainConfig, make_program
+
+ROOT = Path(__file__).parent.parent
+MODEL = ModelConfig(260, 2, 16, 2, 2, 8, 32)
+DATA = DataConfig(tasks={"extraction": {"fields": 1, "value_length": 2}}, max_length=48)
+QUICK = {"xla_backend_optimization_level": 0}  # compiles three times faster
+
+CONFIG = """
+import dataclasses
+from ml_collections import ConfigDict
+from refusion_jax.errors import BadInput
+from refusion_jax.model import ModelConfig
+
+def get_config():
+    c = ConfigDict()
+    c.model = ConfigDict(dataclasses.asdict(ModelConfig(260, 1, 16, 2, 1, 8, 32)))
+    c.data = ConfigDict({"tasks": {"extraction": {"fields": 1, "value_length": 2}}, "max_length": 48})
+    c.train = ConfigDict({"steps": 24, "batch_size": 8, "save_every": 3, "log_every": 1, "keep": 2})
+    return c
+"""
+
+
+def run_config(mesh=(1, 1, 1), model=MODEL, **changes) -> RunConfig:
+    fields = {"steps": 5, "batch_size": 16, "save_every": 100, "log_every": 1} | changes
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+    return RunConfig(
+        model, DATA, TrainConfig(**fields), DiffusionConfig((4, 8)), optimizer, MeshConfig(*mesh)
+    )
+
+
+def random_batches(count: int, rows: int = 16, length: int = 48) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    batches = []
+    for number in range(count):
+        prompt = rng.integers(3, 12, rows)
+        batch = {
+            "tokens": rng.integers(0, 256, (rows, length)),
+            "prompt_len": prompt,
+            "total_len": prompt + rng.integers(1, length - 12, rows),
+            "index": number * rows + np.arange(rows),
+        }
+        batches.append({name: array.astype(np.int32) for name, array in batch.items()})
+    return batches
+
+
+def take_steps(run: RunConfig, params=None, count: int = 5):
+    """(first state's parameters, metrics of each step, compiled step) on the run's mesh."""
+    sizes = dataclasses.astuple(run.mesh)
+    mesh = make_mesh(run.mesh, jax.devices()[: np.prod(sizes)])
+    program = make_program(run, mesh, mask_id=259)
+    if params is None:
+        state = program.init.lower().compile(QUICK)()
+    else:
+        state = program.start.lower(program.state.params).compile(QUICK)(
+            jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.state.params)
+        )
+    first = jax.tree.map(np.asarray, state.params)
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
+        assert leaf.sharding == like.sharding
+    batches = [jax.make_array_from_process_local_data(program.rows, b) for b in random_batches(count)]
+    step = program.step.lower(program.state, batches[0]).compile(QUICK)
+    taken = []
+    for batch in batches:
+        state, values = step(state, batch)
+        taken.append({name: float(value) for name, value in values.items()})
+    return first, taken, step
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """One device, one part, layers in a row: what every other way must agree with."""
+    return take_steps(run_config())
+
+
+def assert_agree(taken, wanted):
+    for found, right in zip(taken, wanted, strict=True):
+        for name, value in right.items():
+            # Adam divides tiny gradients by themselves, which blows up their rounding errors.
+            assert found[name] == pytest.approx(value, rel=1e-4 if name == "grad_norm" else 1e-5), name
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+def test_meshes_agree(alone, mesh):
+    first, taken, _ = take_steps(run_config(mesh))
+    jax.tree.map(np.testing.assert_array_equal, first, alone[0])
+    assert_agree(taken, alone[1])
+    losses = [values["loss"] for values in taken]
+    assert len(set(losses)) == len(losses)  # it does learn, and draws new noise
+
+
+def test_microbatches_add_up(alone):
+    """Rows are cut so that none leaves its device: gradients are all that is exchanged."""
+    _, taken, step = take_steps(run_config((4, 1, 1), microbatches=4))
+    assert_agree(taken, alone[1])
+    text = step.as_text()
+    assert "all-reduce" in text
+    for moved in ("all-to-all", "collective-permute", "all-gather"):
+        assert moved not in text
+
+
+def test_scanned_layers_agree_with_layers_in_a_row(alone):
+    run = run_config((2, 2, 2), scan_layers=True, remat="full")
+    _, taken, _ = take_steps(run, params=stack_layers(alone[0]))
+    assert_agree(taken, alone[1])
+
+
+def test_bfloat16_computes_on_float32_parameters():
+    run = run_config(dtype="bfloat16")
+    program = make_program(run, make_mesh(run.mesh, jax.devices()[:1]), mask_id=259)
+    assert {leaf.dtype for leaf in jax.tree.leaves(program.state.params)} == {np.dtype("float32")}
+    text = program.step.lower(program.state, random_batches(1)[0]).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line and "x260x" in line]
+    assert products and all("bf16" in line for line in products)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_starts_from_a_hugging_face_folder(scan_layers):
+    folder = ROOT / "tests" / "data" / "oracle" / "tiny_a"
+    model = hf.read_config(folder)
+    run = run_config((2, 2, 2), model=model, init_from=str(folder), scan_layers=scan_layers)
+    program = make_program(run, make_mesh(run.mesh), mask_id=3)
+    state = first_state(run, program)
+    wanted = hf.load_params(folder, model)
+    wanted = stack_layers(wanted) if scan_layers else wanted
+    jax.tree.map(np.testing.assert_array_equal, state.params, wanted)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, program.state)
+    other = dataclasses.replace(run, model=dataclasses.replace(model, mlp_dim=64))
+    with pytest.raises(BadInput, match=r"model.mlp_dim: is 64, the model in .*tiny_a has 256"):
+        first_state(other, program)
+
+
+def test_schedule_and_decay_mask():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1)
+    rates = [float(config.schedule(12)(step)) for step in range(13)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[8] == pytest.approx(2 * (0.1 + 0.9 / 2))
+    assert rates[12] == pytest.approx(0.2)
+    params = {
+        "a": {"q": np.ones((2, 2), "f4"), "q_bias": np.ones(2, "f4")},
+        "norm": {"scale": np.ones((3, 2), "f4")},
+    }
+    optimizer = OptimizerConfig(learning_rate=1.0, weight_decay=0.5).transformation(10)
+    nothing = jax.tree.map(np.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    assert float(updates["a"]["q"][0, 0]) == pytest.approx(-0.5)
+    assert not updates["a"]["q_bias"].any() and not updates["norm"]["scale"].any()
+
+
+def test_metrics_that_a_killed_run_left(tmp_path):
+    path = tmp_path / "metrics.csv"
+    header = ",".join(metrics.COLUMNS)
+    metrics.truncate(path, 0)
+    assert path.read_text() == header + "\n"
+    for rows, step, kept in [
+        ("2,0.5\n4,0.25\n6,0.125\n", 4, "2,0.5\n4,0.25\n"),
+        ("2,0.5\n4,0.2", 4, "2,0.5\n"),
+        ("2,0.5\n4,0.25\n", 9, "2,0.5\n4,0.25\n"),
+    ]:
+        path.write_text(f"{header}\n{rows}")
+        metrics.truncate(path, step)
+        assert path.read_text() == f"{header}\n{kept}"
+    for text in ("epoch,loss\n1,2\n", f"{header}\none,2\n"):
+        path.write_text(text)
+        with pytest.raises(BadInput, match=r"metrics\.csv:[12]: found"):
+            metrics.truncate(path, 1)
+        assert path.read_text() == text
+
+
+# Real processes
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(CONFIG)
+    return path
+
+
+class Run:
+    """A run of the command in its own process."""
+
+    def __init__(
+        self, config_file: Path, workdir: Path, devices: int = 1, code: str = "", log_compiles=False
+    ):
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        program = ["-m", "refusion_jax.train"] if not code else ["-c", code]
+        log = {"JAX_LOG_COMPILES": str(int(log_compiles))}
+        self.workdir = workdir
+        self.process = subprocess.Popen(
+            [sys.executable, *program, f"--config={config_file}", f"--workdir={workdir}"],
+            env=os.environ | cache | log | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def rows(self) -> list[list[str]]:
+        """The columns of metrics.csv that must not depend on when a run died."""
+        lines = (self.workdir / "metrics.csv").read_text().splitlines()
+        return [line.split(",")[:7] for line in lines]
+
+    def wait_for_step(self, step: int) -> None:
+        while self.process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                if (self.workdir / "metrics.csv").read_text().count("\n") > step:
+                    return
+            time.sleep(0.002)
+        pytest.fail(f"ended before step {step}: {self.process.communicate()}")
+
+    def finish(self, expected: int = 0) -> str:
+        """Waits for the end; stdout followed by stderr."""
+        out, err = self.process.communicate(timeout=120)
+        assert self.process.returncode == expected, err
+        return out + err
+
+
+@pytest.fixture(scope="session")
+def finished(config_file, tmp_path_factory):
+    """A run on one device that nothing interrupted."""
+    run = Run(config_file, tmp_path_factory.mktemp("finished") / "run", log_compiles=True)
+    run.log = run.finish()
+    return run
+
+
+def test_what_a_run_leaves(finished):
+    """One compilation of the step, and all that the contract names."""
+    assert finished.log.count("Finished XLA compilation of jit(train_step)") == 1
+    folder = finished.workdir
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("step,loss,ar_loss,diffusion_loss,grad_norm,learning_rate,")
+    assert [line.split(",")[0] for line in lines[1:]] == [str(step) for step in range(1, 25)]
+    before, last = ([float(value) for value in line.split(",")] for line in lines[-2:])
+    assert last[1] < float(lines[1].split(",")[1])  # it learns
+    assert last[7] * (last[8] - before[8]) == pytest.approx(last[6], rel=0.3)  # tokens/s x seconds
+    assert sorted(os.listdir(folder / "checkpoints")) == ["21", "24"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["batch_size"] == 8
+    assert list(folder.glob("events.out.tfevents.*"))
+    model, params, tokenizer = load(folder)
+    assert model.config.mlp_dim == 32 and tokenizer.mask_id == 259
+    assert params["layers_0"]["mlp"]["up"].shape == (16, 32)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_that_dies_goes_on_to_the_last_bit(config_file, finished, tmp_path, devices):
+    whole = finished if devices == 1 else Run(config_file, tmp_path / "whole", devices)
+    whole.process.wait()
+
+    folder = tmp_path / "broken"
+    killed_at = random.randint(1, 10)
+    killed = Run(config_file, folder, devices)
+    killed.wait_for_step(killed_at)
+    killed.process.kill()
+    killed.finish(-signal.SIGKILL)
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("25,0.1")  # what a kill in the middle of a row leaves
+    step = checkpoint.latest_step(folder)
+
+    if devices == 1:
+        reached = int(killed.rows()[-2][0])
+        stopped = Run(config_file, folder, devices)
+        stopped.wait_for_step(reached + random.randint(1, 6))
+        stopped.process.send_signal(signal.SIGTERM)
+        text = stopped.finish(checkpoint.PREEMPTED_EXIT_CODE)
+        assert ("from the start" if step is None else f"resuming from step {step} of 24") in text
+        step = checkpoint.latest_step(folder)
+        assert stopped.rows()[-1][0] == str(step)
+        assert f"SIGTERM: saving step {step} of 24" in text
+
+    resumed = Run(config_file, folder, devices)
+    text = resumed.finish()
+    assert ("from the start" if step is None else f"resuming from step {step} of 24") in text
+    assert resumed.rows() == whole.rows(), f"killed at step {killed_at}, resumed from {step}"
+    assert sorted(os.listdir(folder / "checkpoints")) == ["21", "24"]
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.distributed.initialize("localhost:{port}", 2, {index})
+from refusion_jax.train import first_state, main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_save_together_when_one_is_told_to_stop(config_file, finished, tmp_path):
+    def start():
+        port = random.randint(20000, 60000)
+        code = [TWO_PROCESSES.format(port=port, index=index) for index in range(2)]
+        return [Run(config_file, tmp_path / "run", 2, text) for text in code]
+
+    stopped = start()
+    stopped[0].wait_for_step(5)
+    stopped[1].process.send_signal(signal.SIGTERM)
+    for run in stopped:
+        run.finish(checkpoint.PREEMPTED_EXIT_CODE)
+    step = checkpoint.latest_step(tmp_path / "run")
+    assert 5 <= step < 24
+    resumed = start()
+    assert f"resuming from step {step} of 24" in resumed[0].finish()
+    assert "resuming" not in resumed[1].finish()
+    assert [row[0] for row in resumed[0].rows()[1:]] == [str(step) for step in range(1, 25)]
+
+    for row, wanted in zip(resumed[0].rows()[1:], finished.rows()[1:], strict=True):
+        assert list(map(float, row)) == pytest.approx(list(map(float, wanted)), rel=1e-4)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.no_such=1"], "--config.no_such: no such field"),
+        (["--config.train.steps=many"], "--config.train.steps: must be int, found 'many'"),
+        (["--config.train.steps=0"], "train.steps must be at least 1, got 0"),
+        (["--config.train.dtype=float64"], "train.dtype must be one of float32, bfloat16, got 'float64'"),
+        (["--config.train.batch_size=12"], "train.batch_size must be a multiple of 8"),
+        (["--config.train.microbatches=3"], "train.batch_size must be a multiple of 24"),
+        (["--config.mesh.data=3"], "mesh: data=3, fsdp=1, tensor=1 must multiply to the 8 devices"),
+        (["--config.model.vocab_size=259"], "model.vocab_size: must be above 259"),
+        (["--config.train.tokenizer=/no/such"], "/no/such: no tokenizer found"),
+        (["--config.train.init_from=/no/such"], "/no/such"),
+        (["--steps=3"], "--steps=3: no such flag"),
+        (["--config=/no/such.py"], "--config=/no/such.py: no such file"),
+        (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run: must be a folder"),
+        (["--workdir=/dev/null/run"], "--workdir=/dev/null/run: cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line(config_file, tmp_path, capsys, arguments, message):
+    code = main([f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *arguments])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_flags_and_help(capsys):
+    assert main(["--config=x.py"]) == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: --workdir; see --help\n"
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("--workdir", "--config.train.steps=int  updates in all (required)", "(default 1e-08)"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "field", ["model.mlp_dim=64", "train.scan_layers=True", "train.seed=3", "data.max_length=50"]
+)
+def test_a_folder_with_another_run(config_file, finished, capsys, field):
+    assert main([f"--config={config_file}", f"--workdir={finished.workdir}", f"--config.{field}"]) == 2
+    err = capsys.readouterr().err
+    name, value = field.split("=")
+    assert err.count("\n") == 1
+    assert f"{name}: is {value}, the run in {finished.workdir} has" in err
+
+
+def test_a_folder_with_somebody_elses_model(config_file, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main([f"--config={config_file}", f"--workdir={tmp_path}"]) == 2
+    assert "holds a model that no run wrote" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_finished_run_has_nothing_left_to_do(config_file, finished):
+    path = finished.workdir / "metrics.csv"
+    before = path.read_text()
+    assert "resuming from step 24 of 24" in Run(config_file, finished.workdir).finish()
+    assert path.read_text() == before
+
+
+def test_a_damaged_checkpoint_is_one_line(config_file, finished, tmp_path):
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", finished.workdir, folder], check=True)
+    for path in (folder / "checkpoints" / "24" / "params" / "d").iterdir():
+        path.unlink()
+    text = Run(config_file, folder).finish(2)
+    assert text.count("\n") == 1
+    assert f"{folder}/checkpoints/24" in text
