@@ -1,9 +1,13 @@
-"""The embedded default: reads facts out of a short text, trained from scratch on bytes.
+"""The embedded default: copies facts out of a short text into JSON, trained from scratch on bytes.
 
     python -m refusion_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-0.8 million parameters; needs no file and no accelerator. About a second a step on two busy cores, so a
-quarter of an hour; the loss falls from 10.4 to 2.0 in the first 120 steps.
+140 thousand parameters, no file and no accelerator needed: about 4 minutes on two CPU cores, both losses end
+below 0.05, and more than 90 % of held-out problems are answered exactly.
+
+The task shows the method well. The values are random letters and digits, so there is nothing to look up:
+the model has to find each fact, whatever its wording and place, and copy it. And what it copies into one
+slot does not depend on the others, so a decoder that fills slots side by side has something to gain.
 """
 
 import dataclasses
@@ -16,8 +20,7 @@ from refusion_jax.model import ModelConfig
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = ConfigDict(dataclasses.asdict(ModelConfig.tiny()))
-    c.data = ConfigDict({"source": "tasks", "tasks": {"extraction": {"fields": 3}}, "max_length": 160})
-    c.diffusion = ConfigDict({"slot_sizes": (4, 8, 16)})
-    c.train = ConfigDict({"steps": 1000, "batch_size": 32, "save_every": 250, "log_every": 20})
-    c.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 50, "final_fraction": 0.1})
+    c.data = ConfigDict({"source": "tasks", "tasks": {"extraction": {"fields": 2}}, "max_length": 92})
+    c.train = ConfigDict({"steps": 2400, "batch_size": 32, "save_every": 800, "log_every": 100})
+    c.optimizer = ConfigDict({"learning_rate": 3e-3, "warmup_steps": 50, "final_fraction": 0.05})
     return c

@@ -45,7 +45,7 @@ def trained_task(folder: Path) -> Task:
     return make_task(name, settings)
 
 
-def open_model(folder: Path, method: str) -> tuple:
+def open_model(folder: Path, method: str) -> sample.Opened:
     """The checkpoint with the decoding flags of the demo."""
     parser = argparse.ArgumentParser()
     sample.add_decoding_flags(parser)
@@ -61,7 +61,8 @@ def show(console: Console, answer: Mapping[str, Any], prompt_len: int) -> None:
         text.append(character, style=COLOURS[i % len(COLOURS)])
         numbers.append(str((i + 1) % 10), style="dim")
     console.print(Text(answer["query"], style="bold"))
-    console.print(text, numbers, sep="\n")
+    verdict = "right" if answer["correct"] else f"wrong, expected {answer['expected']}"
+    console.print(text, numbers, Text(f"    {verdict}"), sep="\n")
     for i, plan in enumerate(answer["trace"]):
         planned = ", ".join(str(place - prompt_len) for place in plan["planned"])
         console.print(
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             highlight=False,
         )
         if method == "refusion":
-            tokenizer, answers = opened[2], scored.answers
+            tokenizer, answers = opened.tokenizer, scored.answers
     # The answers that took the most plans show the order best.
     for answer in sorted(answers, key=lambda answer: -answer["num_iterations"])[:2]:
         show(console, answer, len(tokenizer.encode(answer["query"])))

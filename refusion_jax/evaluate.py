@@ -48,11 +48,13 @@ class Score:
         return {name: round(getattr(self, name), 4) for name in names}
 
 
-def score(opened: tuple, task: Task, split: str, limit: int, batch_size: int, trace: bool = False) -> Score:
+def score(
+    opened: sample.Opened, task: Task, split: str, limit: int, batch_size: int, trace: bool = False
+) -> Score:
     """Decodes the first `limit` problems of a split.
 
     Args:
-      opened: model, parameters, tokenizer and defaults.
+      opened: the model and how it decodes.
       task: what to solve and the judge of it.
       split: "train", "validation" or "test".
       limit: how many problems.
@@ -130,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scored = score(opened, task, flags.split, flags.limit, flags.batch_size)
     figures = scored.figures()
     if flags.output:
-        write(Path(flags.output), figures | describe(flags, task, opened[3]), scored.answers)
+        write(Path(flags.output), figures | describe(flags, task, opened.defaults), scored.answers)
     print(json.dumps(figures))
     return 0
 

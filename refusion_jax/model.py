@@ -32,7 +32,22 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and switches of the transformer; hashable, no runtime choices in it."""
+    """Shape and switches of the transformer; hashable, no runtime choices in it.
+
+    Attributes:
+      vocab_size: V, rows of the embedding and columns of the head.
+      num_layers: L.
+      embed_dim: D, the width.
+      num_heads: N, query heads.
+      num_kv_heads: K, key/value heads; each serves N / K query heads.
+      head_dim: H; N x H need not be D.
+      mlp_dim: F, the width inside the MLP.
+      rope_theta: base of the RoPE frequencies.
+      norm_eps: added to the mean square in every RMSNorm.
+      qk_norm: RMSNorm on each head's q and k before RoPE (Qwen3).
+      qkv_bias: bias on the q, k and v projections (Qwen2.5).
+      tie_embeddings: the head is the embedding, transposed.
+    """
 
     vocab_size: int
     num_layers: int
@@ -43,9 +58,9 @@ class ModelConfig:
     mlp_dim: int
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
-    qk_norm: bool = True  # RMSNorm on each head's q and k before RoPE (Qwen3)
-    qkv_bias: bool = False  # bias on the q, k and v projections (Qwen2.5)
-    tie_embeddings: bool = False  # the head is the embedding, transposed
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
 
     def __post_init__(self):
         sizes = (
@@ -69,8 +84,8 @@ class ModelConfig:
 
     @classmethod
     def tiny(cls, vocab_size: int = 260) -> "ModelConfig":
-        """A few hundred thousand parameters: tests and the demo."""
-        return cls(vocab_size, 4, 128, 4, 2, 32, 384, rope_theta=1e4, tie_embeddings=True)
+        """140 thousand parameters: tests and the demo."""
+        return cls(vocab_size, 2, 64, 4, 4, 16, 192, rope_theta=1e4)
 
     @classmethod
     def smollm2_135m(cls) -> "ModelConfig":
@@ -308,7 +323,9 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Array, positions: Array, cache=None, mask: Array | None = None):
         """Final normalised states [B, T, D] and the fresh keys and values; see `__call__`."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        # Gathered over fsdp before the lookup: looked up in pieces, the activations would be moved instead.
+        table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
+        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         if self.scan_layers:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ from refusion_jax import hf, serving
 from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import load
+from refusion_jax.model import Transformer
 from refusion_jax.requests import DecodeConfig
 from refusion_jax.serving import Defaults, Request
+from refusion_jax.tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 SETTINGS = (
@@ -91,8 +93,17 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
 
 
-def open_model(flags: argparse.Namespace):
-    """The model, parameters, tokenizer and default settings that the decoding flags name."""
+class Opened(NamedTuple):
+    """A model ready to serve requests."""
+
+    model: Transformer
+    params: Any
+    tokenizer: Tokenizer
+    defaults: Defaults
+
+
+def open_model(flags: argparse.Namespace) -> Opened:
+    """The model and default settings that the decoding flags name."""
     if flags.batch_size < 1:
         raise BadInput(f"--batch_size must be at least 1 request, found {flags.batch_size}")
     on_cpu = jax.default_backend() == "cpu"
@@ -105,7 +116,7 @@ def open_model(flags: argparse.Namespace):
         raise BadInput("--first_token is for --method=ar alone")
     else:
         settings["semantics"] = flags.semantics
-    return model, params, tokenizer, Defaults(flags.method, settings, flags.raw, tuple(flags.stop))
+    return Opened(model, params, tokenizer, Defaults(flags.method, settings, flags.raw, tuple(flags.stop)))
 
 
 def from_file(flags: argparse.Namespace) -> int:
@@ -166,17 +177,15 @@ def write_results(results, output: str | None) -> None:
 
 def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:
     """Prints the answer to each --prompt and what it took."""
-    model, params, tokenizer, defaults = open_model(flags)
-    for number, prompt in enumerate(prompts):
-        raw = {"id": number, "prompt": prompt}
-        request = serving.parse(raw, defaults, tokenizer, model.config.vocab_size)
-        print_answer(model, params, tokenizer, request, defaults)
+    opened = open_model(flags)
+    requests = [text_request(opened, prompt) for prompt in prompts]
+    print_answers(opened, requests)
     return 0
 
 
 def converse(flags: argparse.Namespace) -> int:
     """Answers lines typed on a terminal until it is closed."""
-    model, params, tokenizer, defaults = open_model(flags)
+    opened = open_model(flags)
     print("Type a prompt and Enter; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
@@ -185,27 +194,35 @@ def converse(flags: argparse.Namespace) -> int:
             print(file=sys.stderr)
             return 0
         try:
-            raw = {"id": 0, "prompt": prompt}
-            request = serving.parse(raw, defaults, tokenizer, model.config.vocab_size)
-            print_answer(model, params, tokenizer, request, defaults)
+            print_answers(opened, [text_request(opened, prompt)])
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
 
 
-def print_answer(model, params, tokenizer, request: Request, defaults: Defaults) -> None:
-    shape = serving.fitting_shape([request], 1)
+def text_request(opened: Opened, prompt: str) -> Request:
+    raw = {"id": 0, "prompt": prompt}
+    return serving.parse(raw, opened.defaults, opened.tokenizer, opened.model.config.vocab_size)
+
+
+def print_answers(opened: Opened, requests: Sequence[Request]) -> None:
+    """Each answer on stdout and what it took on stderr; one compilation serves them all."""
+    model, params, tokenizer, defaults = opened
+    shape = serving.fitting_shape(requests, 1)
     start = time.perf_counter()
-    serving.warm_up(model, params, request.config, shape)
-    compiled = time.perf_counter()
-    (answer,) = serving.serve(model, params, tokenizer, [request], shape, defaults.stop)
-    seconds = time.perf_counter() - compiled
-    print(answer["text"])
-    print(
-        f"[{answer['num_tokens']} tokens in {answer['num_forwards']} forwards, "
-        f"{answer['tokens_per_forward']:.2f} tokens per forward, "
-        f"{answer['num_tokens'] / seconds:.1f} tokens/s; compiled in {compiled - start:.1f} s]",
-        file=sys.stderr,
-    )
+    serving.warm_up(model, params, requests[0].config, shape)
+    before = time.perf_counter()
+    compiled = f"; compiled in {before - start:.1f} s"
+    for answer in serving.serve(model, params, tokenizer, requests, shape, defaults.stop):
+        seconds = time.perf_counter() - before
+        print(answer["text"], flush=True)
+        print(
+            f"[{answer['num_tokens']} tokens in {answer['num_forwards']} forwards, "
+            f"{answer['tokens_per_forward']:.2f} tokens per forward, "
+            f"{answer['num_tokens'] / seconds:.0f} tokens/s{compiled}]",
+            file=sys.stderr,
+            flush=True,
+        )
+        before, compiled = time.perf_counter(), ""
 
 
 @command

@@ -1,0 +1,41 @@
+# make demo    trains the embedded default, restores it, samples held-out prompts
+# make test    the tests
+# make lint    ruff
+# make PYTHON=python3.12 demo chooses the interpreter
+
+# A version manager can put a python3.12 on the path that only says it is not there: each is tried.
+FITS := -c "import sys; sys.exit(sys.version_info < (3, 11))"
+PYTHON ?= $(firstword $(foreach p,python3.12 python3,$(shell $(p) $(FITS) >/dev/null 2>&1 && echo $(p))))
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.PHONY: demo test lint clean
+
+# The environment is made anew only when what it holds would differ: other requirements, another Python.
+WANTED := $(shell { cat setup.py; echo $(PYTHON); } | cksum | tr ' ' '-')
+STAMP := $(VENV)/made-from-$(WANTED)
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) $(FITS) >/dev/null 2>&1 || { echo "make: PYTHON=$(PYTHON) must be Python 3.11 or newer" >&2; exit 2; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	rm -rf $(RUN)
+	JAX_PLATFORMS=cpu $(BIN)/python -m refusion_jax.train --config=configs/tiny.py --workdir=$(RUN)
+	JAX_PLATFORMS=cpu $(BIN)/python -m refusion_jax.demo --checkpoint=$(RUN)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,51 @@
+"""Installs refusion_jax: `pip install .`, with extras [gpu], [tpu], [eval], [dev]."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+COMMANDS = ("train", "sample", "evaluate")
+
+setup(
+    name="refusion_jax",
+    version="0.1.0",
+    description="ReFusion, the slot-level masked diffusion language model, in JAX and Flax",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["refusion_jax", "refusion_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not say so
+        "sentencepiece>=0.2.1",
+        "tokenizers>=0.22",
+        "safetensors>=0.7",
+        "ml-collections>=1.1.0",
+        "numpy>=2.1",
+        "jinja2>=3.1",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "eval": ["lm-eval>=0.4.13"],
+        "dev": ["pytest>=8.0", "ruff>=0.14"],
+    },
+    entry_points={
+        "console_scripts": [f"refusion-{name} = refusion_jax.{name}:main" for name in COMMANDS],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
