@@ -17,7 +17,8 @@ Letters as in model.py; T is the block as padded, S the cache length.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +211,41 @@ def decode(
         )
 
 
+class Prepared(NamedTuple):
+    """A batch ready to decode: what `decode` and `step` take beside the model and its parameters."""
+
+    prompts: Array
+    requests: Requests
+    mask_id: Array
+    eos_id: Array
+    shape: Shape
+
+
+def prepare(
+    model,
+    prompts: Sequence[Sequence[int]],
+    config: DecodeConfig | Sequence[DecodeConfig],
+    shape: Shape | None = None,
+) -> Prepared:
+    """Checks and pads a batch; arguments and errors as those of `sample`."""
+    if model.scan_layers:
+        raise ValueError("decoding needs an unrolled model: scan_layers=False and unstack_layers(params)")
+    configs = [config] * len(prompts) if isinstance(config, DecodeConfig) else list(config)
+    needed = Shape.exact(prompts, configs)
+    shape = needed.padded() if shape is None else shape
+    shape.check_holds(needed)
+    padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
+    return Prepared(padded, requests, jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id), shape)
+
+
+def finish(state: DecodeState, batch: Prepared) -> Samples:
+    """The answers in a state whose rows are done."""
+    answers = in_text_order(
+        state.tokens, state.cache.filled, batch.requests.prompt_len, batch.eos_id, gen=batch.shape.gen
+    )
+    return Samples(*answers, state.row.forwards, state.row.iterations, state.trace)
+
+
 def sample(
     model,
     params,
@@ -230,13 +266,26 @@ def sample(
     Raises:
       BadInput: a prompt or setting that cannot be decoded, naming it.
     """
-    if model.scan_layers:
-        raise ValueError("decoding needs an unrolled model: scan_layers=False and unstack_layers(params)")
-    configs = [config] * len(prompts) if isinstance(config, DecodeConfig) else list(config)
-    shape = Shape.fitting(prompts, configs) if shape is None else shape
-    padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
-    mask_id, eos_id = jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id)
-    state = decode(model, params, padded, requests, mask_id, eos_id, shape=shape)
-    answers = in_text_order(state.tokens, state.cache.filled, requests.prompt_len, eos_id, gen=shape.gen)
-    samples = Samples(*answers, state.row.forwards, state.row.iterations, state.trace)
-    return jax.tree.map(lambda x: x[: len(prompts)], samples)
+    batch = prepare(model, prompts, config, shape)
+    state = decode(
+        model, params, batch.prompts, batch.requests, batch.mask_id, batch.eos_id, shape=batch.shape
+    )
+    return jax.tree.map(lambda x: x[: len(prompts)], finish(state, batch))
+
+
+_jitted_first_step = jax.jit(first_step, static_argnames=("model", "shape"))
+_jitted_step = jax.jit(step, static_argnames=("model",), donate_argnames=("state",))
+
+
+def stream(model, params, batch: Prepared) -> Iterator[DecodeState]:
+    """The states that `decode` goes through, one a forward pass, for showing a decode as it happens.
+
+    A state is used up when the next one is asked for.
+    """
+    special = batch.mask_id, batch.eos_id
+    with exact_matmuls(model):
+        state = _jitted_first_step(model, params, batch.prompts, batch.requests, batch.shape, *special)
+        yield state
+        while running(state):
+            state = _jitted_step(model, params, state, batch.requests, *special)
+            yield state

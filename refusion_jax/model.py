@@ -17,7 +17,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from refusion_jax.rope import RopeScaling, apply_rope, rope_tables
 
 Array = jax.Array
 LayerKV = tuple[Array, Array]  # keys (after norm and RoPE) and values, each [B, S, K, H]
@@ -47,6 +48,8 @@ class ModelConfig:
       qk_norm: RMSNorm on each head's q and k before RoPE (Qwen3).
       qkv_bias: bias on the q, k and v projections (Qwen2.5).
       tie_embeddings: the head is the embedding, transposed.
+      rope_scaling: how RoPE reaches further than first trained, a RopeScaling or a mapping of its fields;
+        None leaves the frequencies as they are.
     """
 
     vocab_size: int
@@ -61,8 +64,11 @@ class ModelConfig:
     qk_norm: bool = True
     qkv_bias: bool = False
     tie_embeddings: bool = False
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = None
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, Mapping):  # as a configuration file gives it
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_fields(self.rope_scaling))
         sizes = (
             "vocab_size",
             "num_layers",
@@ -79,6 +85,10 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be above 0, got {self.rope_theta}")
+        if not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must be 0 or above, got {self.norm_eps}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates halves), got {self.head_dim}")
 
@@ -127,26 +137,6 @@ class ModelConfig:
     def refusion_8b(cls) -> "ModelConfig":
         """Qwen3-8B with the vocabulary resized for <|beginoftext|> and <|mask|>."""
         return dataclasses.replace(cls.qwen3_8b(), vocab_size=151671)
-
-
-def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines of the RoPE angles, float32 [B, T, 1, H/2], for int32 positions [B, T].
-
-    The frequencies are float32 constants rounded as PyTorch rounds them: at far positions one unit in
-    their last place is the largest difference between the two.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.float32(theta) ** exponents
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates x [B, T, heads, H] in the half-split layout (channel i pairs with i + H/2)."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) -> Array:
@@ -327,7 +317,8 @@ class Transformer(nn.Module):
         table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
         x = jnp.take(table, tokens, axis=0).astype(self.dtype)
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        rope = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         if self.scan_layers:
             x, kv = self.layers(x, rope, cache, mask)
         else:

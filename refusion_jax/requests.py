@@ -101,13 +101,25 @@ def check_common(config) -> None:
 def check_whole(name: str, value, least: int, most: int) -> None:
     """Raises BadInput unless value is a whole number from least to most."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
-        raise BadInput(f"{name} must be a whole number from {least} to {most}, found {value!r}")
+        raise BadInput(f"{name} must be a whole number from {least} to {most}, found {shown(value)}")
 
 
 def check_finite(name: str, value) -> None:
     """Raises BadInput unless value is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadInput(f"{name} must be a finite number, found {value!r}")
+    try:
+        finite = not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):  # no number, or a whole number beyond any float
+        finite = False
+    if not finite:
+        raise BadInput(f"{name} must be a finite number, found {shown(value)}")
+
+
+def shown(value) -> str:
+    """A value as an error line shows it: a long one by its beginning."""
+    text = (
+        repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of very many digits"
+    )
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +145,19 @@ class Shape:
     trace: bool = False
 
     @classmethod
+    def exact(cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig]) -> "Shape":
+        """The smallest shape that holds these requests as one batch."""
+        check_pairs(prompts, configs)
+        return cls(
+            rows=len(prompts),
+            prompt=max(map(len, prompts)),
+            gen=max(c.response_len for c in configs),
+            block=max(c.block_len for c in configs),
+            slots=max(c.block_len // c.slot_size for c in configs),
+            iterations=max(c.response_len // c.slot_size for c in configs),
+        )
+
+    @classmethod
     def fitting(
         cls,
         prompts: Sequence[Sequence[int]],
@@ -140,18 +165,30 @@ class Shape:
         rows: int | None = None,
         trace: bool = False,
     ) -> "Shape":
-        """The shape that holds all these requests, in batches of `rows` (default: one batch)."""
-        if len(prompts) != len(configs) or not prompts:
-            raise BadInput(f"as many settings as prompts are needed, found {len(configs)} and {len(prompts)}")
-        return cls(
-            rows=rows or len(prompts),
-            prompt=bucket(max(map(len, prompts))),
-            gen=bucket(max(c.response_len for c in configs)),
-            block=bucket(max(c.block_len for c in configs)),
-            slots=bucket(max(c.block_len // c.slot_size for c in configs)),
-            iterations=bucket(max(c.response_len // c.slot_size for c in configs)),
-            trace=trace,
-        )
+        """A padded shape that holds all these requests, in batches of `rows` (default: one batch)."""
+        return cls.exact(prompts, configs).padded(rows, trace)
+
+    def padded(self, rows: int | None = None, trace: bool = False) -> "Shape":
+        """This shape with its lengths in buckets, so that few different ones occur; prompts of up to 64
+        tokens share one. `rows`: how many are decoded together, when not all."""
+        prompt = bucket(max(64, self.prompt))
+        rest = {name: bucket(getattr(self, name)) for name in ("gen", "block", "slots", "iterations")}
+        return Shape(rows or self.rows, prompt, **rest, trace=trace)
+
+    def check_holds(self, needed: "Shape") -> None:
+        """Raises BadInput unless requests that need the sizes `needed` fit."""
+        for field in ("rows", "prompt", "gen", "block", "slots") + (("iterations",) if self.trace else ()):
+            mine, theirs = getattr(self, field), getattr(needed, field)
+            if mine < theirs:
+                raise BadInput(
+                    f"the shape's {field} must be at least {theirs} for these requests, found {mine}"
+                )
+
+
+def check_pairs(prompts: Sequence, configs: Sequence) -> None:
+    """Raises BadInput unless there are prompts, and settings for each."""
+    if len(prompts) != len(configs) or not prompts:
+        raise BadInput(f"as many settings as prompts are needed, found {len(configs)} and {len(prompts)}")
 
 
 def bucket(length: int) -> int:

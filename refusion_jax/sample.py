@@ -6,6 +6,7 @@ python -m refusion_jax.sample --checkpoint=DIR
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
-from refusion_jax import hf, serving
+from refusion_jax import hf, serving, terminal
 from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import load
@@ -106,6 +108,7 @@ def open_model(flags: argparse.Namespace) -> Opened:
     """The model and default settings that the decoding flags name."""
     if flags.batch_size < 1:
         raise BadInput(f"--batch_size must be at least 1 request, found {flags.batch_size}")
+    use_compilation_cache()
     on_cpu = jax.default_backend() == "cpu"
     dtype = DTYPES[flags.dtype or ("float32" if on_cpu else "bfloat16")]
     model, params, tokenizer = load(flags.checkpoint, dtype=dtype)
@@ -119,8 +122,16 @@ def open_model(flags: argparse.Namespace) -> Opened:
     return Opened(model, params, tokenizer, Defaults(flags.method, settings, flags.raw, tuple(flags.stop)))
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/refusion_jax."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "refusion_jax"))
+
+
 def from_file(flags: argparse.Namespace) -> int:
     """Serves every request of --input; 2 if some could not be served."""
+    check_output("--output", flags.output)
     lines = read_lines(Path(flags.input))
     model, params, tokenizer, defaults = open_model(flags)
     answers: list[dict[str, Any] | None] = []
@@ -128,7 +139,7 @@ def from_file(flags: argparse.Namespace) -> int:
     for number, line in lines:
         try:
             raw = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             answers.append({"id": None, "error": f"{flags.input}:{number}: not JSON ({error})"})
             continue
         try:
@@ -165,21 +176,44 @@ def write_results(results, output: str | None) -> None:
     """Writes results as JSON lines, to a file that takes its name when it is whole, or to stdout."""
     if output is None:
         for answer in results:
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
+            print(to_json(answer), flush=True)
         return
     partial = Path(f"{output}.partial")
     with partial.open("w", encoding="utf-8") as file:
         for answer in results:
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.write(to_json(answer) + "\n")
             file.flush()
     os.replace(partial, output)
 
 
+def to_json(answer: dict[str, Any]) -> str:
+    """One line of JSON; an id that is no valid Unicode stays escaped."""
+    line = json.dumps(answer, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(answer)
+    return line
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """Raises BadInput where a file cannot be written, before any work is done for it."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise BadInput(f"{flag}={path}: cannot be written (it is a folder)")
+    if not Path(path).absolute().parent.is_dir():
+        raise BadInput(f"{flag}={path}: cannot be written (its folder does not exist)")
+
+
 def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:
     """Prints the answer to each --prompt and what it took."""
+    check_output("--trace", flags.trace)
     opened = open_model(flags)
-    requests = [text_request(opened, prompt) for prompt in prompts]
-    print_answers(opened, requests)
+    requests = [text_request(opened, prompt, trace=bool(flags.trace)) for prompt in prompts]
+    answers = print_answers(opened, requests)
+    if flags.trace:
+        write_trace(Path(flags.trace), opened, requests[0], prompts[0], answers[0])
     return 0
 
 
@@ -199,21 +233,43 @@ def converse(flags: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
 
 
-def text_request(opened: Opened, prompt: str) -> Request:
-    raw = {"id": 0, "prompt": prompt}
+def write_trace(path: Path, opened: Opened, request: Request, prompt: str, answer: dict[str, Any]) -> None:
+    """Writes how an answer came about, for `view`: the prompt, each token's text, and every plan."""
+    tokenizer = opened.tokenizer
+    trace = {
+        "prompt": prompt,
+        "prompt_ids": list(request.prompt),
+        "settings": dataclasses.asdict(request.config),
+        "token_texts": [tokenizer.decode([token]) for token in answer["raw_ids"]],
+        **answer,
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(trace, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def text_request(opened: Opened, prompt: str, trace: bool = False) -> Request:
+    raw = {"id": 0, "prompt": prompt, "trace": trace}
     return serving.parse(raw, opened.defaults, opened.tokenizer, opened.model.config.vocab_size)
 
 
-def print_answers(opened: Opened, requests: Sequence[Request]) -> None:
+def print_answers(opened: Opened, requests: Sequence[Request]) -> list[dict[str, Any]]:
     """Each answer on stdout and what it took on stderr; one compilation serves them all."""
     model, params, tokenizer, defaults = opened
     shape = serving.fitting_shape(requests, 1)
+    console = Console()
+    live = console.is_terminal and defaults.method == "refusion"
     start = time.perf_counter()
-    serving.warm_up(model, params, requests[0].config, shape)
-    before = time.perf_counter()
-    compiled = f"; compiled in {before - start:.1f} s"
-    for answer in serving.serve(model, params, tokenizer, requests, shape, defaults.stop):
-        seconds = time.perf_counter() - before
+    serving.warm_up(model, params, requests[0].config, shape, streamed=live)
+    compiled = f"; compiled in {time.perf_counter() - start:.1f} s"
+    answers = []
+    for request in requests:
+        start = time.perf_counter()
+        if live:
+            answer = terminal.answer(console, model, params, tokenizer, request, shape, defaults.stop)
+        else:
+            (answer,) = serving.serve(model, params, tokenizer, [request], shape, defaults.stop)
+        seconds = time.perf_counter() - start
         print(answer["text"], flush=True)
         print(
             f"[{answer['num_tokens']} tokens in {answer['num_forwards']} forwards, "
@@ -222,7 +278,9 @@ def print_answers(opened: Opened, requests: Sequence[Request]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        before, compiled = time.perf_counter(), ""
+        compiled = ""
+        answers.append(answer)
+    return answers
 
 
 @command
@@ -236,7 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; repeatable")
     parser.add_argument("--input", metavar="FILE", help="requests, one JSON object a line")
     parser.add_argument("--output", metavar="FILE", help="results, one JSON object a line (default stdout)")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write how the answer to the one --prompt came about, JSON"
+    )
     flags = parser.parse_args(arguments)
+    if flags.trace and (len(flags.prompt) != 1 or flags.method != "refusion"):
+        raise BadInput("--trace needs exactly one --prompt and --method=refusion")
     if flags.prompt and flags.input:
         raise BadInput("--prompt and --input: give one of the two")
     if flags.output and not flags.input:

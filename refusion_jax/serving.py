@@ -14,7 +14,7 @@ import numpy as np
 from refusion_jax import decode
 from refusion_jax.baselines import ar
 from refusion_jax.errors import BadInput
-from refusion_jax.requests import DecodeConfig, Shape, bucket, check_prompt
+from refusion_jax.requests import DecodeConfig, Shape, check_prompt, shown
 from refusion_jax.samples import Samples
 from refusion_jax.tokenizer import Tokenizer
 
@@ -57,13 +57,13 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     if not isinstance(raw, dict):
         raise BadInput(f"a request must be a JSON object, found {type(raw).__name__}")
     if not isinstance(raw.get("id"), (str, int)):
-        raise BadInput(f"id must be text or a number, found {raw.get('id')!r}")
+        raise BadInput(f"id must be text or a number, found {shown(raw.get('id'))}")
     given = [field for field in PROMPTS if field in raw]
     if len(given) != 1:
         raise BadInput(f"exactly one of {', '.join(PROMPTS)} is needed, found {given or 'none'}")
     trace = raw.get("trace", False)
     if not isinstance(trace, bool):
-        raise BadInput(f"trace must be true or false, found {trace!r}")
+        raise BadInput(f"trace must be true or false, found {shown(trace)}")
     config_class = ar.ARConfig if defaults.method == "ar" else DecodeConfig
     own = {key: value for key, value in raw.items() if key not in ("id", "trace", *PROMPTS)}
     every = {field.name for cls in (DecodeConfig, ar.ARConfig) for field in dataclasses.fields(cls)}
@@ -87,16 +87,17 @@ def _encode(kind: str, value: Any, raw: bool, tokenizer: Tokenizer) -> Sequence[
         return value
     wanted = str if kind == "prompt" else list
     if not isinstance(value, wanted):
-        raise BadInput(f"{kind} must be {'text' if wanted is str else 'a list of messages'}, found {value!r}")
+        raise BadInput(
+            f"{kind} must be {'text' if wanted is str else 'a list of messages'}, found {shown(value)}"
+        )
     return tokenizer.encode(tokenizer.prompt(value, raw=raw))
 
 
 def fitting_shape(requests: Sequence[Request], batch_size: int) -> Shape:
     """One padded shape for all the requests, so that one compilation serves them."""
     prompts, configs = [r.prompt for r in requests], [r.config for r in requests]
-    if isinstance(configs[0], DecodeConfig):
-        return Shape.fitting(prompts, configs, rows=batch_size, trace=any(r.trace for r in requests))
-    return Shape(batch_size, bucket(max(map(len, prompts))), bucket(max(c.gen_length for c in configs)))
+    exact = Shape.exact if isinstance(configs[0], DecodeConfig) else ar.exact_shape
+    return exact(prompts, configs).padded(batch_size, trace=any(r.trace for r in requests))
 
 
 def serve(
@@ -114,14 +115,20 @@ def serve(
             yield result(request, jax.tree.map(lambda x, row=row: x[row], samples), tokenizer, stop)
 
 
-def warm_up(model, params, config: DecodeConfig | ar.ARConfig, shape: Shape) -> None:
-    """Compiles what decoding at `shape` takes, by decoding one token."""
-    if isinstance(config, DecodeConfig):
-        method, one = decode, {"gen_length": 1, "slot_size": 1, "num_blocks": 1}
+def warm_up(model, params, config: DecodeConfig | ar.ARConfig, shape: Shape, streamed: bool = False) -> None:
+    """Compiles what decoding at `shape` takes, by decoding one token; `streamed` as `decode.stream` does."""
+    prompts = [[config.mask_id]]
+    if isinstance(config, ar.ARConfig):
+        config = dataclasses.replace(config, gen_length=1)
+        jax.block_until_ready(ar.sample(model, params, prompts, config, shape=shape))
+        return
+    config = dataclasses.replace(config, gen_length=1, slot_size=1, num_blocks=1)
+    if streamed:
+        batch = decode.prepare(model, prompts, config, shape)
+        *_, state = decode.stream(model, params, batch)
+        jax.block_until_ready(decode.finish(state, batch))
     else:
-        method, one = ar, {"gen_length": 1}
-    prompts, config = [[config.mask_id]], dataclasses.replace(config, **one)
-    jax.block_until_ready(method.sample(model, params, prompts, config, shape=shape))
+        jax.block_until_ready(decode.sample(model, params, prompts, config, shape=shape))
 
 
 def result(request: Request, samples: Samples, tokenizer: Tokenizer, stop: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flax import struct
 from refusion_jax.errors import BadInput
 from refusion_jax.kv_cache import KVCache, scatter_rows
 from refusion_jax.model import exact_matmuls
-from refusion_jax.requests import Shape, bucket, check_common, column, pad_prompts
+from refusion_jax.requests import Shape, check_common, check_pairs, column, pad_prompts, shown
 from refusion_jax.samples import Samples, in_text_order
 
 Array = jax.Array
@@ -46,7 +46,7 @@ class ARConfig:
         check_common(self)
         if self.first_token not in FIRST_TOKENS:
             raise BadInput(
-                f"first_token must be one of {', '.join(FIRST_TOKENS)}, found {self.first_token!r}"
+                f"first_token must be one of {', '.join(FIRST_TOKENS)}, found {shown(self.first_token)}"
             )
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
@@ -161,6 +161,12 @@ def append(state: ARState, requests: ARRequests, logits: Array, eos_id: Array) -
     )
 
 
+def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig]) -> Shape:
+    """The smallest shape that holds these requests as one batch."""
+    check_pairs(prompts, configs)
+    return Shape(len(prompts), max(map(len, prompts)), max(c.gen_length for c in configs))
+
+
 def sample(
     model,
     params,
@@ -176,11 +182,11 @@ def sample(
         first one off, so it needs first_token "mask".
     """
     configs = [config] * len(prompts) if isinstance(config, ARConfig) else list(config)
+    needed = exact_shape(prompts, configs)
+    shape = needed.padded() if shape is None else shape
+    shape.check_holds(needed)
     for prompt, c in zip(prompts, configs, strict=True):
         c.check_prompt(prompt)
-    if shape is None:
-        longest = max(map(len, prompts)), max(c.gen_length for c in configs)
-        shape = Shape(len(prompts), *map(bucket, longest))
     padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
     requests = ARRequests.batch(prompts, configs, shape.rows)
     mask_id, eos_id = jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id)

@@ -1,0 +1,263 @@
+"""Plan and infill for one prompt in plain Python, word for word from the description of the authors' code.
+
+It shares nothing with the package. There is no cache: every forward pass feeds all committed tokens again,
+in the order in which they were committed, under a mask that lets each of them see what it saw when it was
+committed (the slots before it in a joint pass, its own slot alone after infilling). What a cache would have
+kept of them follows from that.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# tokens [n], positions [n], mask [n, n] -> logits [n, V]
+Forward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+class Step(NamedTuple):
+    """One outer iteration: positions are absolute, `planned` has those of the slots' first tokens."""
+
+    block: int
+    planned: list[int]
+    branch: str
+    rounds: int
+    committed: list[int]
+    forwards: int
+
+
+class Decoded(NamedTuple):
+    """The outcome of one decode.
+
+    Attributes:
+      tokens, positions: committed, in commit order, the prompt first.
+      sees: for each of them the indices, into that order, of the tokens it attended to.
+      steps: one for each outer iteration.
+      forwards: model calls.
+      seen: names of what occurred, for tests to see that everything did.
+      margin: by how little a logit would have to change for a decision to fall otherwise.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    sees: list[list[int]]
+    steps: list[Step]
+    forwards: int
+    seen: set[str]
+    margin: float
+
+    def in_text_order(self, prompt_len: int) -> tuple[list[int], list[int]]:
+        """Tokens and positions of the response, sorted by position."""
+        order = np.argsort(self.positions, kind="stable")[prompt_len:]
+        return [self.tokens[i] for i in order], [self.positions[i] for i in order]
+
+
+def decode(
+    forward: Forward,
+    prompt: Sequence[int],
+    *,
+    gen_length: int,
+    slot_size: int,
+    num_blocks: int,
+    slot_threshold: float,
+    token_threshold: float,
+    mask_id: int,
+    eos_id: int,
+    semantics: str,
+) -> Decoded:
+    """Decodes `prompt` greedily under the semantics "fixed" or "release"."""
+    run = _Run(
+        forward, list(prompt), np.float32(slot_threshold), np.float32(token_threshold), mask_id, eos_id
+    )
+    run.release = semantics == "release"
+    length = -(-gen_length // slot_size) * slot_size
+    block_len = length // num_blocks
+    for block in range(num_blocks):
+        start = len(prompt) + block * block_len
+        pool = [list(range(slot, slot + slot_size)) for slot in range(start, start + block_len, slot_size)]
+        while pool:
+            pool = run.outer_iteration(block, pool, slot_size)
+        if run.stop:
+            break
+    return Decoded(run.tokens, run.positions, run.sees, run.steps, run.forwards, run.seen, run.margin)
+
+
+class _Run:
+    def __init__(self, forward, prompt, slot_threshold, token_threshold, mask_id, eos_id):
+        self.forward = forward
+        self.slot_threshold, self.token_threshold = slot_threshold, token_threshold
+        self.mask_id, self.eos_id = mask_id, eos_id
+        self.tokens, self.positions = prompt, list(range(len(prompt)))
+        self.sees = [list(range(i + 1)) for i in range(len(prompt))]
+        self.forwards = 0
+        self.steps, self.seen, self.margin = [], set(), np.inf
+        self.stop = False
+
+    # Model calls.
+
+    def feed(self, sequences: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+        """Logits of some sequences of (tokens, positions), each after the committed tokens, in one call.
+
+        A sequence is causal and does not see the others.
+        """
+        committed = len(self.tokens)
+        tokens, positions, sees = list(self.tokens), list(self.positions), list(self.sees)
+        for new_tokens, new_positions in sequences:
+            start = len(tokens)
+            tokens += new_tokens
+            positions += new_positions
+            for i in range(len(new_tokens)):
+                sees.append([*range(committed), *range(start, start + i + 1)])
+        mask = np.zeros((len(tokens), len(tokens)), bool)
+        for i, seen in enumerate(sees):
+            mask[i, seen] = True
+        logits = self.forward(np.asarray(tokens), np.asarray(positions), mask)[committed:]
+        borders = np.cumsum([len(new_tokens) for new_tokens, _ in sequences])[:-1]
+        self.forwards += 1
+        return np.split(logits, borders)
+
+    def commit(self, tokens: list[int], positions: list[int], sees: list[list[int]]) -> None:
+        self.tokens += tokens
+        self.positions += positions
+        self.sees += sees
+
+    # Decisions, with how near they were to falling otherwise.
+
+    def argmax(self, logits: np.ndarray) -> int:
+        second, first = np.sort(logits)[-2:]
+        self.margin = min(self.margin, float(first - second))
+        return int(np.argmax(logits))
+
+    def above(self, probability: np.float32, threshold: np.float32) -> bool:
+        if 0 < threshold < 1:
+            self.margin = min(self.margin, abs(float(np.log(probability / threshold))))
+        return bool(probability > threshold)
+
+    # One plan and what comes of it; returns the pool that is left.
+
+    def outer_iteration(self, block: int, pool: list[list[int]], slot_size: int) -> list[list[int]]:
+        places = [place for slot in pool for place in slot]
+        (logits,) = self.feed([([self.mask_id] * len(places), places)])
+        logits = logits.reshape(len(pool), slot_size, -1)
+        confidence = [probabilities(of_slot[0]).max() for of_slot in logits]
+        chosen = [i for i in range(len(pool)) if self.above(confidence[i], self.slot_threshold)]
+        if not chosen:
+            self.seen.add("fallback")
+            if len(pool) > 1:
+                second, first = sorted(confidence)[-2:]
+                self.margin = min(self.margin, float(np.log(first / second)))
+            chosen = [int(np.argmax(confidence))]
+        slots = [pool[i] for i in chosen]
+        drafts = [[self.argmax(of_token) for of_token in logits[i]] for i in chosen]
+
+        # Verify the concatenation.
+        joint, joint_places = joined(drafts), joined(slots)
+        (logits,) = self.feed([(joint, joint_places)])
+        passes = []
+        for j in range(len(joint)):
+            first_of_slot = j % slot_size == 0
+            passes.append(
+                first_of_slot or self.above(probabilities(logits[j - 1])[joint[j]], self.token_threshold)
+            )
+        n = leading_run(passes)
+
+        if self.eos_id in joint[:n]:
+            branch, rounds = "prefix", 0
+            end = joint.index(self.eos_id) + 1
+            eos_slot = chosen[(end - 1) // slot_size]
+            self.seen.add("prefix with EOS")
+            self.stop = True
+            left = [slot for i, slot in enumerate(pool) if i < eos_slot and i not in chosen]
+            self.seen |= {"slots before an EOS are left"} if left else set()
+            committed = self.commit_joint(joint[:end], joint_places[:end])
+        elif n // slot_size >= 1:
+            branch, rounds = "prefix", 0
+            self.seen.add("prefix")
+            self.seen |= {"drafts rejected"} if n // slot_size < len(chosen) else set()
+            end = n // slot_size * slot_size
+            accepted = chosen[: n // slot_size]
+            left = [slot for i, slot in enumerate(pool) if i not in accepted]
+            committed = self.commit_joint(joint[:end], joint_places[:end])
+        else:
+            branch = "iterative"
+            runs = [leading_run(passes[r * slot_size : (r + 1) * slot_size]) for r in range(len(slots))]
+            rounds, committed, eos_row = self.infill(drafts, slots, runs)
+            left = [slot for i, slot in enumerate(pool) if i not in chosen]
+            if eos_row is not None:
+                # The release takes the row number for an index into the pool.
+                border = eos_row if self.release else chosen[eos_row]
+                left = [slot for i, slot in enumerate(pool) if i not in chosen and i < border]
+                lost = [i for i in range(border, chosen[eos_row]) if i not in chosen]
+                self.seen |= {"slots before an EOS are lost"} if lost else set()
+                self.stop = True
+        self.steps.append(Step(block, [slot[0] for slot in slots], branch, rounds, committed, self.forwards))
+        self.seen |= {"later blocks"} if block else set()
+        return left
+
+    def commit_joint(self, tokens: list[int], places: list[int]) -> list[int]:
+        """Commits what a pass over the concatenated slots computed: each token saw all before it."""
+        base = len(self.tokens)
+        self.commit(tokens, places, [list(range(base + i + 1)) for i in range(len(tokens))])
+        return places
+
+    def infill(self, rows: list[list[int]], slots: list[list[int]], tags: list[int]):
+        """Completes each slot on its own; tags[r] leading tokens of row r are accepted.
+
+        Returns:
+          rounds, positions committed, and the row with the first EOS or None.
+        """
+        size, rounds, a, eos_row = len(rows[0]), 0, 0, None
+        self.seen.add("several slots infilled" if len(rows) > 1 else "one slot infilled")
+        while min(tags) < size:
+            rounds += 1
+            masked = [row[:tag] + [self.mask_id] * (size - tag) for row, tag in zip(rows, tags, strict=True)]
+            logits = self.feed(list(zip(masked, slots, strict=True)))
+            rows = [
+                row[:tag] + [self.argmax(of_token) for of_token in of_row[tag:]]
+                for row, tag, of_row in zip(rows, tags, logits, strict=True)
+            ]
+            logits = self.feed(list(zip(rows, slots, strict=True)))
+            for r, row in enumerate(rows):
+                passes = []
+                for j in range(a, size):
+                    forced = j == a or j <= tags[r]
+                    passes.append(
+                        forced or self.above(probabilities(logits[r][j - 1])[row[j]], self.token_threshold)
+                    )
+                tags[r] = a + leading_run(passes)
+            with_eos = [r for r, row in enumerate(rows) if self.eos_id in row[a : tags[r]]]
+            if with_eos:
+                eos_row = with_eos[0]
+                self.seen |= {"rows after an EOS leave"} if len(rows) > eos_row + 1 else set()
+                rows, slots, tags = (x[: eos_row + 1] for x in (rows, slots, tags))
+                tags[eos_row] = size
+                self.seen |= {"rows before an EOS go on"} if min(tags) < size else set()
+            # Tokens before a are not fed again; the last one common to all rows is, for its logits.
+            m = min(tags) - a
+            a += m if min(tags) == size else m - 1
+        tokens, places = joined(rows), joined(slots)
+        if self.eos_id in tokens:
+            self.seen.add("iterative with EOS")
+            end = tokens.index(self.eos_id) + 1
+            tokens, places = tokens[:end], places[:end]
+        else:
+            self.seen.add("iterative")
+        base = len(self.tokens)
+        own = [[base + j for j in range(i - i % size, i + 1)] for i in range(len(tokens))]
+        self.commit(tokens, places, [[*range(base), *seen] for seen in own])
+        return rounds, places, eos_row
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax in float32."""
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def joined(lists: Sequence[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(lists))
+
+
+def leading_run(passes: Sequence[bool]) -> int:
+    return passes.index(False) if False in passes else len(passes)
