@@ -12,7 +12,10 @@ from flax import struct
 from refusion_jax.errors import BadInput
 
 SEMANTICS = ("fixed", "release")
-MOST_TOKENS = 1 << 20  # of a response; beyond it a setting is a slip of the hand
+# Beyond these a setting is a slip of the hand, and would take more memory than there is: a block is fed at
+# once, and every request of a file is padded to the largest.
+MOST_TOKENS = 1 << 16  # of a response
+MOST_BLOCK_TOKENS = 1 << 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,10 @@ class DecodeConfig:
             check_finite(name, getattr(self, name))
         if self.semantics not in SEMANTICS:
             raise BadInput(f"semantics must be one of {', '.join(SEMANTICS)}, found {self.semantics!r}")
-        _ = self.block_len  # raises where the lengths do not fit
+        if self.block_len > MOST_BLOCK_TOKENS:
+            raise BadInput(
+                f"gen_length / num_blocks must be at most {MOST_BLOCK_TOKENS} tokens, found {self.block_len}"
+            )
 
     @property
     def block_len(self) -> int:

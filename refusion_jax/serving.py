@@ -1,7 +1,8 @@
 """Requests in, results out: what `sample` and `evaluate` do with a loaded model.
 
 A request is a JSON object: `id`, one of `prompt`, `messages` and `prompt_ids`, and settings that
-override the defaults. A request that cannot be served gets a result with `error`, and the others go on.
+override the defaults. Settings of another method are passed over, so that one file serves them all. A
+request that cannot be served gets a result with `error`, and the others go on.
 """
 
 import dataclasses
@@ -56,8 +57,8 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     """
     if not isinstance(raw, dict):
         raise BadInput(f"a request must be a JSON object, found {type(raw).__name__}")
-    if not isinstance(raw.get("id"), (str, int)):
-        raise BadInput(f"id must be text or a number, found {shown(raw.get('id'))}")
+    if not isinstance(raw.get("id"), (str, int)) or isinstance(raw["id"], bool):
+        raise BadInput(f"id must be text or a whole number, found {shown(raw.get('id'))}")
     given = [field for field in PROMPTS if field in raw]
     if len(given) != 1:
         raise BadInput(f"exactly one of {', '.join(PROMPTS)} is needed, found {given or 'none'}")

@@ -352,8 +352,8 @@ def test_release_semantics_has_the_holes_that_fixed_fills():
 
 def test_one_compilation_serves_every_request(compilations):
     """Prompts, lengths, slot sizes, thresholds, EOS ids and semantics differed; so do these."""
-    assert compilations == 1
     before = decode.decode._cache_size()
+    assert compilations <= 1 <= before  # 0 where a test before this one has compiled
     hot = [
         Case([1] * i, DecodeConfig(5, 6, 24, 3, 2, 0.5, 0.1, temperature=0.3 * i, seed=i)) for i in range(9)
     ]

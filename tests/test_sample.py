@@ -160,7 +160,12 @@ BAD = [
     ('{"id": "x", "prompt": ', "not JSON"),
     ("[1, 2]", "must be a JSON object, found list"),
     ("17", "must be a JSON object, found int"),
-    ('{"prompt": "1+1"}', "id must be text or a number, found None"),
+    ('{"prompt": "1+1"}', "id must be text or a whole number, found None"),
+    ('{"id": true, "prompt": "1+1"}', "id must be text or a whole number, found True"),
+    (
+        '{"id": "vast", "prompt": "1+1", "gen_length": 32768, "slot_size": 32768}',
+        "gen_length / num_blocks must be at most 4096 tokens, found 32768",
+    ),
     ('{"id": "x"}', "exactly one of prompt, messages, prompt_ids is needed, found none"),
     ('{"id": "x", "prompt": "1", "prompt_ids": [1]}', "exactly one of .* found \\['prompt', 'prompt_ids'\\]"),
     ('{"id": "x", "prompt": 1}', "prompt must be text, found 1"),
@@ -710,6 +715,22 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["requests.jsonl"]
 
 
+def test_results_take_their_name_when_they_are_whole(tmp_path):
+    """A run that is stopped half-way leaves what was there before."""
+    answered = tmp_path / "results.jsonl"
+    answered.write_text("of another run")
+
+    def stopped():
+        yield {"id": 1}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample.write_results(stopped(), str(answered))
+    assert answered.read_text() == "of another run"
+    sample.write_results(iter([{"id": 1}, {"id": "ü"}]), str(answered))
+    assert lines(answered) == [{"id": 1}, {"id": "ü"}] and os.listdir(tmp_path) == ["results.jsonl"]
+
+
 @pytest.mark.parametrize("output", ["missing/results.jsonl", "folder"])
 def test_outputs_that_cannot_be_written(checkpoint, served, tmp_path, output):
     (tmp_path / "folder").mkdir()
@@ -732,7 +753,7 @@ def test_outputs_that_cannot_be_written(checkpoint, served, tmp_path, output):
     ],
     ids=["an integer beyond float", "nested too deep", "a lone surrogate as id"],
 )
-def test_lines_that_end_the_run(checkpoint, tmp_path, line, message):
+def test_lines_that_are_hard_to_read(checkpoint, tmp_path, line, message):
     asked, answered = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
     asked.write_text(line + "\n")
     ran = command(f"--checkpoint={checkpoint}", *FLAGS, f"--input={asked}", f"--output={answered}")
