@@ -146,7 +146,7 @@ def from_file(flags: argparse.Namespace) -> int:
             requests.append(serving.parse(raw, defaults, tokenizer, model.config.vocab_size))
             answers.append(None)
         except BadInput as error:
-            name = raw.get("id") if isinstance(raw, dict) else None
+            name = raw["id"] if isinstance(raw, dict) and serving.is_id(raw.get("id")) else None
             answers.append({"id": name, "error": f"{flags.input}:{number}: {error}"})
 
     served = iter(())

@@ -57,7 +57,7 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     """
     if not isinstance(raw, dict):
         raise BadInput(f"a request must be a JSON object, found {type(raw).__name__}")
-    if not isinstance(raw.get("id"), (str, int)) or isinstance(raw["id"], bool):
+    if not is_id(raw.get("id")):
         raise BadInput(f"id must be text or a whole number, found {shown(raw.get('id'))}")
     given = [field for field in PROMPTS if field in raw]
     if len(given) != 1:
@@ -79,6 +79,11 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     if isinstance(config, ar.ARConfig):
         config.check_prompt(prompt)
     return Request(raw["id"], prompt, config, trace)
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can name a request."""
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
 def _encode(kind: str, value: Any, raw: bool, tokenizer: Tokenizer) -> Sequence[int]:

@@ -163,7 +163,7 @@ BAD = [
     ('{"prompt": "1+1"}', "id must be text or a whole number, found None"),
     ('{"id": true, "prompt": "1+1"}', "id must be text or a whole number, found True"),
     (
-        '{"id": "vast", "prompt": "1+1", "gen_length": 32768, "slot_size": 32768}',
+        '{"id": "x", "prompt": "1+1", "gen_length": 32768, "slot_size": 32768}',
         "gen_length / num_blocks must be at most 4096 tokens, found 32768",
     ),
     ('{"id": "x"}', "exactly one of prompt, messages, prompt_ids is needed, found none"),
