@@ -21,6 +21,9 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = ConfigDict(dataclasses.asdict(ModelConfig.tiny()))
     c.data = ConfigDict({"source": "tasks", "tasks": {"extraction": {"fields": 2}}, "max_length": 92})
-    c.train = ConfigDict({"steps": 2000, "batch_size": 32, "save_every": 500, "log_every": 100})
+    # Four parts a batch: their temporaries are small enough that a CPU need not fetch new pages every step.
+    c.train = ConfigDict(
+        {"steps": 2000, "batch_size": 32, "microbatches": 4, "save_every": 500, "log_every": 100}
+    )
     c.optimizer = ConfigDict({"learning_rate": 3e-3, "warmup_steps": 50, "final_fraction": 0.05})
     return c
