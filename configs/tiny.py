@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict({"source": "tasks", "tasks": {"extraction": {"fields": 2}}, "max_length": 92})
     # Four parts a batch: their temporaries are small enough that a CPU need not fetch new pages every step.
     c.train = ConfigDict(
-        {"steps": 2000, "batch_size": 32, "microbatches": 4, "save_every": 500, "log_every": 100}
+        {"steps": 3200, "batch_size": 32, "microbatches": 4, "save_every": 800, "log_every": 100}
     )
-    c.optimizer = ConfigDict({"learning_rate": 3e-3, "warmup_steps": 50, "final_fraction": 0.05})
+    c.optimizer = ConfigDict({"learning_rate": 3e-3, "warmup_steps": 50, "final_fraction": 0.05, "b2": 0.995})
     return c
