@@ -663,9 +663,9 @@ DAMAGES = {
         lambda f: (f / WEIGHTS).unlink(),
         "holds neither model.safetensors nor model.safetensors.index",
     ),
-    "weights cut short": (lambda f: truncate(f, 1_000_000), f"{WEIGHTS}: cut short"),
-    "header cut short": (lambda f: truncate(f, 100), f"{WEIGHTS}: cut short"),
-    "empty weights": (lambda f: truncate(f, 0), f"{WEIGHTS}: cut short"),
+    "weights cut short": (lambda f: truncate(f, 1_000_000), f"{WEIGHTS}: not a readable safetensors file"),
+    "header cut short": (lambda f: truncate(f, 100), f"{WEIGHTS}: not a readable safetensors file"),
+    "empty weights": (lambda f: truncate(f, 0), f"{WEIGHTS}: not a readable safetensors file"),
     "an extra tensor": (
         lambda f: change_tensors(f, lambda tensors: tensors.update(extra=np.zeros(3, np.float32))),
         f"{WEIGHTS}: tensor 'extra' belongs to no part of this model",
