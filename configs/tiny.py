@@ -2,8 +2,8 @@
 
     python -m refusion_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-140 thousand parameters, no file and no accelerator needed: about 5 minutes on two CPU cores, the loss ends below
-0.1, and more than 90 % of held-out problems are answered exactly.
+140 thousand parameters, no file and no accelerator needed: about 5 minutes on two CPU cores, the loss ends
+below 0.1, and more than 90 % of held-out problems are answered exactly.
 
 The task shows the method well. The values are random letters and digits, so there is nothing to look up:
 the model has to find each fact, whatever its wording and place, and copy it. And what it copies into one
