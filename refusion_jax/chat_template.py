@@ -6,11 +6,16 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 from refusion_jax.errors import BadInput
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+# Templates may ask whether these are none without asking whether they are defined.
+_ALWAYS_GIVEN = {"tools": None, "documents": None, "add_generation_prompt": True}
 
 
 def check_messages(messages: Sequence[Message]) -> list[Message]:
@@ -37,8 +42,10 @@ def compile_template(template: Any) -> Callable[..., str]:
 
     def render(messages: Sequence[Message], **variables: Any) -> str:
         messages = check_messages(messages)
+        if not messages:
+            raise BadInput("messages is empty, expected at least one")
         try:
-            return compiled.render(messages=messages, **variables)
+            return compiled.render(**{**_ALWAYS_GIVEN, **variables, "messages": messages})
         # The template is a program that came with the checkpoint: whatever it raises, it is input.
         except Exception as error:
             raise BadInput(f"chat_template failed: {type(error).__name__}: {error}") from error
@@ -55,23 +62,37 @@ def _default_template(template: Any) -> str:
     return template
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks the words of the model; it changes nothing in the text."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)  # what is set in the block stays in it
+
+
 def _environment() -> jinja2.Environment:
     """The settings and names that published templates are written for.
 
-    Today's date (`strftime_now`) is left undefined, which templates allow for: the prompt of a
-    request must not depend on the day it is run.
+    Today's date (`strftime_now`) is left undefined, unlike in `transformers`: the prompt of a request
+    must not depend on the day it is run. Templates allow for that (Llama 3 then has a date of its own);
+    who wants a date gives it as an option, as `date_string` or as a function `strftime_now`.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     return environment
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # jinja's own tojson escapes HTML characters, which a prompt must keep.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str):

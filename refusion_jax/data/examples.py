@@ -2,8 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -43,14 +43,18 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Examples to token ids and rows of `max_length`; knows which examples can be used."""
+    """Examples to token ids and rows of `max_length`; knows which examples can be used.
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int):
+    `template` are options of the chat template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int, template: Mapping[str, Any] | None = None):
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._template = dict(template or {})
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        prompts = self._tokenizer.encode_batch([self._prompt(example) for example in examples])
+        prompts = self._tokenizer.encode_prompts([example.query for example in examples], **self._template)
         responses = self._tokenizer.encode_batch([example.response for example in examples])
         eos = [self._tokenizer.eos_id]
         return [
@@ -83,12 +87,6 @@ class Encoder:
             "total_len": np.int32(encoded.length),
             "index": np.int32(index % 2**31),
         }
-
-    def _prompt(self, example: Example) -> str:
-        try:
-            return self._tokenizer.prompt(example.query)
-        except BadInput as error:
-            raise BadInput(f"{error}; the prompt is {str(example.query)[:200]!r}") from error
 
 
 class Examples(Protocol):

@@ -32,6 +32,7 @@ class DataConfig:
     paths: for "jsonl" the files, for "tfds" the one folder of the prepared dataset.
     split: for "tasks" train, validation or test; for "tfds" a split of the dataset ("train[:90%]").
     max_length: tokens of prompt, response and EOS together; longer examples are dropped.
+    enable_thinking: false tells the chat template so; true leaves it to the template, as sampling does.
     shuffle: a new order for each epoch of a finite source, instead of the order of the source.
     """
 
@@ -40,6 +41,7 @@ class DataConfig:
     paths: Sequence[str] | str = ()
     split: str = "train"
     max_length: int = 256
+    enable_thinking: bool = True
     shuffle: bool = True
 
 
@@ -51,7 +53,8 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
     """
     if type(config.max_length) is not int or config.max_length < 2:
         raise BadInput(f"data.max_length is {config.max_length!r}, expected 2 or more tokens")
-    encoder = Encoder(tokenizer, config.max_length)
+    template = {} if config.enable_thinking else {"enable_thinking": False}
+    encoder = Encoder(tokenizer, config.max_length, template)
     if config.source == "tasks":
         return TaskExamples(encoder, _make_tasks(config.tasks), config.split, seed)
 

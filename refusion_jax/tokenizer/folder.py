@@ -1,0 +1,39 @@
+"""Opens the tokenizer of a model folder, whatever files it consists of."""
+
+from pathlib import Path
+
+from refusion_jax.errors import BadInput
+from refusion_jax.tokenizer import bpe, hugging_face, sentence_piece
+from refusion_jax.tokenizer.base import ByteTokenizer, Tokenizer
+from refusion_jax.tokenizer.settings import SETTINGS, find_special_ids, read_added_tokens, read_settings
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer stored in a model or checkpoint folder: tokenizer.json, else vocab.json and
+    merges.txt, else tokenizer.model, with the settings beside them.
+
+    Special ids come from config.json (`mask_token_id`, …), then from tokenizer_config.json
+    (`mask_token_id`, then `mask_token` as text), then from the SentencePiece model itself.
+
+    Raises BadInput, naming file and field, when the folder holds no tokenizer, a file is malformed,
+    the EOS id is missing, or an id lies outside the vocabulary.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    if settings.get("tokenizer_class") == "ByteTokenizer":
+        return ByteTokenizer()
+    if (folder / sentence_piece.FILE).is_file() and not (folder / hugging_face.FILE).is_file():
+        return sentence_piece.load(folder, settings)
+    if (folder / hugging_face.FILE).is_file():
+        backend = hugging_face.read_backend(folder / hugging_face.FILE)
+        backend = hugging_face.complete(folder, backend, read_added_tokens(folder, settings), settings)
+    elif (folder / bpe.VOCAB).is_file():
+        backend = bpe.read_bpe(folder, settings)
+    else:
+        raise BadInput(
+            f"{folder}: no tokenizer found; expected {hugging_face.FILE}, {bpe.VOCAB} and {bpe.MERGES}, "
+            f"{sentence_piece.FILE}, or {SETTINGS} with tokenizer_class ByteTokenizer"
+        )
+    size = hugging_face.highest_id(backend) + 1
+    special = find_special_ids(folder, settings, size, backend.token_to_id)
+    return hugging_face.HuggingFaceTokenizer(backend, special, settings)

@@ -1,0 +1,159 @@
+"""Tokenizers that run as a pipeline of the `tokenizers` library."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from refusion_jax.errors import BadInput
+from refusion_jax.json_file import parse_json, read_text
+from refusion_jax.tokenizer.base import TemplatedTokenizer
+from refusion_jax.tokenizer.settings import (
+    SETTINGS,
+    SpecialIds,
+    added_tokens_decoder,
+    special_texts,
+)
+
+FILE = "tokenizer.json"
+
+
+class HuggingFaceTokenizer(TemplatedTokenizer):
+    """A `tokenizers.Tokenizer` (byte-level BPE, WordLevel, …) and its settings."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialIds, settings: Mapping[str, Any]):
+        super().__init__(highest_id(backend) + 1, special, _begin(backend), settings)
+        self._backend = backend
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def _id_to_token(self, index: int) -> str | None:
+        return self._backend.id_to_token(index) if index >= 0 else None
+
+    def _token_to_id(self, text: str) -> int | None:
+        return self._backend.token_to_id(text)
+
+    def _with_token(
+        self, special: SpecialIds, settings: Mapping[str, Any], text: str, index: int
+    ) -> "HuggingFaceTokenizer":
+        token = AddedToken(text, special=True, normalized=False)
+        backend = add_tokens(tokenizers.Tokenizer.from_str(self._backend.to_str()), {index: token})
+        return HuggingFaceTokenizer(backend, special, settings)
+
+    @property
+    def _is_qwen(self) -> bool:
+        return self._settings.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+
+    def _saved_settings(self) -> dict[str, Any]:
+        return {
+            "added_tokens_decoder": added_tokens_decoder(self._backend.get_added_tokens_decoder()),
+            "clean_up_tokenization_spaces": self._settings.get("clean_up_tokenization_spaces", False),
+            # The classes named for a model build its usual pipeline anew and ignore parts of
+            # tokenizer.json (SmolLM2's is GPT2Tokenizer, which knows nothing of its digits); this one
+            # takes it as it is. Qwen's own is right, and has a form that reads the older files.
+            "tokenizer_class": "Qwen2Tokenizer" if self._is_qwen else "PreTrainedTokenizerFast",
+        }
+
+    def _save_vocabulary(self, folder: Path) -> None:
+        (folder / FILE).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        if self._is_qwen:
+            self._backend.model.save(str(folder))  # vocab.json and merges.txt: the authors load those
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The pipeline in a tokenizer.json; raises BadInput where it cannot be read or is not consistent."""
+    text = read_text(path)
+    raw = parse_json(text, path)
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    # The bindings raise bare `Exception`, there is nothing narrower to catch.
+    except Exception as error:
+        raise BadInput(f"{path}: not a tokenizer.json that can be read: {error}") from error
+    backend.no_padding()  # a file may carry settings of whoever saved it; ids must not depend on
+    backend.no_truncation()  # them
+    vocab = raw["model"].get("vocab")
+    if isinstance(vocab, dict) and len(set(vocab.values())) < len(vocab):
+        raise BadInput(f"{path}: model.vocab gives one id to several tokens")
+    for token in raw.get("added_tokens") or []:
+        # The library numbers added tokens on from the vocabulary, whatever is written beside them.
+        if (index := backend.token_to_id(token["content"])) != token["id"]:
+            raise BadInput(
+                f"{path}: added token {token['content']!r} has id {token['id']}, expected {index}, the "
+                "next after the vocabulary"
+            )
+    return backend
+
+
+def add_tokens(backend: tokenizers.Tokenizer, tokens: Mapping[int, AddedToken]) -> tokenizers.Tokenizer:
+    """The pipeline with these tokens under these ids; the one given is used up.
+
+    Raises BadInput for a token that cannot have its id.
+    """
+    before = backend.get_vocab(with_added_tokens=True)
+    wanted = before | {token.content: index for index, token in tokens.items()}
+    holders = {index: text for text, index in before.items()}
+    for index, token in tokens.items():
+        if holders.get(index, token.content) != token.content:
+            raise BadInput(f"added token {token.content!r} has the id {index} of {holders[index]!r}")
+        if before.get(token.content, index) != index:
+            had = before[token.content]
+            raise BadInput(f"added token {token.content!r} has the id {index}, in the vocabulary it is {had}")
+    if max(wanted.values(), default=-1) >= len(wanted):
+        # The library numbers added tokens on from the vocabulary of the model, whatever their ids were;
+        # where that leaves a gap they keep their ids only as a part of that vocabulary.
+        state = json.loads(backend.to_str())
+        if isinstance(state["model"].get("vocab"), dict):
+            state["model"]["vocab"] = wanted
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    backend.add_tokens([tokens[index] for index in sorted(tokens)])
+    after = backend.get_vocab(with_added_tokens=True)
+    if after != wanted:
+        text = next(text for text, index in wanted.items() if after.get(text) != index)
+        raise BadInput(f"added token {text!r} cannot have the id {wanted[text]}, only {after.get(text)}")
+    return backend
+
+
+def complete(
+    folder: Path,
+    backend: tokenizers.Tokenizer,
+    recorded: Mapping[int, AddedToken],
+    settings: Mapping[str, Any],
+) -> tokenizers.Tokenizer:
+    """The pipeline of a folder with the tokens recorded outside it, and those its settings call special.
+
+    A special token that no file gives an id is left out: the model has no row for it either.
+    """
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = {index: token for index, token in recorded.items() if token.content not in there}
+    there |= {token.content for token in recorded.values()}
+    for text in special_texts(settings) - there:
+        if (index := backend.token_to_id(text)) is not None:
+            missing[index] = AddedToken(text, special=True, normalized=False)
+    try:
+        return add_tokens(backend, missing) if missing else backend
+    except BadInput as error:
+        raise BadInput(f"{folder / SETTINGS}: added_tokens_decoder: {error}") from None
+
+
+def highest_id(backend: tokenizers.Tokenizer) -> int:
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def _begin(backend: tokenizers.Tokenizer) -> list[int]:
+    """What the pipeline's post-processor puts before a text.
+
+    What it puts after one (EOS) is left out: a prompt is there to be continued.
+    """
+    if backend.post_processor is None:
+        return []
+    probe = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    probe.post_processor = backend.post_processor
+    encoding = probe.encode("a")
+    return encoding.ids[: encoding.special_tokens_mask.index(0)]

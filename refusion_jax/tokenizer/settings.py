@@ -1,0 +1,175 @@
+"""What the small files beside a vocabulary say: tokenizer_config.json, what older formats kept apart from
+it, and the special ids of config.json."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from refusion_jax.errors import BadInput
+from refusion_jax.json_file import read_json_if_there, read_text
+
+SETTINGS = "tokenizer_config.json"
+EXTRA_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # its name before and since 2025
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, completed from chat_template.jinja and special_tokens_map.json.
+
+    The template file comes first, as in `transformers`; the map counts only where the settings are of
+    the time before they recorded added tokens.
+    """
+    settings = read_json_if_there(folder / SETTINGS)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = read_text(template)
+    if "added_tokens_decoder" not in settings:
+        settings |= read_json_if_there(folder / "special_tokens_map.json")
+    return settings
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """Tokens recorded outside the vocabulary, by id: of the settings, else of added_tokens.json."""
+    path, recorded = folder / SETTINGS, settings.get("added_tokens_decoder")
+    if recorded is None:
+        path = folder / "added_tokens.json"
+        special = special_texts(settings)
+        pairs = [
+            (i, {"content": text, "special": text in special}) for text, i in read_json_if_there(path).items()
+        ]
+    elif isinstance(recorded, dict):
+        pairs = list(recorded.items())
+    else:
+        raise BadInput(f"{path}: added_tokens_decoder is {recorded!r}, expected an object")
+    tokens: dict[int, AddedToken] = {}
+    texts: set[str] = set()
+    for key, fields in pairs:
+        text = token_text(fields)
+        if text is None or not text:
+            raise BadInput(f"{path}: added token {key!r} is {fields!r}, expected an object with content")
+        if isinstance(key, bool) or not isinstance(key, int | str) or not str(key).isdecimal():
+            raise BadInput(f"{path}: added token {text!r} has the id {key!r}, expected a whole number")
+        if int(key) in tokens or text in texts:
+            raise BadInput(f"{path}: added token {text!r} or its id {key} stands there twice")
+        tokens[int(key)] = added_token(fields)
+        texts.add(text)
+    return tokens
+
+
+def added_token(fields: Mapping[str, Any]) -> AddedToken:
+    """An added token from its JSON object; a special one is not looked for in normalised text."""
+    special = bool(fields.get("special", False))
+    flags = {name: bool(fields.get(name, False)) for name in ("single_word", "lstrip", "rstrip")}
+    normalized = bool(fields.get("normalized", not special))
+    return AddedToken(fields["content"], special=special, normalized=normalized, **flags)
+
+
+def added_tokens_decoder(tokens: Mapping[int, AddedToken]) -> dict[str, dict[str, Any]]:
+    """Added tokens as the settings record them."""
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in sorted(tokens.items())}
+
+
+def special_texts(settings: Mapping[str, Any]) -> set[str]:
+    """Every text that the settings call a special token."""
+    named = [value for key, value in settings.items() if key.endswith("_token")]
+    for field in EXTRA_SPECIAL:
+        extra = settings.get(field) or []
+        named += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+    return {text for text in map(token_text, named) if text}
+
+
+def token_text(value: Any) -> str | None:
+    """A token of the settings: text, or the fields of an added token."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """Ids with a meaning of their own.
+
+    A model that only decodes left to right needs no `mask`; `bos` may be absent too. A missing `pad` is
+    the EOS id: padding is never attended to, so sharing it is harmless.
+    """
+
+    eos: int
+    mask: int | None = None
+    pad: int | None = None
+    bos: int | None = None
+
+    def __post_init__(self):
+        if self.pad is None:
+            object.__setattr__(self, "pad", self.eos)
+
+    def roles(self) -> dict[str, int]:
+        """The ids there are, by role; without padding where that is only the EOS."""
+        ids = dataclasses.asdict(self) | {"pad": None if self.pad == self.eos else self.pad}
+        return {role: index for role, index in ids.items() if index is not None}
+
+
+def find_special_ids(
+    folder: Path,
+    settings: Mapping[str, Any],
+    vocab_size: int,
+    token_to_id: Callable[[str], int | None],
+    own: Mapping[str, int] | None = None,
+) -> SpecialIds:
+    """Special ids from a folder's files.
+
+    Those of config.json come first (`mask_token_id`, …), then those of the settings (`mask_token_id`,
+    then `mask_token` as text), then `own`, which the vocabulary itself declares.
+
+    Raises BadInput, naming file and field, for an id or text outside the vocabulary, when there is no
+    EOS, and when mask and EOS are the same.
+    """
+    config = read_json_if_there(folder / "config.json")
+    # The embedding table is often padded beyond the tokenizer, and a spare row makes a fine mask.
+    rows = config.get("vocab_size")
+    limit = max(vocab_size, rows) if isinstance(rows, int) else vocab_size
+
+    def by_text(role: str) -> int | None:
+        text = token_text(settings.get(f"{role}_token"))
+        index = None if text is None else token_to_id(text)
+        if text is not None and index is None:
+            raise BadInput(f"{folder / SETTINGS}: {role}_token {text!r} is not in the vocabulary")
+        return index
+
+    def find(role: str) -> int | None:
+        for file, fields in ("config.json", config), (SETTINGS, settings):
+            value = fields.get(f"{role}_token_id")
+            if role == "eos" and isinstance(value, list) and value:
+                # Of several ids that may end a text, the tokenizer's ends a turn (Llama 3).
+                chosen = by_text(role)
+                value = chosen if chosen in value else value[0]
+            if value is None:
+                continue
+            if type(value) is not int or not 0 <= value < limit:
+                raise BadInput(
+                    f"{folder / file}: {role}_token_id is {value!r}, expected an id of the "
+                    f"vocabulary, 0 to {limit - 1}"
+                )
+            return value
+        index = by_text(role)
+        return (own or {}).get(role) if index is None else index
+
+    ids = {role: find(role) for role in ("mask", "eos", "pad", "bos")}
+    if ids["eos"] is None:
+        raise BadInput(
+            f"{folder / 'config.json'}: eos_token_id is missing, and {SETTINGS} has no eos_token; "
+            "give one of them"
+        )
+    if ids["mask"] == ids["eos"]:
+        raise BadInput(
+            f"{folder / 'config.json'}: mask_token_id and eos_token_id are both {ids['eos']}, expected "
+            "different ids"
+        )
+    return SpecialIds(**ids)
