@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
 from refusion_jax.errors import BadInput
+from refusion_jax.stored import Index, Stored, bounds, place
 
 FOLDER = "checkpoints"
 OUTDATED = ".outdated"  # where old checkpoints wait for deletion
+CHUNK_BYTES = 2**24  # of a converted array, what is read and decompressed at once
+TOGETHER_BYTES = 2**26  # of converted arrays, what is written at once, give or take one array
 
 # What a launcher sees of a process that SIGTERM ended. SLURM requeues a preempted job whatever its code;
 # Kubernetes and xpk restart on 128 + signal number by default.
@@ -76,7 +81,7 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()  # until then Orbax may be moving a checkpoint into OUTDATED
         self._delete_in_background()
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.StandardSave(tree, _layer_by_layer(tree)) for name, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)), force=True)
 
     def restore(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -91,7 +96,7 @@ class Checkpoints:
         """
         folder = self._folder / FOLDER / str(step)
         for name, tree in trees.items():
-            _check_shapes(folder / name, tree)
+            check_shapes(folder / name, _metadata(folder / name), tree)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
         restored = _reading(folder, lambda: self._manager.restore(step, args=args))
@@ -119,17 +124,17 @@ def latest_step(folder: str | Path) -> int | None:
 
 
 def saved_params(folder: str | Path) -> dict[str, Any]:
-    """Shapes and types of the newest parameters in DIR: nested dict of ShapeDtypeStructs.
+    """The newest parameters in DIR, yet to be read: nested dict of Stored.
 
     Raises:
-      BadInput: DIR holds no checkpoint, or a damaged one.
+      BadInput: DIR holds no checkpoint, or a damaged one; reading an array raises it too.
     """
-    tree = _metadata(_newest(folder) / "params")
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    path = _newest(folder) / "params"
+    return jax.tree.map(lambda leaf: _stored(path, leaf), _metadata(path))
 
 
 def restore_params(folder: str | Path, abstract: Any) -> Any:
-    """The newest parameters in DIR, without the optimiser's state.
+    """The newest parameters in DIR on devices, without the optimiser's state.
 
     Args:
       folder: DIR.
@@ -139,10 +144,48 @@ def restore_params(folder: str | Path, abstract: Any) -> Any:
     Raises:
       BadInput: DIR holds no checkpoint, a damaged one, or one with other shapes.
     """
-    path = _newest(folder) / "params"
-    _check_shapes(path, abstract)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return _reading(path, lambda: checkpointer.restore(path, abstract))
+    saved = saved_params(folder)
+    check_shapes(_newest(folder) / "params", saved, abstract)
+    return place(saved, abstract)
+
+
+def write_params(folder: str | Path, params: Any) -> None:
+    """Writes DIR/checkpoints/0 with parameters alone, one array in memory at a time.
+
+    Args:
+      folder: DIR, without checkpoints yet.
+      params: nested dict of Stored.
+
+    Raises:
+      BadInput: an array cannot be read.
+    """
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    item = ocp.args.PyTreeSave(params, save_args=chunks)
+    path = Path(folder).resolve() / FOLDER
+    with _orbax_silent():
+        registry = ocp.type_handlers.create_type_handler_registry((Stored, _StoredHandler()))
+        handlers = {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+        with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
+            manager.save(0, args=ocp.args.Composite(params=item))
+
+
+class _StoredHandler(ocp.type_handlers.NumpyHandler):
+    """How Orbax saves arrays that are on disk already: as numpy arrays, but a few at a time."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values, infos, args=None):
+        together = []  # each write waits for the disk, so small arrays share one
+        for item in zip(values, infos, args, strict=True):
+            together.append(item)
+            if sum(value.nbytes for value, _, _ in together) > TOGETHER_BYTES or item[0] is values[-1]:
+                stored, *rest = zip(*together, strict=True)
+                for written in await super().serialize([value.whole() for value in stored], *rest):
+                    written.result()
+                together = []
+        return []
 
 
 class Preemption:
@@ -183,11 +226,36 @@ def _metadata(path: Path) -> Any:
     return metadata.tree
 
 
-def _check_shapes(path: Path, abstract: Any) -> None:
-    """Raises BadInput naming the first array of `abstract` that the checkpoint has not in that shape."""
+def _layer_by_layer(tree: Any) -> Any:
+    """How to save a tree: a scanned model's layers in chunks of their own, so that one can be read alone."""
+
+    def of(key: tuple, leaf: Any) -> ocp.SaveArgs:
+        return ocp.SaveArgs(shard_axes=(0,) if "layers" in _name(key).split("/") else ())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _stored(path: Path, leaf: Any) -> Stored:
+    """One array of a checkpoint, of its description."""
+    # What Orbax writes unless told otherwise: a Zarr array in an OCDBT database.
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{leaf.name}/"},
+        "fill_missing_data_reads": False,
+    }
+
+    def read(index: Index) -> np.ndarray:
+        spans = tuple(slice(*ends) for ends in bounds(index, leaf.shape))
+        return _reading(path, lambda: tensorstore.open(spec, open=True).result()[spans].read().result())
+
+    return Stored(tuple(leaf.shape), np.dtype(leaf.dtype), read, f"{path}: {leaf.name}")
+
+
+def check_shapes(path: Path, saved: Any, wanted: Any) -> None:
+    """Raises BadInput naming the first array of two trees that the other has not in that shape."""
     saved, wanted = (
-        {_name(key): leaf.shape for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-        for tree in (_metadata(path), abstract)
+        {_name(key): tuple(leaf.shape) for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        for tree in (saved, wanted)
     )
     for name in wanted | saved:
         if saved.get(name) != wanted.get(name):

@@ -4,21 +4,39 @@ One table gives for each tensor its Hugging Face name, its path in our parameter
 A tensor that is missing, that nothing asks for, or that has another shape is an error naming it.
 """
 
+import functools
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from refusion_jax.errors import BadInput
+from refusion_jax.json_file import read_json
 from refusion_jax.model import ModelConfig
+from refusion_jax.rope import RopeScaling
+from refusion_jax.safetensors_io import read_folder
+from refusion_jax.stored import Stored, place
 
 # Hugging Face's model_type <-> (qk_norm, qkv_bias); everything else of the block is shared.
 FAMILIES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+# Fields of a config.json that the ones we write replace, or that name Python files, which stay behind.
+LEFT_OUT = (
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "dtype",
+    "auto_map",
+)
+
+HEAD = "lm_head.weight"
+# Buffers that old files hold; they follow from config.json.
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class Entry(NamedTuple):
@@ -36,6 +54,15 @@ class Entry(NamedTuple):
     order: tuple[int, ...]
     shape: tuple[int, ...]
 
+    def ours(self, theirs: Stored) -> Stored:
+        """The tensor in our axes."""
+        split = theirs if self.split == self.shape else theirs.split(self.split)
+        return split.transpose(self.order)
+
+    def theirs(self, ours: Stored) -> Stored:
+        """Our array in the tensor's axes."""
+        return ours.transpose(np.argsort(self.order)).reshape(self.shape)
+
 
 def table(config: ModelConfig) -> dict[str, Entry]:
     """Every tensor of a model by its Hugging Face name."""
@@ -50,7 +77,7 @@ def table(config: ModelConfig) -> dict[str, Entry]:
         "model.norm.weight": vector("final_norm", "scale", size=D),
     }
     if not c.tie_embeddings:
-        entries["lm_head.weight"] = Entry(("head",), (c.vocab_size, D), (1, 0), (c.vocab_size, D))
+        entries[HEAD] = Entry(("head",), (c.vocab_size, D), (1, 0), (c.vocab_size, D))
     for i in range(c.num_layers):
         layer, name = f"layers_{i}", f"model.layers.{i}."
         entries[name + "input_layernorm.weight"] = vector(layer, "attention_norm", "scale", size=D)
@@ -74,17 +101,25 @@ def table(config: ModelConfig) -> dict[str, Entry]:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The model's shape from FOLDER/config.json.
+    """The model's shape from FOLDER/config.json; errors as `parse_config`, or there is no such file."""
+    path = Path(folder) / "config.json"
+    return parse_config(read_json(path), path)
+
+
+def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The model's shape from the fields of a config.json.
+
+    Args:
+      raw: the fields, as `transformers` names them, older spelling or newer.
+      path: where they come from, for messages.
 
     Raises:
-      BadInput: no such file, a field is missing or of the wrong type, or it asks for something this
-        model does not do (another architecture, RoPE scaling, sliding-window attention).
+      BadInput: a field is missing or of the wrong type, or it asks for something this model does not do
+        (another architecture, an unknown RoPE scaling, sliding-window attention).
     """
-    path = Path(folder) / "config.json"
-    raw = read_json(path)
 
-    def need(field: str, kind: type) -> Any:
-        value = raw.get(field)
+    def need(field: str, kind: type, fields: Mapping[str, Any] = raw) -> Any:
+        value = fields.get(field)
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
@@ -97,9 +132,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     _refuse_unsupported(path, raw)
     qk_norm, qkv_bias = FAMILIES[family]
     num_heads = need("num_attention_heads", int)
-    rope = raw.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # newer transformers keep it there
-        raw["rope_theta"] = rope["rope_theta"]
+    theta, scaling = _rope(raw, path)
     try:
         return ModelConfig(
             vocab_size=need("vocab_size", int),
@@ -109,29 +142,57 @@ def read_config(folder: str | Path) -> ModelConfig:
             num_kv_heads=need("num_key_value_heads", int),
             head_dim=need("head_dim", int) if raw.get("head_dim") else need("hidden_size", int) // num_heads,
             mlp_dim=need("intermediate_size", int),
-            rope_theta=need("rope_theta", float),
+            rope_theta=need("rope_theta", float, {"rope_theta": theta}),
             norm_eps=need("rms_norm_eps", float),
             qk_norm=qk_norm,
             qkv_bias=qkv_bias,
             tie_embeddings=need("tie_word_embeddings", bool),
+            rope_scaling=scaling,
         )
     except (ValueError, ZeroDivisionError) as error:
         raise error if isinstance(error, BadInput) else BadInput(f"{path}: {error}") from None
 
 
-def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
+def _rope(raw: Mapping[str, Any], path: Path) -> tuple[Any, RopeScaling | None]:
+    """Base and scaling of RoPE: `rope_theta` and `rope_scaling`, or both in the newer `rope_parameters`."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    fields = raw.get(name) or {}
+    if not isinstance(fields, dict) or any(isinstance(value, dict) for value in fields.values()):
+        raise BadInput(f"{path}: field {name!r} must be one set of numbers for all layers, found {fields!r}")
+    fields = {field: value for field, value in fields.items() if value is not None}
+    theta = fields.pop("rope_theta", raw.get("rope_theta"))
+    partial = fields.pop("partial_rotary_factor", raw.get("partial_rotary_factor") or 1)
+    if partial != 1:
+        raise BadInput(f"{path}: partial_rotary_factor must be 1 (RoPE on all of a head), found {partial!r}")
+    kind = fields.pop("type", "default")  # the name of rope_type once
+    kind = fields.setdefault("rope_type", kind)
+    if kind == "default":
+        return theta, None
+    trained, reached = raw.get("original_max_position_embeddings"), raw.get("max_position_embeddings")
+    if kind in ("llama3", "yarn") and (trained or reached):
+        fields = {"original_max_position_embeddings": reached} | fields
+        if trained:
+            fields["original_max_position_embeddings"] = trained
+    try:
+        return theta, RopeScaling.from_fields(fields)
+    except ValueError as error:
+        raise BadInput(f"{path}: {name}.{error}") from None
+
+
+def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
     """What would silently change the function computed is an error, never ignored."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise BadInput(f"{path}: RoPE scaling {kind!r} is not supported, rope_scaling must be null")
-    if raw.get("sliding_window") is not None and raw.get("use_sliding_window", True):
-        raise BadInput(f"{path}: sliding-window attention is not supported, use_sliding_window must be false")
+    windowed = raw.get("sliding_window") is not None and raw.get("use_sliding_window", True)
+    layers = raw.get("layer_types") or []
+    if windowed or any(layer != "full_attention" for layer in layers):
+        raise BadInput(
+            f"{path}: sliding-window attention is not supported, use_sliding_window must be false and all "
+            "layer_types 'full_attention'"
+        )
     if raw.get("hidden_act", "silu") != "silu":
         raise BadInput(f"{path}: hidden_act must be 'silu', found {raw['hidden_act']!r}")
-    for field in ("attention_bias", "mlp_bias"):
+    for field in ("attention_bias", "mlp_bias", "quantization_config"):
         if raw.get(field):
-            raise BadInput(f"{path}: {field} true is not supported")
+            raise BadInput(f"{path}: {field} is not supported, found {raw[field]!r}")
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
@@ -152,14 +213,23 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
+        "rope_scaling": config.rope_scaling and config.rope_scaling.as_fields(),
         "hidden_act": "silu",
     }
 
 
-def write_config(folder: str | Path, config: ModelConfig, extra: dict[str, Any]) -> None:
-    """Writes FOLDER/config.json: the model's shape and `extra` fields (special token ids, say)."""
-    path = Path(folder) / "config.json"
-    path.write_text(json.dumps(config_json(config) | extra, indent=2, sort_keys=True) + "\n")
+def write_config(folder: str | Path, config: ModelConfig, extra: Mapping[str, Any]) -> None:
+    """Writes FOLDER/config.json.
+
+    Args:
+      folder: is there.
+      config: the model's shape.
+      extra: further fields, special token ids or all of another config.json; what they say of the shape is
+        left out.
+    """
+    kept = {name: value for name, value in extra.items() if name not in LEFT_OUT}
+    text = json.dumps(kept | config_json(config), indent=2, sort_keys=True) + "\n"
+    (Path(folder) / "config.json").write_text(text, encoding="utf-8")
 
 
 def first_token(folder: str | Path) -> str:
@@ -173,82 +243,62 @@ def first_token(folder: str | Path) -> str:
     return by_objective.get(raw.get("objective"), "next" if raw.get("mask_token_id") is None else "mask")
 
 
-def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
-    """The parameters of the unrolled model from FOLDER's safetensors files.
+def from_tensors(config: ModelConfig, tensors: Mapping[str, Stored], source: str | Path) -> dict[str, Any]:
+    """The unrolled model's parameters from tensors in Hugging Face's names and shapes.
 
     Args:
-      folder: holds model.safetensors, or model.safetensors.index.json and its shards.
+      config: the model's shape.
+      tensors: by name; none is read.
+      source: where they come from, for messages.
+
+    Returns:
+      nested dict of Stored.
+
+    Raises:
+      BadInput: a tensor is missing, extra or misshapen.
+    """
+    entries = table(config)
+    params: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        entry = entries.get(name)
+        if entry is None:
+            # A tied model's own head is written by some and used by none.
+            if IGNORED.fullmatch(name) or name == HEAD:
+                continue
+            raise BadInput(f"{tensor.where} belongs to no part of this model")
+        if tensor.shape != entry.shape:
+            raise BadInput(f"{tensor.where} has shape {tensor.shape}, config.json makes it {entry.shape}")
+        node = params
+        for key in entry.path[:-1]:
+            node = node.setdefault(key, {})
+        node[entry.path[-1]] = entry.ours(tensor)
+    missing = sorted(entries.keys() - tensors.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadInput(f"{source}: tensor {missing[0]!r}{more} missing")
+    return params
+
+
+def to_tensors(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Stored]:
+    """The reverse of `from_tensors`; each tensor is read whole."""
+    return {
+        name: entry.theirs(functools.reduce(lambda node, key: node[key], entry.path, params))
+        for name, entry in table(config).items()
+    }
+
+
+def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
+    """The parameters of the unrolled model from FOLDER's safetensors files, on the default device.
+
+    Args:
+      folder: as `read_folder` takes it.
       config: the model's shape, from `read_config`.
       dtype: what to cast to; None keeps each tensor's own.
 
     Raises:
       BadInput: a file is missing or broken, or a tensor is missing, extra or misshapen.
     """
-    entries = table(config)
-    params: dict[str, Any] = {}
-    seen: set[str] = set()
-    for file, name, shape, read in _tensors(Path(folder)):
-        entry = entries.get(name)
-        if entry is None:
-            raise BadInput(f"{file}: tensor {name!r} belongs to no part of this model")
-        if name in seen:
-            raise BadInput(f"{file}: tensor {name!r} stands in more than one file")
-        if shape != entry.shape:
-            raise BadInput(f"{file}: tensor {name!r} has shape {shape}, config.json makes it {entry.shape}")
-        seen.add(name)
-        node = params
-        for key in entry.path[:-1]:
-            node = node.setdefault(key, {})
-        node[entry.path[-1]] = jnp.asarray(read().reshape(entry.split).transpose(entry.order), dtype)
-    missing = sorted(entries.keys() - seen)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BadInput(f"{folder}: tensor {missing[0]!r}{more} missing from its safetensors files")
-    return params
-
-
-def _tensors(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """(file, tensor name, shape, reader) of every tensor in the folder, one file open at a time."""
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118, it is no mapping
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    yield file, name, shape, lambda tensors=tensors, name=name: tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{file}: not a readable safetensors file ({error})") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise BadInput(f"{folder}: holds neither model.safetensors nor {index.name}")
-        return [single]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BadInput(f"{index}: field 'weight_map' must map tensor names to files")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not (folder / name).exists():
-            raise BadInput(f"{index}: names the file {name!r}, which is not in {folder}")
-    return [folder / name for name in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      BadInput: no such file, malformed JSON, or no object.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise BadInput(f"{path}: must hold a JSON object, found {type(raw).__name__}")
-    return raw
+    params = from_tensors(config, read_folder(folder), folder)
+    return place(
+        params, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
+    )

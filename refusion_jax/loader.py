@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from refusion_jax import checkpoint, hf, sharding
+from refusion_jax import checkpoint, hf, safetensors_io, sharding, stored
 from refusion_jax.errors import BadInput
-from refusion_jax.model import Transformer, unstack_layers
+from refusion_jax.model import ModelConfig, Transformer
 from refusion_jax.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -20,7 +21,8 @@ def load(
     Args:
       folder: a Hugging Face model folder (config.json, safetensors), or one that training or
         conversion wrote (config.json, checkpoints/STEP); both carry their tokenizer.
-      mesh: devices to spread the parameters over; None is the default device.
+      mesh: devices to spread the parameters over, each process reading what its own hold; None is the
+        default device.
       dtype: of parameters and computation; None keeps what is stored.
 
     Returns:
@@ -34,39 +36,49 @@ def load(
         raise BadInput(f"checkpoint: {folder} is no folder, expected one with config.json and weights")
     config = hf.read_config(folder)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.mask_id >= config.vocab_size:
+    if tokenizer.mask_id is not None and tokenizer.mask_id >= config.vocab_size:
         raise BadInput(
             f"{folder}: mask_token_id must be below vocab_size {config.vocab_size}, found {tokenizer.mask_id}"
         )
-    model = Transformer(config)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
-    shardings = None if mesh is None else sharding.layout(boxed, mesh).shardings
-    if (folder / checkpoint.FOLDER).is_dir():
-        params = _restore(folder, model, boxed, shardings, dtype)
-    else:
-        params = hf.load_params(folder, config, dtype)
-        params = params if mesh is None else jax.device_put(params, shardings)
-    stored = jax.tree.leaves(params)[0].dtype
-    return model.clone(dtype=stored, param_dtype=stored), params, tokenizer
+    params = stored_params(folder, config)
+    computed = np.dtype(dtype or params["embedding"].dtype)
+    model = Transformer(config, computed, computed)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
+    if mesh is not None:
+        abstract = sharding.with_shardings(abstract, sharding.layout(_boxed(model), mesh).shardings)
+    return model, stored.place(params, abstract), tokenizer
 
 
-def _restore(folder: Path, model: Transformer, boxed: Any, shardings: Any, dtype: Any) -> dict[str, Any]:
-    """Parameters from the newest checkpoint, unstacked where training scanned its layers."""
-    saved = checkpoint.saved_params(folder)
-    stored = dtype or jax.tree.leaves(saved)[0].dtype
-    scanned = "layers" in saved
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if scanned:
-        model = model.clone(scan_layers=True)
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        boxed = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
-    unboxed = sharding.unbox(boxed)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored, sharding=here), unboxed)
-    if shardings is not None and not scanned:
-        abstract = sharding.with_shardings(abstract, shardings)
-    params = checkpoint.restore_params(folder, abstract)
-    if scanned:
-        params = unstack_layers(params)
-        params = params if shardings is None else jax.device_put(params, shardings)
+def load_params(folder: str | Path, config: ModelConfig, abstract: Any) -> dict[str, Any]:
+    """The parameters of a model folder as `abstract` wants them.
+
+    Args:
+      folder: as `load` takes it.
+      config: the model's shape, as in the folder.
+      abstract: ShapeDtypeStructs of the unrolled or the scanned model, with dtypes and shardings.
+
+    Raises:
+      BadInput: something in the folder is missing or broken.
+    """
+    params = stored_params(folder, config)
+    return stored.place(stored.stack(params) if "layers" in abstract else params, abstract)
+
+
+def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
+    """The unrolled model's parameters in a model folder, yet to be read: nested dict of Stored.
+
+    Raises:
+      BadInput: something in the folder is missing or broken, or of another shape than `config`.
+    """
+    folder = Path(folder)
+    if not (folder / checkpoint.FOLDER).is_dir():
+        return hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
+    params = stored.unstack(checkpoint.saved_params(folder))
+    checkpoint.check_shapes(folder, params, sharding.unbox(_boxed(Transformer(config))))
     return params
+
+
+def _boxed(model: Transformer) -> Any:
+    """Abstract parameters in Linen's partitioning boxes."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]

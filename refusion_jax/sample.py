@@ -26,7 +26,7 @@ from refusion_jax.loader import load
 from refusion_jax.model import Transformer
 from refusion_jax.requests import DecodeConfig
 from refusion_jax.serving import Defaults, Request
-from refusion_jax.tokenizer import Tokenizer
+from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 SETTINGS = (
@@ -92,6 +92,11 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         help="of weights and computation (default bfloat16, on a CPU float32)",
     )
     add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
+    add(
+        "--enable_thinking",
+        choices=("true", "false"),
+        help="told to the chat template (default: not told, and Qwen3's has the model think)",
+    )
     add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
 
 
@@ -112,6 +117,8 @@ def open_model(flags: argparse.Namespace) -> Opened:
     on_cpu = jax.default_backend() == "cpu"
     dtype = DTYPES[flags.dtype or ("float32" if on_cpu else "bfloat16")]
     model, params, tokenizer = load(flags.checkpoint, dtype=dtype)
+    if flags.method == "refusion" and tokenizer.mask_id is None:
+        raise BadInput(f"{flags.checkpoint}: {MASK_MISSING}")
     settings = {name: getattr(flags, name) for name in SETTINGS}
     if flags.method == "ar":
         settings["first_token"] = flags.first_token or hf.first_token(flags.checkpoint)
@@ -119,7 +126,9 @@ def open_model(flags: argparse.Namespace) -> Opened:
         raise BadInput("--first_token is for --method=ar alone")
     else:
         settings["semantics"] = flags.semantics
-    return Opened(model, params, tokenizer, Defaults(flags.method, settings, flags.raw, tuple(flags.stop)))
+    template = {} if flags.enable_thinking is None else {"enable_thinking": flags.enable_thinking == "true"}
+    defaults = Defaults(flags.method, settings, flags.raw, template, tuple(flags.stop))
+    return Opened(model, params, tokenizer, defaults)
 
 
 def use_compilation_cache() -> None:

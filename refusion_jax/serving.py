@@ -30,12 +30,14 @@ class Defaults:
       method: "refusion" or "ar", the same for all requests.
       settings: fields of DecodeConfig or ARConfig, without the special ids.
       raw: a text prompt is fed as it is, without the chat template.
+      template: options of the chat template, as `enable_thinking`.
       stop: the answer's text ends before the first of these.
     """
 
     method: str
     settings: Mapping[str, Any]
     raw: bool = False
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stop: Sequence[str] = ()
 
 
@@ -73,8 +75,11 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
             raise BadInput(f"unknown field {key!r}")
     fields = {field.name for field in dataclasses.fields(config_class)}
     settings = {key: value for key, value in {**defaults.settings, **own}.items() if key in fields}
-    config = config_class(mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id, **settings)
-    prompt = _encode(given[0], raw[given[0]], defaults.raw, tokenizer)
+    feeds_mask = config_class is DecodeConfig or settings.get("first_token") == "mask"
+    # Where no mask is ever read any token serves as the one that is fed.
+    mask_id = tokenizer.need_mask() if feeds_mask or tokenizer.mask_id is not None else tokenizer.eos_id
+    config = config_class(mask_id=mask_id, eos_id=tokenizer.eos_id, **settings)
+    prompt = _encode(given[0], raw[given[0]], defaults, tokenizer)
     check_prompt(prompt, vocab_size)
     if isinstance(config, ar.ARConfig):
         config.check_prompt(prompt)
@@ -86,7 +91,7 @@ def is_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
-def _encode(kind: str, value: Any, raw: bool, tokenizer: Tokenizer) -> Sequence[int]:
+def _encode(kind: str, value: Any, defaults: Defaults, tokenizer: Tokenizer) -> Sequence[int]:
     if kind == "prompt_ids":
         if not isinstance(value, list):
             raise BadInput(f"prompt_ids must be a list of token ids, found {type(value).__name__}")
@@ -96,7 +101,7 @@ def _encode(kind: str, value: Any, raw: bool, tokenizer: Tokenizer) -> Sequence[
         raise BadInput(
             f"{kind} must be {'text' if wanted is str else 'a list of messages'}, found {shown(value)}"
         )
-    return tokenizer.encode(tokenizer.prompt(value, raw=raw))
+    return tokenizer.encode_prompt(value, raw=defaults.raw, **defaults.template)
 
 
 def fitting_shape(requests: Sequence[Request], batch_size: int) -> Shape:

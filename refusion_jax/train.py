@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import yaml
 
-from refusion_jax import config, hf, sharding
+from refusion_jax import config, hf, loader, sharding
 from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
 from refusion_jax.errors import BadInput, command
 from refusion_jax.metrics import Reporter
-from refusion_jax.model import ModelConfig, stack_layers
+from refusion_jax.model import ModelConfig
 from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from refusion_jax.train_step import Program, RunConfig, TrainState, make_program
 
@@ -50,7 +49,7 @@ def train(run: RunConfig, workdir: str | Path) -> int:
     """
     tokenizer = _tokenizer(run)
     mesh = sharding.make_mesh(run.mesh)
-    program = make_program(run, mesh, tokenizer.mask_id)
+    program = make_program(run, mesh, tokenizer.need_mask())
     examples = load_examples(run.data, tokenizer, run.train.seed)
     group, groups = sharding.row_group(mesh)
     batches = batch_iterator(examples, run.train.batch_size, group, groups)
@@ -75,19 +74,17 @@ def first_state(run: RunConfig, program: Program) -> TrainState:
     """The state before the first step: random parameters, or those of the folder `train.init_from`.
 
     Raises:
-      BadInput: that folder holds no readable Hugging Face model, or one of another shape.
+      BadInput: that folder holds no readable model, or one of another shape.
     """
     folder = run.train.init_from
     if not folder:
         return program.init()
     found = hf.read_config(folder)
-    for name, value in dataclasses.asdict(run.model).items():
-        if getattr(found, name) != value:
-            raise BadInput(f"model.{name}: is {value}, the model in {folder} has {getattr(found, name)}")
-    params = hf.load_params(folder, run.model, jnp.float32)
-    params = stack_layers(params) if run.train.scan_layers else params
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
-    return program.start(jax.device_put(params, shardings))
+    for name in FIXED["model"]:
+        ours, theirs = getattr(run.model, name), getattr(found, name)
+        if ours != theirs:
+            raise BadInput(f"model.{name}: is {ours}, the model in {folder} has {theirs}")
+    return program.start(loader.load_params(folder, run.model, program.state.params))
 
 
 def _loop(
@@ -141,7 +138,7 @@ def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[Tr
 def _tokenizer(run: RunConfig) -> Tokenizer:
     folder = run.train.tokenizer or run.train.init_from
     tokenizer = load_tokenizer(folder) if folder else ByteTokenizer()
-    highest = max(tokenizer.vocab_size - 1, tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id)
+    highest = max(tokenizer.vocab_size - 1, *tokenizer.special.roles().values())
     if highest >= run.model.vocab_size:
         raise BadInput(
             f"model.vocab_size: must be above {highest}, the tokenizer's highest id, "

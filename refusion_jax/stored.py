@@ -1,0 +1,141 @@
+"""Arrays that lie on disk and are read when, and as far as, they are needed.
+
+Loading and conversion work on trees of `Stored` in the structure of a model's parameters. So whatever
+the layouts at both ends, a process holds a few tensors at a time, and only its own parts of those.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+Index = tuple[slice, ...]  # one slice for each axis, within its bounds or open, without a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One array on disk. JAX takes it for a leaf of a tree.
+
+    Attributes:
+      shape: of the whole.
+      dtype: of the whole.
+      read: (one slice for each axis) -> that part as a numpy array, which maps no file.
+      where: the file and what it is called there, for messages.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+    where: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole, uncompressed."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def whole(self) -> np.ndarray:
+        """All of it."""
+        return self.read((slice(None),) * len(self.shape))
+
+    def astype(self, dtype: Any) -> "Stored":
+        """The same, cast as it is read."""
+        dtype = np.dtype(dtype)
+        return dataclasses.replace(
+            self, dtype=dtype, read=lambda index: self.read(index).astype(dtype, copy=False)
+        )
+
+    def transpose(self, order: Sequence[int]) -> "Stored":
+        """The same with its axes in that order."""
+        order = tuple(order)
+
+        def read(index: Index) -> np.ndarray:
+            return self.read(tuple(index[order.index(axis)] for axis in range(len(order)))).transpose(order)
+
+        return dataclasses.replace(self, shape=tuple(self.shape[axis] for axis in order), read=read)
+
+    def split(self, shape: Sequence[int]) -> "Stored":
+        """The same in a shape where one of its axes is two; nothing is read beyond what is asked for."""
+        axis = next(axis for axis, size in enumerate(self.shape) if size != shape[axis])
+        size = shape[axis + 1]
+
+        def read(index: Index) -> np.ndarray:
+            (start, stop), inner = bounds(index[axis : axis + 2], shape[axis : axis + 2])
+            rows = slice(start * size, stop * size)
+            part = self.read((*index[:axis], rows, *index[axis + 2 :]))
+            part = part.reshape(*part.shape[:axis], stop - start, size, *part.shape[axis + 1 :])
+            return part[(slice(None),) * (axis + 1) + (slice(*inner),)]
+
+        return dataclasses.replace(self, shape=tuple(shape), read=read)
+
+    def reshape(self, shape: Sequence[int]) -> "Stored":
+        """The same in any other shape; it is read whole."""
+        return dataclasses.replace(
+            self, shape=tuple(shape), read=lambda index: self.whole().reshape(shape)[index]
+        )
+
+
+def bounds(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of each slice of `index` in an array of that shape."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def place(stored: Any, abstract: Any) -> Any:
+    """A tree of Stored as arrays on devices; each process reads only what its devices hold.
+
+    Args:
+      stored: tree of Stored.
+      abstract: ShapeDtypeStructs in the same structure: the dtypes and shardings wanted (None is the
+        default device).
+
+    Returns:
+      a tree of jax.Array.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def read(leaf: Stored, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+        def part(index: Index) -> np.ndarray:
+            key = bounds(index, leaf.shape)
+            if key not in parts:  # devices along an axis that splits nothing hold the same
+                parts[key] = leaf.read(index).astype(wanted.dtype, copy=False)
+            return parts[key]
+
+        return jax.make_array_from_callback(leaf.shape, wanted.sharding or here, part)
+
+    return jax.tree.map(read, stored, abstract)
+
+
+def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored parameters of the unrolled model from those of either, see model.unstack_layers."""
+    if "layers" not in params:
+        return dict(params)
+
+    def layer(leaf: Stored, i: int) -> Stored:
+        def read(index: Index) -> np.ndarray:
+            return leaf.read((slice(i, i + 1), *index))[0]
+
+        return dataclasses.replace(leaf, shape=leaf.shape[1:], read=read, where=f"{leaf.where}[{i}]")
+
+    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return rest | {
+        f"layers_{i}": jax.tree.map(lambda leaf, i=i: layer(leaf, i), params["layers"]) for i in range(depth)
+    }
+
+
+def stack(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored parameters of the scanned model from those of the unrolled one, see model.stack_layers."""
+
+    def stacked(*layers: Stored) -> Stored:
+        def read(index: Index) -> np.ndarray:
+            return np.stack([layer.read(index[1:]) for layer in layers[index[0]]])
+
+        first = layers[0]
+        return dataclasses.replace(first, shape=(len(layers), *first.shape), read=read)
+
+    depth = sum(name.startswith("layers_") for name in params)
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+    return rest | {"layers": jax.tree.map(stacked, *(params[f"layers_{i}"] for i in range(depth)))}
