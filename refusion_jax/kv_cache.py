@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.model import LayerKV, ModelConfig
+from refusion_jax.attention import LayerKV
+from refusion_jax.model import ModelConfig
 
 Array = jax.Array
 

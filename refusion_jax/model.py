@@ -18,10 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.attention import LayerKV, attend, attend_fed
 from refusion_jax.rope import RopeScaling, apply_rope, rope_tables
 
 Array = jax.Array
-LayerKV = tuple[Array, Array]  # keys (after norm and RoPE) and values, each [B, S, K, H]
 
 # What a layer may keep for the backward pass, by the name a config uses.
 REMAT_POLICIES = {
@@ -139,38 +139,6 @@ class ModelConfig:
         return dataclasses.replace(cls.qwen3_8b(), vocab_size=151671)
 
 
-def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) -> Array:
-    """Grouped-query attention to the cache and to the tokens fed along.
-
-    Args:
-      q: [B, T, N, H].
-      fresh: keys and values of the same T tokens, [B, T, K, H].
-      cache: keys and values [B, S, K, H], or None. It is read in place: scores over it and over the
-        fresh tokens are computed apart and joined, so that the cache is never copied.
-      mask: bool, broadcastable to [B, T, S + T], True where attention is allowed. None without a cache
-        means causal in the order fed.
-
-    Returns:
-      [B, T, N, H]. Softmax in float32. A query that may see nothing gives a finite value of no meaning.
-    """
-    B, T, N, H = q.shape
-    k, v = fresh
-    q = q.reshape(B, T, k.shape[2], -1, H)
-    if mask is None:
-        if cache is not None:
-            raise ValueError("attention to a cache needs a mask")
-        mask = jnp.tril(jnp.ones((T, T), bool))[None]
-    parts = [fresh] if cache is None else [cache, fresh]
-    scores = [jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) for k, _ in parts]
-    borders = [k.shape[1] for k, _ in parts[:-1]]
-    scores = jnp.concatenate(scores, axis=-1) * H**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    weights = jnp.split(weights, borders, axis=-1)
-    out = sum(jnp.einsum("BKGTS,BSKH->BTKGH", w, v) for w, (_, v) in zip(weights, parts, strict=True))
-    return out.reshape(B, T, N, H)
-
-
 def _matrix(num_in: int, num_out: int):
     """LeCun normal for a kernel whose first `num_in` axes are contracted."""
     return nn.initializers.variance_scaling(
@@ -200,9 +168,10 @@ class Attention(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    kernel: str
 
     @nn.compact
-    def __call__(self, x: Array, rope, cache: LayerKV | None, mask: Array | None):
+    def __call__(self, x: Array, rope, cache: LayerKV | None, mask: Array | None, segments: Array | None):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -223,7 +192,10 @@ class Attention(nn.Module):
             k = RMSNorm(c.norm_eps, "head_dim", self.param_dtype, name="k_norm")(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         with jax.named_scope("attend"):
-            y = attend(q, (k, v), cache, mask)
+            if cache is None and mask is None:
+                y = attend_fed(q, (k, v), segments, self.kernel)
+            else:
+                y = attend(q, (k, v), cache, mask)
         init = nn.with_logical_partitioning(_matrix(2, 1), ("heads", "head_dim", "embed"))
         kernel = self.param("o", init, (c.num_heads, c.head_dim, c.embed_dim), self.param_dtype)
         return jnp.einsum("BTNH,NHD->BTD", y, kernel.astype(self.dtype)), (k, v)
@@ -256,12 +228,14 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    kernel: str
 
     @nn.compact
-    def __call__(self, x: Array, rope, cache: LayerKV | None, mask: Array | None):
+    def __call__(self, x: Array, rope, cache: LayerKV | None, mask: Array | None, segments: Array | None):
         c, types = self.config, (self.dtype, self.param_dtype)
         y = RMSNorm(c.norm_eps, "embed", self.param_dtype, name="attention_norm")(x)
-        y, kv = Attention(c, *types, name="attention")(y, rope, cache, mask)
+        attention = Attention(c, *types, self.kernel, name="attention")
+        y, kv = attention(y, rope, cache, mask, segments)
         x = nn.with_logical_constraint(x + y, ("act_batch", "act_length", "act_embed"))
         y = RMSNorm(c.norm_eps, "embed", self.param_dtype, name="mlp_norm")(x)
         y = MLP(c, *types, name="mlp")(y)
@@ -279,6 +253,7 @@ class Transformer(nn.Module):
         compile), or L separate layers `layers_0` … (fast to run). The same function either way;
         `stack_layers` and `unstack_layers` turn the parameters of one into those of the other.
       remat: what a layer keeps for the backward pass, a key of REMAT_POLICIES.
+      kernel: how a pass without a cache and a mask computes attention, one of attention.KERNELS.
     """
 
     config: ModelConfig
@@ -286,6 +261,7 @@ class Transformer(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
+    kernel: str = "dense"
 
     def setup(self):
         c = self.config
@@ -299,19 +275,26 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0, nn.broadcast),
+                in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            self.layers = block(c, self.dtype, self.param_dtype)
+            self.layers = block(c, self.dtype, self.param_dtype, self.kernel)
         else:
-            self.layers = [block(c, self.dtype, self.param_dtype) for _ in range(c.num_layers)]
+            self.layers = [block(c, self.dtype, self.param_dtype, self.kernel) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.norm_eps, "embed", self.param_dtype)
         if not c.tie_embeddings:
             init = nn.with_logical_partitioning(_matrix(1, 1), ("embed", "vocab"))
             self.head = self.param("head", init, (c.embed_dim, c.vocab_size), self.param_dtype)
 
-    def hidden(self, tokens: Array, positions: Array, cache=None, mask: Array | None = None):
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array,
+        cache=None,
+        mask: Array | None = None,
+        segments: Array | None = None,
+    ):
         """Final normalised states [B, T, D] and the fresh keys and values; see `__call__`."""
         # Gathered over fsdp before the lookup: looked up in pieces, the activations would be moved instead.
         table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
@@ -320,11 +303,11 @@ class Transformer(nn.Module):
         c = self.config
         rope = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         if self.scan_layers:
-            x, kv = self.layers(x, rope, cache, mask)
+            x, kv = self.layers(x, rope, cache, mask, segments)
         else:
             fresh = []
             for i, layer in enumerate(self.layers):
-                x, layer_kv = layer(x, rope, None if cache is None else cache[i], mask)
+                x, layer_kv = layer(x, rope, None if cache is None else cache[i], mask, segments)
                 fresh.append(layer_kv)
             kv = tuple(fresh)
         return self.final_norm(x), kv
@@ -334,7 +317,14 @@ class Transformer(nn.Module):
         head = self.embedding.T if self.config.tie_embeddings else self.head
         return jnp.einsum("...D,DV->...V", x, head.astype(self.dtype))
 
-    def __call__(self, tokens: Array, positions: Array, cache=None, mask: Array | None = None):
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array,
+        cache=None,
+        mask: Array | None = None,
+        segments: Array | None = None,
+    ):
         """Logits of the tokens fed, and their keys and values.
 
         The cache is only read: what to keep of the fresh keys and values is the caller's choice, so a
@@ -346,11 +336,13 @@ class Transformer(nn.Module):
           cache: None, or per layer (k, v), each [B, S, K, H]; with scan_layers one (k, v) pair with a
             leading L axis.
           mask: bool, broadcastable to [B, T, S + T]; None, only without a cache, is causal.
+          segments: int32 [B, T], without cache and mask: a token sees those of its own segment alone;
+            segments stand one after the other in ascending order. None is one segment.
 
         Returns:
           logits [B, T, V] in `dtype`, and the fresh keys and values in the cache's layout, S = T.
         """
-        x, kv = self.hidden(tokens, positions, cache, mask)
+        x, kv = self.hidden(tokens, positions, cache, mask, segments)
         return self.unembed(x), kv
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from refusion_jax.attention import attend
 from refusion_jax.kv_cache import KVCache
 from refusion_jax.model import (
     REMAT_POLICIES,
     ModelConfig,
     Transformer,
-    attend,
     exact_matmuls,
     stack_layers,
     unstack_layers,
@@ -343,6 +343,20 @@ def test_no_mask_is_causal(whole):
 
 
 # Types and gradients.
+
+
+@pytest.mark.parametrize("model", [MODEL, SCANNED], ids=["unrolled", "scanned"])
+def test_segments_are_rows_of_their_own(whole, model):
+    params = stack_layers(PARAMS) if model.scan_layers else PARAMS
+    borders = (0, 3, 4, T)
+    segments = np.repeat(np.arange(3, dtype=np.int32), np.diff(borders))[None].repeat(B, axis=0)
+    together, _ = jax.jit(functools.partial(model.apply, {"params": params}))(
+        TOKENS, POSITIONS, segments=segments
+    )
+    for begin, end in itertools.pairwise(borders):
+        alone, _ = apply(PARAMS, TOKENS[:, begin:end], POSITIONS[:, begin:end])
+        np.testing.assert_allclose(together[:, begin:end], alone, **CLOSE)
+    assert np.abs(together - whole[0])[:, 4:].max() > 0.01
 
 
 def test_bfloat16_computation_with_float32_parameters(whole):
