@@ -100,7 +100,14 @@ def test_decoding_does_not_bring_training_along(module):
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("errors", set()), ("rope", set()), ("model", {"rope"}), ("kv_cache", {"model"}), ("diffusion", set())],
+    [
+        ("errors", set()),
+        ("rope", set()),
+        ("attention", set()),
+        ("model", {"rope", "attention"}),
+        ("kv_cache", {"model", "attention"}),
+        ("diffusion", set()),
+    ],
     ids=str,
 )
 def test_the_lowest_modules_import_next_to_nothing_of_ours(module, allowed):
