@@ -17,6 +17,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from refusion_jax import diffusion, sharding
+from refusion_jax.attention import fitting_kernel
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion import DiffusionConfig, Noised
 from refusion_jax.errors import BadInput
@@ -122,7 +123,9 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
             f"share the rows, got {run.train.batch_size}"
         )
     dtype = DTYPES[run.train.dtype]
-    model = Transformer(run.model, dtype, jnp.float32, run.train.scan_layers, run.train.remat)
+    platform = mesh.devices.flat[0].platform
+    kernel = fitting_kernel(platform, run.model.head_dim, run.data.max_length, dtype)
+    model = Transformer(run.model, dtype, jnp.float32, run.train.scan_layers, run.train.remat, kernel)
     optimizer = run.optimizer.transformation(run.train.steps)
 
     def start(params: Any) -> TrainState:
@@ -130,7 +133,8 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
 
     def init() -> TrainState:
         nothing = jnp.zeros((1, 1), jnp.int32)
-        return start(model.init(_keys(run)[0], nothing, nothing)["params"])
+        # One token is no length for a kernel, and parameters do not depend on it.
+        return start(model.clone(kernel="dense").init(_keys(run)[0], nothing, nothing)["params"])
 
     boxed = jax.eval_shape(init)
     layout = sharding.layout(boxed, mesh)
