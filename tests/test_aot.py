@@ -286,9 +286,9 @@ def test_a_step_that_fits(config_file, capfd):
 
 @needs_libtpu
 def test_a_step_that_does_not_fit(config_file, capfd):
-    code, output, _ = run_aot(
-        capfd, f"--config={config_file}", "--topology=v5e:1x1", "--config.train.batch_size=16384"
-    )
+    # 16,384 tokens, 200,000 wide inside the MLP: 6 GB for each of a few arrays.
+    wide = ("--config.model.num_layers=1", "--config.model.mlp_dim=200000", "--config.train.batch_size=128")
+    code, output, _ = run_aot(capfd, f"--config={config_file}", "--topology=v5e:1x1", *wide)
     lines = output.splitlines()
     assert code == aot.DOES_NOT_FIT, output
     assert lines[-1].startswith("does not fit, by ")
