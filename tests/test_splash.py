@@ -90,4 +90,4 @@ def test_on_a_mesh(interpreted, heads, kv_heads):
     ],
 )
 def test_what_fits(platform, head_dim, length, dtype, kernel):
-    assert fitting_kernel(platform, head_dim, length, jnp.dtype(dtype)) == kernel
+    assert fitting_kernel(platform, jnp.dtype(dtype), head_dim, length) == kernel
