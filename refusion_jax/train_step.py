@@ -21,18 +21,17 @@ from refusion_jax.attention import fitting_kernel
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion import DiffusionConfig, Noised
 from refusion_jax.errors import BadInput
-from refusion_jax.model import (
-    REMAT_POLICIES,
-    ModelConfig,
-    Transformer,
-    fuse_projections,
-    split_projections,
-)
+from refusion_jax.model import REMAT_POLICIES, ModelConfig, Transformer
 from refusion_jax.optimizer import OptimizerConfig
 from refusion_jax.sharding import Layout, MeshConfig
 
 Array = jax.Array
 Batch = Mapping[str, Array]  # tokens [B, T], prompt_len [B], total_len [B], index [B]; int32
+
+# Of the step, by platform; measured on one H200 (docs/training.md).
+COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True},
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -134,7 +133,8 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         lengths = f"data.max_length {run.data.max_length}"
         raise BadInput(f"train.loss_chunks must divide {lengths}, got {run.train.loss_chunks}")
     dtype = DTYPES[run.train.dtype]
-    kernel = fitting_kernel(mesh.devices.flat[0].platform, dtype, run.model.head_dim)
+    platform = mesh.devices.flat[0].platform
+    kernel = fitting_kernel(platform, dtype, run.model.head_dim)
     model = Transformer(run.model, dtype, jnp.float32, run.train.scan_layers, run.train.remat, kernel)
     optimizer = run.optimizer.transformation(run.train.steps)
 
@@ -154,10 +154,11 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
         start=jax.jit(start, in_shardings=(shardings.params,), out_shardings=shardings, donate_argnums=0),
         step=jax.jit(
-            make_train_step(run, model.clone(fused=True), optimizer, layout, mask_id),
+            make_train_step(run, model, optimizer, layout, mask_id),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
+            compiler_options=COMPILER_OPTIONS.get(platform),
         ),
     )
 
@@ -194,11 +195,10 @@ def make_train_step(
 
         def of_part(part: Noised) -> tuple[Any, dict[str, Array]]:
             grads, losses = jax.grad(loss, has_aux=True)(working, part)
-            grads = split_projections(grads, run.model)
             grads = jax.lax.with_sharding_constraint(grads, layout.shardings.params)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), losses
 
-        working = _working_copy(params, run.model, model.dtype)
+        working = _working_copy(params, model.dtype)
         if run.train.microbatches == 1:
             return of_part(noised)
         first, rest = (lambda x: x[0]), (lambda x: x[1:])
@@ -222,14 +222,13 @@ def make_train_step(
     return train_step
 
 
-def _working_copy(params: Any, config: ModelConfig, dtype: Any) -> Any:
-    """Parameters as the matrix products want them, in their dtype, made once a step and not at each use.
+def _working_copy(params: Any, dtype: Any) -> Any:
+    """Parameters in the dtype of matrix products, cast once a step and not at each use.
 
-    The embedding keeps its dtype: its gradient sums up as many terms as the mask token has places in the
+    The embedding stays as it is: its gradient sums up as many terms as the mask token has places in the
     batch, too many for bfloat16.
     """
-    copy = jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
-    return fuse_projections(copy, config)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
 
 
 def _noised(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
