@@ -7,6 +7,7 @@ mesh, draws what it would have drawn.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from refusion_jax.optimizer import OptimizerConfig
 from refusion_jax.sharding import Layout, MeshConfig
 
 Array = jax.Array
-Batch = Mapping[str, Array]  # tokens [B, T], prompt_len [B], total_len [B], index [B]; int32
+# tokens [B, T], prompt_len, total_len and index [B], or [B, E] of rows that hold up to E examples; int32
+Batch = Mapping[str, Array]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -36,7 +38,7 @@ class TrainConfig:
 
     Attributes:
       steps: updates in all.
-      batch_size: examples an update, over all devices.
+      batch_size: rows an update, over all devices: of one example each, or of several with data.packing.
       save_every: steps between checkpoints; the last step is always saved.
       log_every: steps between rows of metrics.csv; the last step always has one.
       microbatches: parts a batch is computed in, one after the other, to save memory.
@@ -159,7 +161,8 @@ def make_train_step(
     """The function (state, batch) -> (next state, metrics) of one update.
 
     Metrics are float32 scalars "loss", "ar_loss" and "diffusion_loss" of the parameters given,
-    "grad_norm" before clipping and "learning_rate", and int32 "tokens" of the batch without padding.
+    "grad_norm" before clipping, "learning_rate" and "padding", the share of the batch that is, and int32
+    "tokens" of the batch without padding.
     """
     schedule = run.optimizer.schedule(run.train.steps)
 
@@ -173,7 +176,8 @@ def make_train_step(
         divided_by = diffusion.divisors(noised)  # of the whole batch, so that the parts add up
 
         def loss(params: Any, part: Noised) -> tuple[Array, dict[str, Array]]:
-            logits, _ = model.apply({"params": params}, part.tokens, part.positions)
+            segments = part.segments if run.data.packing else None
+            logits, _ = model.apply({"params": params}, part.tokens, part.positions, segments=segments)
             return diffusion.loss(logits, part, run.diffusion.diffusion_weight, divided_by)
 
         def add(sums: Any, part: Noised) -> tuple[Any, None]:
@@ -191,10 +195,12 @@ def make_train_step(
             noised = _noised(run, state.step, batch, mask_id)
             grads, losses = gradients(state.params, noised)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        tokens = jnp.sum(batch["total_len"])
         metrics = losses | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
-            "tokens": jnp.sum(batch["total_len"]),
+            "tokens": tokens,
+            "padding": 1 - tokens / batch["tokens"].size,
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
@@ -204,7 +210,7 @@ def make_train_step(
 def _noised(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
     tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
     key = jax.random.fold_in(_keys(run)[1], step)
-    max_slots = run.diffusion.max_slots(tokens.shape[1])
+    max_slots = run.diffusion.max_slots(tokens.shape[1], examples=math.prod(prompt_len.shape[1:]))
     draw = diffusion.draw(key, batch["index"], total_len - prompt_len, max_slots, run.diffusion)
     return diffusion.rearrange(tokens, prompt_len, total_len, draw, mask_id, run.diffusion)
 
