@@ -166,20 +166,23 @@ def test_places_are_a_limit(path):
 def test_batches_are_functions_of_their_number(config):
     """Whatever the number of processes, and wherever a run is resumed."""
     examples = load_examples(config, TOKENIZER)
-    whole = take(batch_iterator(examples, 12), 9)
-    assert {name: array.shape[1:] for name, array in whole[0].items()} == {"tokens": (config.max_length,)} | (
-        dict.fromkeys(("prompt_len", "total_len", "index"), (config.max_length // 32,))
-    )
-    for processes in (3, 4):
-        shards = [take(batch_iterator(examples, 12, p, processes), 9) for p in range(processes)]
-        joined = [
-            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            for parts in zip(*shards, strict=True)
-        ]
-        assert_same(joined, whole)
+    whole = take(batch_iterator(examples, 12), 6)
+    places = config.max_length // 32
+    assert {name: array.shape for name, array in whole[0].items()} == {
+        "tokens": (12, config.max_length),
+        "prompt_len": (12, places),
+        "total_len": (12, places),
+        "index": (12, places),
+    }
+    shards = [take(batch_iterator(examples, 12, p, 3), 6) for p in range(3)]
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*shards, strict=True)
+    ]
+    assert_same(joined, whole)
     resumed = batch_iterator(load_examples(config, TOKENIZER), 12, num_threads=4)
-    resumed.set_state({"next_index": 5})
-    assert_same(take(resumed, 4), whole[5:])
+    resumed.set_state({"next_index": 4})
+    assert_same(take(resumed, 2), whole[4:])
 
 
 # What becomes of it in training.
@@ -313,12 +316,11 @@ def step_metrics(batch, packing: bool, mesh=(1, 1, 1), **changes) -> dict[str, f
     return {name: float(value) for name, value in values.items()}
 
 
-def test_steps_agree_on_every_mesh_and_with_examples_alone(packed_and_alone):
+def test_a_step_on_any_mesh_is_that_of_the_examples_alone(packed_and_alone):
     packed, alone, _ = packed_and_alone
     wanted = step_metrics(alone, packing=False)
-    for mesh, microbatches in [((1, 1, 1), 1), ((2, 2, 2), 2)]:
-        found = step_metrics(packed, packing=True, mesh=mesh, microbatches=microbatches)
-        for name in ("loss", "ar_loss", "diffusion_loss", "grad_norm"):
-            assert found[name] == pytest.approx(wanted[name], rel=1e-5), (mesh, name)
-        assert found["tokens"] == wanted["tokens"] == packed["total_len"].sum()
-        assert found["padding"] == pytest.approx(1 - found["tokens"] / (8 * ROW), rel=1e-6)
+    found = step_metrics(packed, packing=True, mesh=(2, 2, 2), microbatches=2)
+    for name in ("loss", "ar_loss", "diffusion_loss", "grad_norm"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
+    assert found["tokens"] == wanted["tokens"] == packed["total_len"].sum()
+    assert found["padding"] == pytest.approx(1 - found["tokens"] / (8 * ROW), rel=1e-6)
