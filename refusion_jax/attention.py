@@ -9,7 +9,7 @@ import jax.numpy as jnp
 Array = jax.Array
 LayerKV = tuple[Array, Array]  # keys (after norm and RoPE) and values, each [B, S, K, H]
 
-KERNELS = ("dense",)
+KERNELS = ("dense", "cudnn")
 
 
 def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) -> Array:
@@ -44,21 +44,57 @@ def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) 
     return out.reshape(B, T, N, H)
 
 
-def attend_fed(q: Array, fresh: LayerKV, segments: Array | None, kernel: str) -> Array:
+def fitting_kernel(platform: str, dtype: jnp.dtype, head_dim: int) -> str:
+    """The fastest of KERNELS for a pass without a cache on devices of that platform ("gpu", "tpu", "cpu")."""
+    if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
+        return "cudnn"
+    return "dense"
+
+
+def attend_fed(q: Array, fresh: LayerKV, segments: Array | None, kernel: str, max_segments: int = 1) -> Array:
     """Causal attention among the tokens fed.
 
     Args:
       q: [B, T, N, H].
       fresh: keys and values of the same T tokens, [B, T, K, H].
-      segments: int32 [B, T], ascending: a token sees those of its own segment alone. None is one segment.
+      segments: int32 [B, T], ascending from 0: a token sees those of its own segment alone. None is one
+        segment.
       kernel: one of KERNELS.
+      max_segments: more than the largest entry of `segments`.
 
     Returns:
       [B, T, N, H].
     """
-    assert kernel in KERNELS, kernel
+    if kernel == "cudnn":
+        return _cudnn(q, fresh, segments, max_segments)
+    assert kernel == "dense", kernel
     if segments is None:
         return attend(q, fresh, None, None)
     T = q.shape[1]
     causal = jnp.tril(jnp.ones((T, T), bool))
     return attend(q, fresh, None, causal & (segments[:, :, None] == segments[:, None, :]))
+
+
+def _cudnn(q: Array, fresh: LayerKV, segments: Array | None, max_segments: int) -> Array:
+    """cuDNN's flash attention. Segments are laid out one after the other, so none attends to another."""
+    if segments is None:
+        return jax.nn.dot_product_attention(q, *fresh, is_causal=True, implementation="cudnn")
+    # jax.nn has no argument for segments yet; the function below it does.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    lengths = jnp.sum(segments[:, None] == jnp.arange(max_segments)[:, None], axis=2, dtype=jnp.int32)
+    begins = jnp.cumsum(lengths, axis=1, dtype=jnp.int32) - lengths
+    there = lengths > 0
+    lengths = jnp.where(there, lengths, -1)
+    # One entry more than segments, never there: cuDNN takes it from the next row, or the end.
+    offsets = jnp.pad(jnp.where(there, begins, -1), ((0, 0), (0, 1)), constant_values=-1)
+    return dot_product_attention(
+        q,
+        *fresh,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=q.shape[-1] ** -0.5,
+        mask_type=MaskType.PADDING_CAUSAL,
+    )

@@ -31,6 +31,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.cross_entropy import weighted_cross_entropy
+
 Array = jax.Array
 NORMALISATIONS = ("release", "paper")
 
@@ -235,12 +237,36 @@ def loss(
     Returns:
       the loss, and {"loss", "ar_loss", "diffusion_loss"}.
     """
-    ce = cross_entropy(logits, noised.targets)
-    ar_divisor, diffusion_divisor = divisors(noised) if divided_by is None else divided_by
-    ar_loss = jnp.sum(ce * noised.ar_weights) / ar_divisor
-    diffusion_loss = jnp.sum(ce * noised.diffusion_weights) / diffusion_divisor
-    total = ar_loss + diffusion_weight * diffusion_loss
-    return total, {"loss": total, "ar_loss": ar_loss, "diffusion_loss": diffusion_loss}
+    divided_by = divisors(noised) if divided_by is None else divided_by
+    parts = _parts(cross_entropy(logits, noised.targets), noised, divided_by)
+    total = parts["ar_loss"] + diffusion_weight * parts["diffusion_loss"]
+    return total, {"loss": total} | parts
+
+
+def loss_of_states(
+    states: Array,
+    head: Array,
+    noised: Noised,
+    diffusion_weight: float,
+    divided_by: tuple[Array, Array],
+    num_chunks: int,
+) -> tuple[Array, dict[str, Array]]:
+    """`loss` of final states [B, T, D] under a head [D, V], without logits of the whole; for training.
+
+    `num_chunks` as in `weighted_cross_entropy`.
+    """
+    ar_divisor, diffusion_divisor = divided_by
+    weights = noised.ar_weights / ar_divisor + diffusion_weight * noised.diffusion_weights / diffusion_divisor
+    total, ce = weighted_cross_entropy(states, head, noised.targets, weights, num_chunks)
+    return total, {"loss": total} | _parts(ce, noised, divided_by)
+
+
+def _parts(ce: Array, noised: Noised, divided_by: tuple[Array, Array]) -> dict[str, Array]:
+    ar_divisor, diffusion_divisor = divided_by
+    return {
+        "ar_loss": jnp.sum(ce * noised.ar_weights) / ar_divisor,
+        "diffusion_loss": jnp.sum(ce * noised.diffusion_weights) / diffusion_divisor,
+    }
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:

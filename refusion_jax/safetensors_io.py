@@ -46,12 +46,13 @@ def read_folder(folder: str | Path) -> dict[str, Stored]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{index}: field 'weight_map' must map tensor names to files")
-    files = {}
-    for file in sorted({str(file) for file in weight_map.values()}):
+    named = sorted({str(file) for file in weight_map.values()})
+    for file in named:
         if Path(file).name != file or not (folder / file).is_file():
             raise BadInput(f"{index}: names the file {file!r}, which is not in {folder}")
-        files[file] = read_file(folder / file)
-        for name in files[file]:
+    files = {file: read_file(folder / file) for file in named}
+    for file, tensors in files.items():
+        for name in tensors:
             if weight_map.get(name) != file:
                 raise BadInput(f"{folder / file}: holds tensor {name!r}, which {INDEX} does not place there")
     for name, file in weight_map.items():

@@ -7,7 +7,6 @@ mesh, draws what it would have drawn.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,10 +17,17 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from refusion_jax import diffusion, sharding
+from refusion_jax.attention import fitting_kernel
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion import DiffusionConfig, Noised
 from refusion_jax.errors import BadInput
-from refusion_jax.model import REMAT_POLICIES, ModelConfig, Transformer
+from refusion_jax.model import (
+    REMAT_POLICIES,
+    ModelConfig,
+    Transformer,
+    fuse_projections,
+    split_projections,
+)
 from refusion_jax.optimizer import OptimizerConfig
 from refusion_jax.sharding import Layout, MeshConfig
 
@@ -46,6 +52,7 @@ class TrainConfig:
       seed: of parameters, data order and noise.
       dtype: of activations and matrix products, "float32" or "bfloat16"; parameters are float32.
       remat: what a layer keeps for the backward pass, "none" (everything), "dots" or "full" (nothing).
+      loss_chunks: parts the logits of a row are computed in, to save memory; divides data.max_length.
       scan_layers: compile one layer and loop over it, instead of all layers in a row.
       init_from: Hugging Face model folder to start from; empty starts from random parameters.
       tokenizer: folder with the tokenizer; empty takes that of init_from, or bytes without one.
@@ -60,12 +67,13 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"
     remat: str = "none"
+    loss_chunks: int = 1
     scan_layers: bool = False
     init_from: str = ""
     tokenizer: str = ""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "save_every", "log_every", "microbatches", "keep"):
+        for name in ("steps", "batch_size", "save_every", "log_every", "microbatches", "keep", "loss_chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, known in (("dtype", DTYPES), ("remat", REMAT_POLICIES)):
@@ -123,8 +131,15 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
             f"train.batch_size must be a multiple of {parts}, the microbatches times the devices that "
             f"share the rows, got {run.train.batch_size}"
         )
+    if run.data.max_length % run.train.loss_chunks:
+        lengths = f"data.max_length {run.data.max_length}"
+        raise BadInput(f"train.loss_chunks must divide {lengths}, got {run.train.loss_chunks}")
     dtype = DTYPES[run.train.dtype]
-    model = Transformer(run.model, dtype, jnp.float32, run.train.scan_layers, run.train.remat)
+    kernel = fitting_kernel(mesh.devices.flat[0].platform, dtype, run.model.head_dim)
+    segments = run.data.places + 1  # and one of padding
+    model = Transformer(
+        run.model, dtype, jnp.float32, run.train.scan_layers, run.train.remat, kernel, segments
+    )
     optimizer = run.optimizer.transformation(run.train.steps)
 
     def start(params: Any) -> TrainState:
@@ -143,7 +158,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
         start=jax.jit(start, in_shardings=(shardings.params,), out_shardings=shardings, donate_argnums=0),
         step=jax.jit(
-            make_train_step(run, model, optimizer, layout, mask_id),
+            make_train_step(run, model.clone(fused=True), optimizer, layout, mask_id),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
@@ -176,18 +191,28 @@ def make_train_step(
         divided_by = diffusion.divisors(noised)  # of the whole batch, so that the parts add up
 
         def loss(params: Any, part: Noised) -> tuple[Array, dict[str, Array]]:
+            variables = {"params": params}
             segments = part.segments if run.data.packing else None
-            logits, _ = model.apply({"params": params}, part.tokens, part.positions, segments=segments)
-            return diffusion.loss(logits, part, run.diffusion.diffusion_weight, divided_by)
+            states, _ = model.apply(
+                variables, part.tokens, part.positions, segments=segments, method="hidden"
+            )
+            head = model.apply(variables, method="unembedding")
+            weight, chunks = run.diffusion.diffusion_weight, run.train.loss_chunks
+            return diffusion.loss_of_states(states, head, part, weight, divided_by, chunks)
 
-        def add(sums: Any, part: Noised) -> tuple[Any, None]:
-            grads, losses = jax.grad(loss, has_aux=True)(params, part)
+        def of_part(part: Noised) -> tuple[Any, dict[str, Array]]:
+            grads, losses = jax.grad(loss, has_aux=True)(working, part)
+            grads = split_projections(grads, run.model)
             grads = jax.lax.with_sharding_constraint(grads, layout.shardings.params)
-            return jax.tree.map(jnp.add, sums, (grads, losses)), None
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), losses
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        no_losses = dict.fromkeys(("loss", "ar_loss", "diffusion_loss"), jnp.float32(0))
-        sums, _ = jax.lax.scan(add, (zeros, no_losses), jax.tree.map(split, noised))
+        working = _working_copy(params, run.model, model.dtype)
+        if run.train.microbatches == 1:
+            return of_part(noised)
+        first, rest = (lambda x: x[0]), (lambda x: x[1:])
+        parts = jax.tree.map(split, noised)
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None)  # noqa: E731
+        sums, _ = jax.lax.scan(add, of_part(jax.tree.map(first, parts)), jax.tree.map(rest, parts))
         return sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -207,10 +232,20 @@ def make_train_step(
     return train_step
 
 
+def _working_copy(params: Any, config: ModelConfig, dtype: Any) -> Any:
+    """Parameters as the matrix products want them, in their dtype, made once a step and not at each use.
+
+    The embedding keeps its dtype: its gradient sums up as many terms as the mask token has places in the
+    batch, too many for bfloat16.
+    """
+    copy = jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
+    return fuse_projections(copy, config)
+
+
 def _noised(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
     tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
     key = jax.random.fold_in(_keys(run)[1], step)
-    max_slots = run.diffusion.max_slots(tokens.shape[1], examples=math.prod(prompt_len.shape[1:]))
+    max_slots = run.diffusion.max_slots(tokens.shape[1], run.data.places)
     draw = diffusion.draw(key, batch["index"], total_len - prompt_len, max_slots, run.diffusion)
     return diffusion.rearrange(tokens, prompt_len, total_len, draw, mask_id, run.diffusion)
 

@@ -106,7 +106,8 @@ def test_decoding_does_not_bring_training_along(module):
         ("attention", set()),
         ("model", {"rope", "attention"}),
         ("kv_cache", {"model", "attention"}),
-        ("diffusion", set()),
+        ("cross_entropy", set()),
+        ("diffusion", {"cross_entropy"}),
     ],
     ids=str,
 )

@@ -301,7 +301,7 @@ def test_losses_and_gradients_are_those_of_the_examples_alone(noised):
 def step_metrics(batch, packing: bool, mesh=(1, 1, 1), **changes) -> dict[str, float]:
     run = RunConfig(
         ModelConfig(260, 1, 16, 2, 2, 8, 32),
-        DataConfig(packing=packing),
+        DataConfig(max_length=ROW, packing=packing, examples_per_row=6),
         TrainConfig(
             **{"steps": 1, "batch_size": len(batch["tokens"]), "save_every": 1, "log_every": 1} | changes
         ),

@@ -55,6 +55,11 @@ class DataConfig:
     enable_thinking: bool = True
     shuffle: bool = True
 
+    @property
+    def places(self) -> int:
+        """E, the examples that a row has room for, if they are short enough."""
+        return (self.examples_per_row or max(1, self.max_length // 32)) if self.packing else 1
+
 
 def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Examples:
     """Opens the source and scans it once for what can be used; see `Examples.counts`.
@@ -68,13 +73,16 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
         raise BadInput(f"data.examples_per_row is {config.examples_per_row!r}, expected 1 or more, or 0")
     template = {} if config.enable_thinking else {"enable_thinking": False}
     encoder = Encoder(tokenizer, config.max_length, template)
-    most = config.examples_per_row or max(1, config.max_length // 32)
     if config.source == "tasks":
         drawn = TaskExamples(encoder, _make_tasks(config.tasks), config.split, seed)
-        return PackedTaskExamples(drawn, config.max_length, most) if config.packing else drawn
+        return PackedTaskExamples(drawn, config.max_length, config.places) if config.packing else drawn
     shuffle_seed = seed if config.shuffle else None
     examples = FiniteExamples(encoder, *_open_source(config), shuffle_seed)
-    return PackedExamples(examples, config.max_length, most, shuffle_seed) if config.packing else examples
+    return (
+        PackedExamples(examples, config.max_length, config.places, shuffle_seed)
+        if config.packing
+        else examples
+    )
 
 
 def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:
