@@ -70,15 +70,21 @@ def training_changes(run: RunConfig, topology: Topology) -> Iterator[Change]:
     def on(topology: Topology) -> Change:
         return topology, [f"{PREFIX}{name}={value}" for name, value in changes.items()]
 
+    def then(name: str, value: Any) -> Change:
+        changes[name] = value
+        return on(topology)
+
     if run.train.remat != "full":
-        changes["train.remat"] = "full"
-        yield on(topology)
+        yield then("train.remat", "full")
     mesh = sharding.sizes(run.mesh, topology.num_devices)
     rows = run.train.batch_size // (mesh.data * mesh.fsdp)
     for parts in dict.fromkeys((2 * run.train.microbatches, rows)):
         if parts > run.train.microbatches and rows % parts == 0:
-            changes["train.microbatches"] = parts
-            yield on(topology)
+            yield then("train.microbatches", parts)
+    if run.train.loss_chunks < 8 and run.data.max_length % 8 == 0:
+        yield then("train.loss_chunks", 8)
+    if run.optimizer.mean_dtype != "bfloat16":
+        yield then("optimizer.mean_dtype", "bfloat16")
     for other in (topology, *topology.larger()):
         # Parameters over all devices, a row at a time on each.
         sharing = math.gcd(run.train.batch_size, other.num_devices)

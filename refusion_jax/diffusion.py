@@ -6,6 +6,10 @@ then the masked slots in text order with every token replaced by the mask token;
 own position id. A clean token is trained to predict the token after it in its slot, a masked one its
 own token (arXiv 2512.13586, section 3.2).
 
+A row holds E examples back to back, then padding. They stay in place as they are noised: a row is fed
+example after example, each in the order above, each in a segment of its own, and an example's noise, fed
+order, positions and weights are the same whatever row it is in. Where E is 1 it may be left out of shapes.
+
 `draw` is the only place with randomness. `rearrange` is a pure function of its draw, so it can be
 checked against recorded ones. All slot logic ends in per-token targets and weights: the loss is two
 weighted sums. With ce_i the cross entropy at fed token i and b running over the examples that have a
@@ -58,19 +62,22 @@ class DiffusionConfig:
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation must be one of {NORMALISATIONS}, got {self.normalisation!r}")
 
-    def max_slots(self, length: int) -> int:
-        """The most slots a response within `length` tokens can have."""
-        return -(-length // min(self.slot_sizes))
+    def max_slots(self, length: int, examples: int = 1) -> int:
+        """The most slots that the responses of so many examples within `length` tokens can have."""
+        smallest = min(self.slot_sizes)
+        return (length + examples * (smallest - 1)) // smallest
 
 
 class Draw(struct.PyTreeNode):
-    """The random choices of a batch; entries beyond a row's number of slots have no meaning.
+    """The random choices of a batch.
+
+    The M slots of a row are those of its examples one after the other; entries beyond have no meaning.
 
     Attributes:
-      slot_size: int32 [B], W.
-      mask_probability: float32 [B], p of the release; unused by the paper's normalisation.
+      slot_size: int32 [B, E], W.
+      mask_probability: float32 [B, E], p of the release; unused by the paper's normalisation.
       slot_masked: bool [B, M].
-      slot_rank: int32 [B, M], the clean slots are fed in ascending order of it.
+      slot_rank: int32 [B, M], an example's clean slots are fed in ascending order of it.
     """
 
     slot_size: Array
@@ -84,16 +91,19 @@ class Noised(struct.PyTreeNode):
 
     Attributes:
       tokens: int32 [B, T], in the order fed; padding last.
-      positions: int32 [B, T], the place of each in the text.
+      positions: int32 [B, T], the place of each in the text of its example.
+      segments: int32 [B, T], ascending: which example of its row each is of; E for padding.
       targets: int32 [B, T]; meaningful where a weight is positive.
       ar_weights: float32 [B, T], positive at labelled clean tokens.
       diffusion_weights: float32 [B, T], positive at masked tokens.
       ar_count: float32 [B], what the row adds to the divisor of the AR part.
-      has_response: float32 [B], 1 or 0: what it adds to the divisor of the diffusion part.
+      has_response: float32 [B], its examples that have a response: what it adds to that of the diffusion
+        part.
     """
 
     tokens: Array
     positions: Array
+    segments: Array
     targets: Array
     ar_weights: Array
     diffusion_weights: Array
@@ -102,86 +112,106 @@ class Noised(struct.PyTreeNode):
 
 
 def draw(key: Array, example: Array, response_len: Array, max_slots: int, config: DiffusionConfig) -> Draw:
-    """Draws slot sizes, masks and orders; a row's draw depends on (key, example number) alone.
+    """Draws slot sizes, masks and orders; an example's draw depends on (key, its number) alone.
 
     Args:
       key: the key of this training step, `fold_in(seed_key, step)`.
-      example: int32 [B], a number that names each example.
-      response_len: int32 [B], A.
-      max_slots: M, at least ceil(A / min(slot_sizes)) for every row.
+      example: int32 [B, E], a number that names each example.
+      response_len: int32 [B, E], A; 0 where there is no example.
+      max_slots: M, at least the sum of ceil(A / min(slot_sizes)) over the examples of every row.
       config: the noise.
     """
+    sizes = jnp.asarray(config.slot_sizes, jnp.int32)
+    # One number a slot and key, so that a draw does not depend on how far rows are padded.
+    uniform = jax.vmap(lambda key, slot: jax.random.uniform(jax.random.fold_in(key, slot)))
 
     def one(example: Array, response_len: Array) -> Draw:
-        size_key, time_key, mask_key, order_key = jax.random.split(jax.random.fold_in(key, example), 4)
-        slot_size = jax.random.choice(size_key, jnp.asarray(config.slot_sizes, jnp.int32))
-        t = jax.random.uniform(time_key)
+        keys = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number), 4))(example)
+        size_key, time_key, mask_key, order_key = (keys[:, i] for i in range(4))
+        slot_size = jax.vmap(lambda key: jax.random.choice(key, sizes))(size_key)
+        t = jax.vmap(jax.random.uniform)(time_key)
         p = (1 - config.eps) * t + config.eps
-        # One number a slot and key, so that a row's draw does not depend on how far rows are padded.
-        slots = jnp.arange(max_slots)
-        uniform = jax.vmap(lambda key, m: jax.random.uniform(jax.random.fold_in(key, m)), (None, 0))
-        u = uniform(mask_key, slots)
+        num_slots = _ceil_div(response_len, slot_size)
+        first = _first(num_slots)
+        owner = _owner(first, max_slots)
+        slot = jnp.arange(max_slots) - first[owner]  # its number within the example
+        u = uniform(mask_key[owner], slot)
         if config.normalisation == "release":
-            masked = u < p
+            masked = u < p[owner]
         else:
-            num_slots = -(-response_len // slot_size)
             num_masked = jnp.floor(t * num_slots).astype(jnp.int32)
-            masked = _rank(jnp.where(slots < num_slots, u, 2.0)) < num_masked
-        return Draw(slot_size, p, masked, _rank(uniform(order_key, slots)))
+            u = jnp.where(slot < num_slots[owner], u, 2.0)
+            masked = _rank(owner, u) - first[owner] < num_masked[owner]
+        return Draw(slot_size, p, masked, _rank(owner, uniform(order_key[owner], slot)))
 
-    return jax.vmap(one)(example, response_len)
+    drawn = jax.vmap(one)(_columns(example), _columns(response_len))
+    shaped = {name: getattr(drawn, name).reshape(example.shape) for name in ("slot_size", "mask_probability")}
+    return drawn.replace(**shaped)
 
 
 def rearrange(
     tokens: Array, prompt_len: Array, total_len: Array, draw: Draw, mask_id: int, config: DiffusionConfig
 ) -> Noised:
-    """Feeds prompt, clean slots in drawn order, masked slots in text order, padding.
+    """Feeds of each example prompt, clean slots in drawn order, masked slots in text order; then padding.
 
     Args:
-      tokens: int32 [B, T], prompt then response then padding.
-      prompt_len: int32 [B], P.
-      total_len: int32 [B], P + A.
+      tokens: int32 [B, T], the examples of a row, each prompt then response, and padding.
+      prompt_len: int32 [B, E], P.
+      total_len: int32 [B, E], P + A; 0 where there is no example.
       draw: the choices to apply.
       mask_id: the mask token.
       config: which normalisation the weights follow.
     """
 
     def one(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw) -> Noised:
-        index = jnp.arange(tokens.shape[0])
-        slot, offset = jnp.divmod(jnp.clip(index - prompt_len, 0), draw.slot_size)
-        in_response = (index >= prompt_len) & (index < total_len)
-        masked = in_response & draw.slot_masked[slot]
-        clean = in_response & ~masked
-        # One sort key: groups in the order fed, clean tokens by (rank, offset), all others as they stand.
-        group = jnp.select([index < prompt_len, clean, masked], [0, 1, 2], 3)
-        within = jnp.where(clean, draw.slot_rank[slot] * draw.slot_size + offset, index)
-        stride = draw.slot_rank.shape[0] * draw.slot_size + tokens.shape[0]
-        source = jnp.argsort(group * stride + within)
+        places = prompt_len.shape[0]
+        response_len = total_len - prompt_len
+        start, index = _first(total_len), jnp.arange(tokens.shape[0])
+        owner = _owner(start, tokens.shape[0])
+        position = index - start[owner]
+        real, in_prompt = position < total_len[owner], position < prompt_len[owner]
+        slot_size = draw.slot_size[owner]
+        slot, offset = jnp.divmod(jnp.clip(position - prompt_len[owner], 0), slot_size)
+        slot += _first(_ceil_div(response_len, draw.slot_size))[owner]  # from its example's to the row's
+        masked = real & ~in_prompt & draw.slot_masked[slot]
+        clean = real & ~in_prompt & ~masked
+        # One sort: by example, by groups in the order fed, clean tokens by (rank, offset), others as they
+        # stand.
+        group = jnp.select([in_prompt, clean, masked], [0, 1, 2], 3)
+        within = jnp.where(clean, draw.slot_rank[slot] * slot_size + offset, position)
+        stride = draw.slot_rank.shape[0] * slot_size + tokens.shape[0]
+        source = jax.lax.sort((owner, group * stride + within, index), num_keys=2)[-1]
 
-        last_of_slot = (offset == draw.slot_size - 1) | (index == total_len - 1)
+        last_of_slot = (offset == slot_size - 1) | (position == total_len[owner] - 1)
         labelled = clean & ~last_of_slot
         targets = jnp.where(clean, jnp.roll(tokens, -1), tokens)
         fed = jnp.where(masked, mask_id, tokens)
 
-        has_response = (total_len > prompt_len).astype(jnp.float32)
-        num_labelled = jnp.sum(labelled).astype(jnp.float32)
+        has_response = jnp.sum(response_len > 0).astype(jnp.float32)
         if config.normalisation == "release":
-            ar_scale, ar_count = 1.0, num_labelled
-            diffusion_scale = 1 / (draw.mask_probability * jnp.maximum(total_len - prompt_len, 1))
+            ar_scale, ar_count = jnp.ones(places), jnp.sum(labelled).astype(jnp.float32)
+            diffusion_scale = 1 / (draw.mask_probability * jnp.maximum(response_len, 1))
         else:
-            ar_scale, ar_count = 1 / jnp.maximum(num_labelled, 1), has_response
-            diffusion_scale = 1 / jnp.maximum(jnp.sum(masked), 1)
+
+            def number(chosen: Array) -> Array:  # [E], at least 1
+                count = jax.ops.segment_sum(chosen.astype(jnp.int32), owner, places, indices_are_sorted=True)
+                return jnp.maximum(count, 1)
+
+            ar_scale, ar_count = 1 / number(labelled), has_response
+            diffusion_scale = 1 / number(masked)
         return Noised(
             tokens=fed[source],
-            positions=source.astype(jnp.int32),
+            positions=position[source].astype(jnp.int32),
+            segments=jnp.where(real, owner, places).astype(jnp.int32),  # ascending: as before the sort
             targets=targets[source],
-            ar_weights=(labelled * ar_scale)[source].astype(jnp.float32),
-            diffusion_weights=(masked * diffusion_scale)[source].astype(jnp.float32),
+            ar_weights=(labelled * ar_scale[owner])[source].astype(jnp.float32),
+            diffusion_weights=(masked * diffusion_scale[owner])[source].astype(jnp.float32),
             ar_count=ar_count,
             has_response=has_response,
         )
 
-    return jax.vmap(one)(tokens, prompt_len, total_len, draw)
+    of_examples = {name: _columns(getattr(draw, name)) for name in ("slot_size", "mask_probability")}
+    return jax.vmap(one)(tokens, _columns(prompt_len), _columns(total_len), draw.replace(**of_examples))
 
 
 def divisors(noised: Noised) -> tuple[Array, Array]:
@@ -249,6 +279,30 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
     return -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
 
 
-def _rank(x: Array) -> Array:
-    """int32 rank of each entry of x [M] in ascending order."""
-    return jnp.argsort(jnp.argsort(x)).astype(jnp.int32)
+def _columns(x: Array) -> Array:
+    """[B, E] of [B, E], or of [B] where E is 1."""
+    return x.reshape(x.shape[0], -1)
+
+
+def _ceil_div(x: Array, y: Array) -> Array:
+    return -(-x // y)
+
+
+def _first(lengths: Array) -> Array:
+    """Where each of the runs of `lengths` [E] begins that stand one after the other."""
+    return jnp.cumsum(lengths) - lengths
+
+
+def _owner(first: Array, count: int) -> Array:
+    """int32 [count]: in which run, of those that begin at ascending `first` [E], each of 0 … count - 1 is.
+
+    What lies beyond the runs counts as of the last one.
+    """
+    # Compared with all of them: E is small, and that is one fused operation where a search is a loop.
+    return jnp.searchsorted(first, jnp.arange(count), side="right", method="compare_all") - 1
+
+
+def _rank(owner: Array, x: Array) -> Array:
+    """int32 [M]: the rank of each slot in the order of (owner, x), both [M]."""
+    order = jax.lax.sort((owner, x, jnp.arange(x.shape[0])), num_keys=2)[-1]
+    return jnp.argsort(order).astype(jnp.int32)

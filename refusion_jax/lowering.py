@@ -59,13 +59,12 @@ def lower_training(run: RunConfig, topology: Topology) -> Lowered:
     """
     mesh = sharding.make_mesh(run.mesh, topology.devices())
     program = make_program(run, mesh, _MASK_ID)
-    rows, length = run.train.batch_size, run.data.max_length
-
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.rows)
-
-    batch = {"tokens": ints(rows, length)} | {
-        name: ints(rows) for name in ("prompt_len", "total_len", "index")
+    rows = run.train.batch_size
+    examples = (rows, run.data.places) if run.data.packing else (rows,)
+    shapes = dict.fromkeys(("prompt_len", "total_len", "index"), examples)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.rows)
+        for name, shape in ({"tokens": (rows, run.data.max_length)} | shapes).items()
     }
     arguments = {
         "parameters": program.state.params,

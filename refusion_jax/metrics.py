@@ -14,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from refusion_jax.errors import BadInput
 
 FILE = "metrics.csv"
-# Of a logged step. `tokens` are those of its batch without padding; `tokens_per_second` is the rate since
-# the row before; `seconds` have passed since this process began to train.
+# Of a logged step. `tokens` are those of its batch without padding, `padding` the share of it that is (0 to
+# 1); `tokens_per_second` is the rate since the row before; `seconds` have passed since this process began to
+# train.
 STEP_COLUMNS = ("loss", "ar_loss", "diffusion_loss", "grad_norm", "learning_rate", "tokens")
-COLUMNS = ("step", *STEP_COLUMNS, "tokens_per_second", "seconds")
+COLUMNS = ("step", *STEP_COLUMNS, "tokens_per_second", "seconds", "padding")
 
 
 class Reporter:
@@ -64,6 +65,7 @@ class Reporter:
         self._reported_at, self._reported_step = now, step
         row = {"step": step} | {name: values[name] for name in STEP_COLUMNS}
         row |= {"tokens_per_second": round(tokens / seconds, 1), "seconds": round(now - self._begin, 3)}
+        row["padding"] = values["padding"]
         # One write a row: a kill can leave half a line at the end, which `truncate` drops, never more.
         # str of a NumPy float32 is the shortest text that reads back as the same float32.
         self._csv.write(",".join(str(row[name]) for name in COLUMNS) + "\n")

@@ -21,7 +21,7 @@ import yaml
 
 from refusion_jax import config, hf, loader, sharding
 from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
-from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
+from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples, row_use
 from refusion_jax.errors import BadInput, command
 from refusion_jax.metrics import Reporter
 from refusion_jax.model import ModelConfig
@@ -67,6 +67,8 @@ def train(run: RunConfig, workdir: str | Path) -> int:
             size = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
             begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
             print(f"{size:,} parameters on {dict(mesh.shape)}, {begin}", flush=True)
+            held, used = row_use(examples)
+            print(f"rows of {run.data.max_length} tokens: {held:.1f} examples, {used:.1%} used", flush=True)
         return _loop(run, folder, program, state, done or 0, batches, checkpoints, preemption)
 
 

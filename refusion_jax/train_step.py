@@ -21,18 +21,18 @@ from refusion_jax.attention import fitting_kernel
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion import DiffusionConfig, Noised
 from refusion_jax.errors import BadInput
-from refusion_jax.model import (
-    REMAT_POLICIES,
-    ModelConfig,
-    Transformer,
-    fuse_projections,
-    split_projections,
-)
+from refusion_jax.model import REMAT_POLICIES, ModelConfig, Transformer
 from refusion_jax.optimizer import OptimizerConfig
 from refusion_jax.sharding import Layout, MeshConfig
 
 Array = jax.Array
-Batch = Mapping[str, Array]  # tokens [B, T], prompt_len [B], total_len [B], index [B]; int32
+# tokens [B, T], prompt_len, total_len and index [B], or [B, E] of rows that hold up to E examples; int32
+Batch = Mapping[str, Array]
+
+# Of the step, by platform; measured on one H200 (docs/training.md).
+COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True},
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -43,7 +43,7 @@ class TrainConfig:
 
     Attributes:
       steps: updates in all.
-      batch_size: examples an update, over all devices.
+      batch_size: rows an update, over all devices: of one example each, or of several with data.packing.
       save_every: steps between checkpoints; the last step is always saved.
       log_every: steps between rows of metrics.csv; the last step always has one.
       microbatches: parts a batch is computed in, one after the other, to save memory.
@@ -135,8 +135,15 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         raise BadInput(f"train.loss_chunks must divide {lengths}, got {run.train.loss_chunks}")
     dtype = DTYPES[run.train.dtype]
     platform = mesh.devices.flat[0].platform
-    kernel = fitting_kernel(platform, dtype, run.model.head_dim, run.data.max_length)
-    model = Transformer(run.model, dtype, jnp.float32, run.train.scan_layers, run.train.remat, kernel)
+    model = Transformer(
+        run.model,
+        dtype,
+        jnp.float32,
+        run.train.scan_layers,
+        run.train.remat,
+        kernel=fitting_kernel(platform, dtype, run.model.head_dim, run.data.max_length),
+        max_segments=run.data.places + 1,  # and one of padding
+    )
     optimizer = run.optimizer.transformation(run.train.steps)
 
     def start(params: Any) -> TrainState:
@@ -156,10 +163,11 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
         start=jax.jit(start, in_shardings=(shardings.params,), out_shardings=shardings, donate_argnums=0),
         step=jax.jit(
-            make_train_step(run, model.clone(fused=True), optimizer, layout, mask_id),
+            make_train_step(run, model, optimizer, layout, mask_id),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
+            compiler_options=COMPILER_OPTIONS.get(platform),
         ),
     )
 
@@ -174,7 +182,8 @@ def make_train_step(
     """The function (state, batch) -> (next state, metrics) of one update.
 
     Metrics are float32 scalars "loss", "ar_loss" and "diffusion_loss" of the parameters given,
-    "grad_norm" before clipping and "learning_rate", and int32 "tokens" of the batch without padding.
+    "grad_norm" before clipping, "learning_rate" and "padding", the share of the batch that is, and int32
+    "tokens" of the batch without padding.
     """
     schedule = run.optimizer.schedule(run.train.steps)
 
@@ -189,18 +198,20 @@ def make_train_step(
 
         def loss(params: Any, part: Noised) -> tuple[Array, dict[str, Array]]:
             variables = {"params": params}
-            states, _ = model.apply(variables, part.tokens, part.positions, method="hidden")
+            segments = part.segments if run.data.packing else None
+            states, _ = model.apply(
+                variables, part.tokens, part.positions, segments=segments, method="hidden"
+            )
             head = model.apply(variables, method="unembedding")
             weight, chunks = run.diffusion.diffusion_weight, run.train.loss_chunks
             return diffusion.loss_of_states(states, head, part, weight, divided_by, chunks)
 
         def of_part(part: Noised) -> tuple[Any, dict[str, Array]]:
             grads, losses = jax.grad(loss, has_aux=True)(working, part)
-            grads = split_projections(grads, run.model)
             grads = jax.lax.with_sharding_constraint(grads, layout.shardings.params)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), losses
 
-        working = _working_copy(params, run.model, model.dtype)
+        working = _working_copy(params, model.dtype)
         if run.train.microbatches == 1:
             return of_part(noised)
         first, rest = (lambda x: x[0]), (lambda x: x[1:])
@@ -214,30 +225,31 @@ def make_train_step(
             noised = _noised(run, state.step, batch, mask_id)
             grads, losses = gradients(state.params, noised)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        tokens = jnp.sum(batch["total_len"])
         metrics = losses | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
-            "tokens": jnp.sum(batch["total_len"]),
+            "tokens": tokens,
+            "padding": 1 - tokens / batch["tokens"].size,
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     return train_step
 
 
-def _working_copy(params: Any, config: ModelConfig, dtype: Any) -> Any:
-    """Parameters as the matrix products want them, in their dtype, made once a step and not at each use.
+def _working_copy(params: Any, dtype: Any) -> Any:
+    """Parameters in the dtype of matrix products, cast once a step and not at each use.
 
-    The embedding keeps its dtype: its gradient sums up as many terms as the mask token has places in the
+    The embedding stays as it is: its gradient sums up as many terms as the mask token has places in the
     batch, too many for bfloat16.
     """
-    copy = jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
-    return fuse_projections(copy, config)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
 
 
 def _noised(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
     tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
     key = jax.random.fold_in(_keys(run)[1], step)
-    max_slots = run.diffusion.max_slots(tokens.shape[1])
+    max_slots = run.diffusion.max_slots(tokens.shape[1], run.data.places)
     draw = diffusion.draw(key, batch["index"], total_len - prompt_len, max_slots, run.diffusion)
     return diffusion.rearrange(tokens, prompt_len, total_len, draw, mask_id, run.diffusion)
 

@@ -194,15 +194,18 @@ def test_changes_that_save_memory():
         (topology.name, " ".join(flag.removeprefix("--config.") for flag in flags))
         for topology, flags in changes
     ]
+    less = "train.loss_chunks=8"
     whole = "mesh.data=1 mesh.fsdp=-1 mesh.tensor"
     assert found == [
         ("v5e:4x4", "train.remat=full"),
         ("v5e:4x4", "train.remat=full train.microbatches=2"),
         ("v5e:4x4", "train.remat=full train.microbatches=8"),
-        ("v5e:4x4", f"train.remat=full train.microbatches=2 {whole}=1"),
-        ("v5e:4x8", f"train.remat=full train.microbatches=1 {whole}=1"),
+        ("v5e:4x4", f"train.remat=full train.microbatches=8 {less}"),
+        ("v5e:4x4", f"train.remat=full train.microbatches=8 {less} optimizer.mean_dtype=bfloat16"),
+        ("v5e:4x4", f"train.remat=full train.microbatches=2 {less} optimizer.mean_dtype=bfloat16 {whole}=1"),
+        ("v5e:4x8", f"train.remat=full train.microbatches=1 {less} optimizer.mean_dtype=bfloat16 {whole}=1"),
         # 64 devices for 32 rows: two share each product, and there are two key/value heads for them.
-        ("v5e:8x8", f"train.remat=full train.microbatches=1 {whole}=2"),
+        ("v5e:8x8", f"train.remat=full train.microbatches=1 {less} optimizer.mean_dtype=bfloat16 {whole}=2"),
     ]
 
 

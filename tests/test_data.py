@@ -1,5 +1,6 @@
 """Sources and pipeline: what is read, dropped and refused, and batches as a function of the step."""
 
+import gzip
 import json
 import logging
 import shutil
@@ -110,6 +111,37 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
     assert next(lines) == Example("a", "b")
     with pytest.raises(BadInput, match=f"a.jsonl:3: .*{message}"):
         next(lines)
+
+
+def test_compressed_lines_with_fields_of_other_names(tmp_path):
+    records = [{"question": f"say {i}", "answer": str(i)} for i in range(30)]
+    plain = write_lines(tmp_path / "a.jsonl", *records)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    wanted = [Example(f"say {i}", str(i)) for i in range(30)]
+    assert load_jsonl([plain, packed], ("question", "answer")) == wanted * 2
+    names = {"query_field": "question", "response_field": "answer"}
+    batch = next(batch_iterator(load_examples(jsonl_config(str(packed), **names), TOKENIZER), 4))
+    assert read_back(batch, 0) in wanted
+    with pytest.raises(BadInput, match=r"a.jsonl.gz:1: has no 'query' but \['answer', 'question'\]"):
+        load_jsonl([packed])
+    with pytest.raises(BadInput, match=r"has no 'text' but .*; expected question and text, or messages"):
+        load_jsonl([plain], ("question", "text"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "no block", "wrong sum", "plain"])
+def test_a_damaged_compressed_file_is_bad_input(tmp_path, damage):
+    path = tmp_path / "a.jsonl.gz"
+    content = gzip.compress(b'{"query": "a", "response": "b"}\n' * 1000)
+    damaged = {
+        "cut": content[:-20],
+        "no block": content[:10] + b"\xff" * 20,
+        "wrong sum": content[:-8] + bytes(8),
+        "plain": b"{}",
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(BadInput, match=r"a.jsonl.gz: cannot be read: \S"):
+        load_jsonl([path])
 
 
 def test_files_that_cannot_be_used(tmp_path):

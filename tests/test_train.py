@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -302,6 +303,30 @@ def test_a_run_that_dies_goes_on_to_the_last_bit(config_file, finished, tmp_path
     assert ("from the start" if step is None else f"resuming from step {step} of 24") in text
     assert resumed.rows() == whole.rows(), f"killed at step {killed_at}, resumed from {step}"
     assert sorted(os.listdir(folder / "checkpoints")) == ["21", "24"]
+
+
+def test_a_packed_run_that_dies_goes_on_to_the_last_bit(config_file, tmp_path):
+    source = tmp_path / "source.jsonl"
+    lines = [json.dumps({"query": "q" * (i % 11 + 1), "response": str(i)}) for i in range(50)]
+    source.write_text("\n".join(lines))
+    data = {"source": "jsonl", "paths": str(source), "max_length": 48, "packing": True, "examples_per_row": 8}
+    packed = tmp_path / "packed.py"
+    old = CONFIG[CONFIG.index('{"tasks"') : CONFIG.index(")\n    c.train")]
+    packed.write_text(CONFIG.replace(old, repr(data)).replace('"steps": 24', '"steps": 12'))
+
+    whole = Run(packed, tmp_path / "whole")
+    assert "rows of 48 tokens: 5.0 examples, 89.0% used" in whole.finish()
+    killed = Run(packed, tmp_path / "broken")
+    killed.wait_for_step(5)  # some epochs on
+    killed.process.kill()
+    killed.finish(-signal.SIGKILL)
+    step = checkpoint.latest_step(tmp_path / "broken")
+    resumed = Run(packed, tmp_path / "broken")
+    assert ("from the start" if step is None else f"resuming from step {step} of 12") in resumed.finish()
+    assert resumed.rows() == whole.rows()
+    header, *lines = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    padding = [float(line.split(",")[header.split(",").index("padding")]) for line in lines]
+    assert len(padding) == 12 and max(padding) < 0.2
 
 
 TWO_PROCESSES = """

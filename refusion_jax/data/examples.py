@@ -103,6 +103,9 @@ class Examples(Protocol):
         `total_len` counts prompt, response and EOS. `index` numbers the examples over the whole
         run: no two places share one (up to 2^31). In a finite source of N examples, those dropped
         included, it is epoch * N + the example's number in the source.
+
+        Of packed rows (see `packing`) a place holds several, back to back in `tokens`; the others are [E],
+        with a `total_len` of 0 where there is no example.
         """
 
 
@@ -110,7 +113,7 @@ class FiniteExamples:
     """The usable examples of a source (`name` is for messages), epoch after epoch.
 
     With a `shuffle_seed` each epoch has an order of its own, otherwise that of the source. `len` is
-    the number of examples in an epoch. See `Examples`.
+    the number of examples in an epoch, `lengths` [len] how many tokens each has. See `Examples`.
     """
 
     def __init__(self, encoder: Encoder, source: Sequence[Example], name: str, shuffle_seed: int | None):
@@ -128,24 +131,26 @@ class FiniteExamples:
         )
         self.counts = {name: encoder.count(lengths, name)}
         self._kept = np.flatnonzero(encoder.usable(lengths))
-        order = grain.MapDataset.range(len(self._kept))
-        if shuffle_seed is not None:
-            order = order.shuffle(_hash32(f"shuffle {shuffle_seed}"))
-        self._order = order.repeat()
+        self.lengths = lengths[self._kept]
+        self._order = endless_order(len(self._kept), shuffle_seed)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, place: int) -> Row:
-        number = int(self._kept[self._order[place]])
+        return self.example(place // len(self), self._order[place])
+
+    def example(self, epoch: int, which: int) -> Row:
+        """The usable example `which`, of 0 … len - 1, as it is in an epoch."""
+        number = int(self._kept[which])
         (encoded,) = self._encoder.encode([self._source[number]])
-        return self._encoder.row(encoded, place // len(self) * len(self._source) + number)
+        return self._encoder.row(encoded, epoch * len(self._source) + number)
 
 
 class TaskExamples:
     """Examples of embedded tasks that take turns; one that is too long is drawn again.
 
-    See `Examples`.
+    `shortest` is the least number of tokens among the first of each task. See `Examples`.
     """
 
     _DRAWS = 1000
@@ -153,17 +158,20 @@ class TaskExamples:
 
     def __init__(self, encoder: Encoder, tasks: Sequence[Task], split: str, seed: int):
         self._encoder = encoder
-        self._tasks = tasks
+        self.tasks = tasks
         self._split = split
         self._seed = seed
         self.counts = {}
+        usable = []
         for task in tasks:
             lengths = _lengths(encoder, [task.example(i, split, seed) for i in range(_SCAN)])
             self.counts[task.name] = encoder.count(lengths, str(task))
+            usable.append(lengths[encoder.usable(lengths)])
+        self.shortest = int(np.concatenate(usable).min())
 
     def __getitem__(self, place: int) -> Row:
-        turn, which = divmod(place, len(self._tasks))
-        task = self._tasks[which]
+        turn, which = divmod(place, len(self.tasks))
+        task = self.tasks[which]
         for draw in range(self._DRAWS):
             example = task.example(turn + draw * self._NEXT_DRAW, self._split, self._seed)
             (encoded,) = self._encoder.encode([example])
@@ -176,6 +184,14 @@ def _lengths(encoder: Encoder, examples: Sequence[Example]) -> np.ndarray:
     return np.array([encoded.length for encoded in encoder.encode(examples)])
 
 
-def _hash32(text: str) -> int:
+def endless_order(count: int, shuffle_seed: int | None) -> grain.MapDataset:
+    """0 … count - 1 again and again: each time in an order of its own, or as they stand without a seed."""
+    order = grain.MapDataset.range(count)
+    if shuffle_seed is not None:
+        order = order.shuffle(hash32(f"shuffle {shuffle_seed}"))
+    return order.repeat()
+
+
+def hash32(text: str) -> int:
     """Scatters seeds: grain adds the epoch to its seed, so seed 1 would be seed 0 an epoch later."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

@@ -4,8 +4,9 @@
     batches = batch_iterator(examples, batch_size, process_index, process_count)
     batch = next(batches)
 
-The examples form one endless sequence, and batch t of B rows is its places t*B … t*B + B-1. So a
-batch is a function of its number, whatever the number of processes and wherever a run was resumed.
+The examples, one a row or packed (`data.packing`), form one endless sequence of rows, and batch t of B
+rows is its places t*B … t*B + B-1. So a batch is a function of its number, whatever the number of
+processes and wherever a run was resumed.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ import grain
 import numpy as np
 
 from refusion_jax.data.examples import Encoder, Examples, FiniteExamples, TaskExamples
+from refusion_jax.data.packing import PackedExamples, PackedTaskExamples
 from refusion_jax.data.sources import load_jsonl
-from refusion_jax.data.tasks import TASKS, Task, make_task
+from refusion_jax.data.tasks import TASKS, Example, Task, make_task
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import Tokenizer
 
@@ -31,7 +33,12 @@ class DataConfig:
     tasks: for "tasks", their names, or the settings of each by its name; they take turns.
     paths: for "jsonl" the files, for "tfds" the one folder of the prepared dataset.
     split: for "tasks" train, validation or test; for "tfds" a split of the dataset ("train[:90%]").
-    max_length: tokens of prompt, response and EOS together; longer examples are dropped.
+    query_field: for "jsonl" the name of a line's prompt text.
+    response_field: for "jsonl" the name of a line's response text.
+    max_length: tokens of a row, and of the longest example it can hold: prompt, response and EOS. Longer
+        examples are dropped.
+    packing: several examples share a row, as many as fit, without seeing each other; otherwise one.
+    examples_per_row: the most that may share one; 0 is one for every 32 tokens of it.
     enable_thinking: false tells the chat template so; true leaves it to the template, as sampling does.
     shuffle: a new order for each epoch of a finite source, instead of the order of the source.
     """
@@ -40,9 +47,18 @@ class DataConfig:
     tasks: Mapping[str, Mapping] | Sequence[str] | str = ()
     paths: Sequence[str] | str = ()
     split: str = "train"
+    query_field: str = "query"
+    response_field: str = "response"
     max_length: int = 256
+    packing: bool = False
+    examples_per_row: int = 0
     enable_thinking: bool = True
     shuffle: bool = True
+
+    @property
+    def places(self) -> int:
+        """E, the examples that a row has room for, if they are short enough."""
+        return (self.examples_per_row or max(1, self.max_length // 32)) if self.packing else 1
 
 
 def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Examples:
@@ -53,24 +69,35 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
     """
     if type(config.max_length) is not int or config.max_length < 2:
         raise BadInput(f"data.max_length is {config.max_length!r}, expected 2 or more tokens")
+    if type(config.examples_per_row) is not int or config.examples_per_row < 0:
+        raise BadInput(f"data.examples_per_row is {config.examples_per_row!r}, expected 1 or more, or 0")
     template = {} if config.enable_thinking else {"enable_thinking": False}
     encoder = Encoder(tokenizer, config.max_length, template)
     if config.source == "tasks":
-        return TaskExamples(encoder, _make_tasks(config.tasks), config.split, seed)
-
-    paths = [config.paths] if isinstance(config.paths, str) else list(map(str, config.paths))
+        drawn = TaskExamples(encoder, _make_tasks(config.tasks), config.split, seed)
+        return PackedTaskExamples(drawn, config.max_length, config.places) if config.packing else drawn
     shuffle_seed = seed if config.shuffle else None
+    examples = FiniteExamples(encoder, *_open_source(config), shuffle_seed)
+    return (
+        PackedExamples(examples, config.max_length, config.places, shuffle_seed)
+        if config.packing
+        else examples
+    )
+
+
+def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:
+    """A finite source and its name."""
+    paths = [config.paths] if isinstance(config.paths, str) else list(map(str, config.paths))
     if config.source == "jsonl":
         if not paths:
             raise BadInput("data.paths is empty, expected at least one JSONL file")
-        return FiniteExamples(encoder, load_jsonl(paths), ", ".join(paths), shuffle_seed)
+        return load_jsonl(paths, (config.query_field, config.response_field)), ", ".join(paths)
     if config.source == "tfds":
         if len(paths) != 1:
             raise BadInput(f"data.paths has {len(paths)} entries, expected one TFDS folder")
         from refusion_jax.data.tfds_source import TfdsSource  # slow to import, seldom needed
 
-        source = TfdsSource(paths[0], config.split)
-        return FiniteExamples(encoder, source, paths[0], shuffle_seed)
+        return TfdsSource(paths[0], config.split), paths[0]
     raise BadInput(f"data.source is {config.source!r}, expected tasks, jsonl or tfds")
 
 
@@ -92,9 +119,9 @@ def batch_iterator(
     """This process's rows of every global batch of B = `batch_size` rows, without end.
 
     Yields int32 arrays: tokens [B/n, L], prompt_len [B/n], total_len [B/n] and index [B/n] (see
-    `Examples`), with n = `process_count`. Process p has rows p*B/n … (p+1)*B/n - 1, so that the
-    processes' rows one after the other are the batch of a single process. Threads prepare batches
-    ahead.
+    `Examples`; packed, the last three are [B/n, E]), with n = `process_count`. Process p has rows
+    p*B/n … (p+1)*B/n - 1, so that the processes' rows one after the other are the batch of a single
+    process. Threads prepare batches ahead.
 
     The state for checkpoints (`get_state`, `set_state`, grain's CheckpointSave) is
     `{"next_index": t}`, t being the number of batches taken, and the same on every process.
@@ -114,3 +141,11 @@ def batch_iterator(
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(grain.MapDataset.range(_ENDLESS).map(batch).to_iter_dataset(options))
+
+
+def row_use(examples: Examples, rows: int = 64) -> tuple[float, float]:
+    """Examples in a row, and the share of its tokens that are not padding: means over the first rows."""
+    taken = [examples[place] for place in range(rows)]
+    held = sum(np.count_nonzero(row["total_len"]) for row in taken)
+    used = sum(int(np.sum(row["total_len"])) for row in taken)
+    return held / rows, used / sum(len(row["tokens"]) for row in taken)

@@ -1,6 +1,8 @@
 """Prompt and response examples from JSONL files."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,35 +11,38 @@ from refusion_jax.chat_template import check_messages
 from refusion_jax.data.task import Example
 from refusion_jax.errors import BadInput
 
+FIELDS = ("query", "response")
 
-def load_jsonl(paths: Sequence[str | Path]) -> list[Example]:
+
+def load_jsonl(paths: Sequence[str | Path], fields: tuple[str, str] = FIELDS) -> list[Example]:
     """All examples of the files, in order. For more than fits in memory see `tfds_source`.
 
     Raises BadInput for a file that cannot be read or holds no example, and for a malformed line.
     """
-    return [example for path in paths for example in read_jsonl(path)]
+    return [example for path in paths for example in read_jsonl(path, fields)]
 
 
-def read_jsonl(path: str | Path) -> Iterator[Example]:
+def read_jsonl(path: str | Path, fields: tuple[str, str] = FIELDS) -> Iterator[Example]:
     """The examples of one file, one JSON object a line; blank lines are skipped.
 
-    A line is `{"query": text, "response": text}` or `{"messages": [{"role", "content"}, …]}`; see
-    `read_record`.
+    A line is `{"query": text, "response": text}`, with the names that `fields` has for them, or
+    `{"messages": [{"role", "content"}, …]}`; see `read_record`. A name in .gz is decompressed.
     """
     count = 0
+    open_file = gzip.open if str(path).endswith(".gz") else open
     try:
-        with open(path, "rb") as lines:
+        with open_file(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _read_line(line, f"{path}:{number}")
+                    yield _read_line(line, f"{path}:{number}", fields)
                     count += 1
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:  # the last two of damaged .gz files
+        raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if count == 0:
         raise BadInput(f"{path}: holds no examples, expected one JSON object a line")
 
 
-def _read_line(line: bytes, where: str) -> Example:
+def _read_line(line: bytes, where: str, fields: tuple[str, str]) -> Example:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -46,24 +51,26 @@ def _read_line(line: bytes, where: str) -> Example:
         raise BadInput(f"{where}: not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise BadInput(f"{where}: a JSON {type(record).__name__}, expected an object")
-    return read_record(record, where)
+    return read_record(record, where, fields)
 
 
-def read_record(record: Mapping[str, Any], where: str) -> Example:
-    """The example in a record with `query` and `response`, or with `messages`.
+def read_record(record: Mapping[str, Any], where: str, fields: tuple[str, str] = FIELDS) -> Example:
+    """The example in a record with query and response, by the names in `fields`, or with `messages`.
 
     Of messages the last one by the assistant is the response and those before it are the query;
     whatever comes after is not used. Raises BadInput, beginning with `where`, for anything else.
     """
     if "messages" in record:
         return _read_messages(record["messages"], where)
-    for field in "query", "response":
+    query, response = fields
+    for field in fields:
         if field not in record:
             raise BadInput(
-                f"{where}: has no {field!r} but {sorted(record)}; expected query and response, or messages"
+                f"{where}: has no {field!r} but {sorted(record)}; "
+                f"expected {query} and {response}, or messages"
             )
         _check_text(record[field], field, where)
-    return Example(record["query"], record["response"])
+    return Example(record[query], record[response])
 
 
 def _read_messages(messages: Any, where: str) -> Example:
