@@ -134,8 +134,11 @@ def compile_for(lowered: Lowered) -> Compiled:
 
 
 def bytes_needed(message: str) -> float | None:
-    """Bytes that a program needs, from the compiler's words about too little memory; None for other words."""
-    if "RESOURCE_EXHAUSTED" not in message:
+    """Bytes that a program needs, from the compiler's words about too little HBM.
+
+    NaN if they do not say how many; None if they are about something else, a kernel's own memory say.
+    """
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
     size = r"([\d.]+)([KMGT]?)"
     found = re.search(rf"\({size}\) exceeds available HBM|Used {size} of {size} hbm", message)

@@ -150,6 +150,7 @@ def test_scans_of_a_real_program():
             "Used 1.5T of 15.75G hbm. Exceeded hbm capacity by 1.48T.",
             1.5 * 2**40,
         ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M of 16M vmem.", None),
         ("INVALID_ARGUMENT: something else", None),
     ],
 )
