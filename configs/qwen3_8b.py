@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
             "steps": 1000,
             "batch_size": 512,
             "microbatches": 2,  # a row at a time on 256 chips
-            "loss_chunks": 4,
             "save_every": 500,
             "log_every": 10,
             "dtype": "bfloat16",
