@@ -105,8 +105,9 @@ class Topology:
         """
         if importlib.util.find_spec("libtpu") is None:
             raise BadInput("compiling for TPUs needs libtpu: pip install 'refusion_jax[tpu]'")
-        # It is to look for no TPU: neither one of its own nor one in use by somebody else.
+        # It is to look for no TPU of its own, and not to mind one in use by somebody else.
         for name, value in {
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any will do
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
