@@ -21,6 +21,7 @@ from refusion_jax.attention import fitting_kernel
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion import DiffusionConfig, Noised
 from refusion_jax.errors import BadInput
+from refusion_jax.flops import train_flops
 from refusion_jax.model import (
     REMAT_POLICIES,
     ModelConfig,
@@ -55,6 +56,7 @@ class TrainConfig:
       scan_layers: compile one layer and loop over it, instead of all layers in a row.
       init_from: Hugging Face model folder to start from; empty starts from random parameters.
       tokenizer: folder with the tokenizer; empty takes that of init_from, or bytes without one.
+      wandb_project: of Weights & Biases, where metrics go too; empty leaves that out.
     """
 
     steps: int
@@ -70,6 +72,7 @@ class TrainConfig:
     scan_layers: bool = False
     init_from: str = ""
     tokenizer: str = ""
+    wandb_project: str = ""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "save_every", "log_every", "microbatches", "keep", "loss_chunks"):
@@ -172,7 +175,8 @@ def make_train_step(
     """The function (state, batch) -> (next state, metrics) of one update.
 
     Metrics are float32 scalars "loss", "ar_loss" and "diffusion_loss" of the parameters given,
-    "grad_norm" before clipping and "learning_rate", and int32 "tokens" of the batch without padding.
+    "grad_norm" before clipping, "learning_rate" and "flops" (see flops.py), and int32 "tokens" of the
+    batch without padding.
     """
     schedule = run.optimizer.schedule(run.train.steps)
 
@@ -216,6 +220,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "tokens": jnp.sum(batch["total_len"]),
+            "flops": train_flops(run.model, batch["total_len"]),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
