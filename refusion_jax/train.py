@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import yaml
 
-from refusion_jax import config, hf, loader, sharding
+from refusion_jax import config, hf, loader, lora, sharding
 from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
 from refusion_jax.errors import BadInput, command
+from refusion_jax.lora import LoraConfig
 from refusion_jax.metrics import Reporter, check_wandb
 from refusion_jax.model import ModelConfig
 from refusion_jax.profiling import Profile, parse_steps
@@ -37,6 +38,7 @@ FIXED = {
     "model": [field.name for field in dataclasses.fields(ModelConfig)],
     "data": [field.name for field in dataclasses.fields(DataConfig)],
     "train": ["batch_size", "seed", "scan_layers"],
+    "lora": [field.name for field in dataclasses.fields(LoraConfig)],
 }
 
 
@@ -73,9 +75,11 @@ def train(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) 
             batches.set_state(position)
         if jax.process_index() == 0:
             _describe(folder, run, tokenizer)
-            size = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
+            size = f"{_size(program.state.base):,} parameters"
+            if program.state.frozen:
+                size += f" and {_size(program.state.params):,} that adapt them"
             begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
-            print(f"{size:,} parameters on {dict(mesh.shape)}, {begin}", flush=True)
+            print(f"{size} on {dict(mesh.shape)}, {begin}", flush=True)
         with Profile(folder, profile_steps) as profile:
             return _loop(
                 run, folder, program, state, done or 0, batches, checkpoints, preemption, wall_time, profile
@@ -96,7 +100,7 @@ def first_state(run: RunConfig, program: Program) -> TrainState:
         ours, theirs = getattr(run.model, name), getattr(found, name)
         if ours != theirs:
             raise BadInput(f"model.{name}: is {ours}, the model in {folder} has {theirs}")
-    return program.start(loader.load_params(folder, run.model, program.state.params))
+    return program.start(loader.load_params(folder, run.model, program.state.base))
 
 
 def _loop(
@@ -145,8 +149,7 @@ def _loop(
                 # After the rows up to here: a run that goes on from this checkpoint does not repeat them.
                 jax.block_until_ready(metrics)  # as saving does; so the step's time is not the checkpoint's
                 wall_time.lap("step")
-                trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
-                checkpoints.save(step, trees, batches.get_state())
+                checkpoints.save(step, _items(state), batches.get_state())
                 wall_time.lap("checkpoint")
             if preempted:
                 print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
@@ -162,16 +165,26 @@ def _reporter(run: RunConfig, folder: Path, done: int, wall_time: WallTime) -> A
     return Reporter(folder, done, run.train.steps, wall_time, run.train.wandb_project, settings)
 
 
+def _size(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def _is_ready(arrays: Any) -> bool:
     return all(array.is_ready() for array in jax.tree.leaves(arrays))
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[TrainState, Any]:
     """The state saved at `step`, sharded as the abstract one given, and the place in the data."""
-    trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
-    trees, position = checkpoints.restore(step, trees)
-    saved_step, opt_state = trees["optimizer"]
-    return TrainState(saved_step, trees["params"], opt_state), position
+    items, position = checkpoints.restore(step, _items(state))
+    saved_step, opt_state = items["optimizer"]
+    params, frozen = lora.split(items["params"])
+    return TrainState(saved_step, params, opt_state, frozen), position
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The state as a checkpoint has it; its parameters are whole, so that it can be read without the run."""
+    params = lora.join(state.params, state.frozen)
+    return {"params": params, "optimizer": (state.step, state.opt_state)}
 
 
 def _tokenizer(run: RunConfig) -> Tokenizer:
@@ -214,7 +227,8 @@ def _check_same_run(folder: Path, run: RunConfig) -> None:
     """Raises BadInput naming the first field of FIXED in which `run` is not the run in the folder."""
     path = folder / CONFIG_FILE
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Runs from before there was low-rank adaptation say nothing of it.
+        stored = {"lora": {"rank": 0}} | yaml.safe_load(path.read_text(encoding="utf-8"))
         stored = {section: dict(stored[section]) for section in FIXED}
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         raise BadInput(f"{path}: is not the configuration of the run whose checkpoints are here") from None

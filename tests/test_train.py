@@ -76,8 +76,8 @@ def take_steps(run: RunConfig, params=None, count: int = 5):
     if params is None:
         state = program.init.lower().compile(QUICK)()
     else:
-        state = program.start.lower(program.state.params).compile(QUICK)(
-            jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.state.params)
+        state = program.start.lower(program.state.base).compile(QUICK)(
+            jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.state.base)
         )
     first = jax.tree.map(np.asarray, state.params)
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
