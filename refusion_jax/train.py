@@ -58,7 +58,7 @@ def train(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) 
     """
     wall_time = WallTime()
     check_wandb(run.train.wandb_project)
-    tokenizer = _tokenizer(run)
+    tokenizer = run_tokenizer(run)
     mesh = sharding.make_mesh(run.mesh)
     program = make_program(run, mesh, tokenizer.need_mask())
     examples = load_examples(run.data, tokenizer, run.train.seed)
@@ -189,7 +189,8 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"params": params, "optimizer": (state.step, state.opt_state)}
 
 
-def _tokenizer(run: RunConfig) -> Tokenizer:
+def run_tokenizer(run: RunConfig) -> Tokenizer:
+    """The tokenizer of a run. Raises BadInput when the model's table is too small for it."""
     folder = run.train.tokenizer or run.train.init_from
     tokenizer = load_tokenizer(folder) if folder else ByteTokenizer()
     highest = max(tokenizer.vocab_size - 1, *tokenizer.special.roles().values())

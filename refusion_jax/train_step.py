@@ -242,7 +242,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         with layout.scope():
-            noised = _noised(run, state.step, batch, mask_id)
+            noised = noised_batch(run, state.step, batch, mask_id)
             grads, losses = gradients(state.params, state.frozen, noised)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         tokens = jnp.sum(batch["total_len"])
@@ -250,7 +250,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "tokens": tokens,
-            "padding": 1 - tokens / batch["tokens"].size,
+            "padding": (batch["tokens"].size - tokens) / batch["tokens"].size,
             "flops": train_flops(run.model, batch["total_len"]),
         }
         params = optax.apply_updates(state.params, updates)
@@ -268,7 +268,8 @@ def _working_copy(params: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
 
 
-def _noised(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
+def noised_batch(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
+    """A batch as the update that follows `step` updates feeds it."""
     tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
     key = jax.random.fold_in(_keys(run)[1], step)
     max_slots = run.diffusion.max_slots(tokens.shape[1], run.data.places)
