@@ -4,8 +4,8 @@
     python -m refusion_jax.aot --config=configs/qwen3_8b.py --topology=v5e:2x2 --decode
 
 Needs libtpu (`pip install 'refusion_jax[tpu]'`) and no TPU. Prints the memory of each device, the collectives
-and the floating-point operations of a step. Exits with 0 if it fits, with 3 if it does not; then it compiles
-a few changes, the cheapest first, until one fits.
+and the FLOPs of a step. Exits with 0 if it fits, with 3 if it does not; then it compiles a few changes, the
+cheapest first, until one fits.
 """
 
 import argparse
@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from refusion_jax import config, sharding
 from refusion_jax.chips import CHIPS, GIB, Topology
 from refusion_jax.collectives import Collective
 from refusion_jax.config import PREFIX
 from refusion_jax.errors import BadInput, command
+from refusion_jax.flops import peak_flops, train_flops
 from refusion_jax.lowering import (
     Compiled,
     Decoding,
@@ -30,7 +32,6 @@ from refusion_jax.lowering import (
     kinds,
     lower_decoding,
     lower_training,
-    training_flops,
 )
 from refusion_jax.train_step import RunConfig
 
@@ -53,7 +54,7 @@ def report(lowered: Lowered, compiled: Compiled, topology: Topology) -> str:
     for name, value in kinds(compiled.memory).items():
         lines.append(size(name, value))
         if name == "arguments":
-            lines += [size(f"  {part}", held) for part, held in lowered.arguments.items()]
+            lines += [size(f"  {part}", held) for part, held in lowered.arguments.items() if held]
     lines.append(size("in all", compiled.needed))
     lines.append("collectives of each device, whole arrays gathered or reduced")
     lines += [sent(found) for found in compiled.traffic.collectives] or ["  none"]
@@ -134,12 +135,15 @@ def first_that_fits(changes: Iterable[Change], lower: Callable[[Topology, list[s
 
 def describe_training(run: RunConfig, topology: Topology) -> str:
     """What is compiled, and the arithmetic of a step."""
-    flops = training_flops(run)
+    rows, length = run.train.batch_size, run.data.max_length
+    flops = float(train_flops(run.model, jnp.full(rows, length)))
+    devices = topology.devices()
+    seconds = flops / (len(devices) * peak_flops(devices[0].device_kind))
     mesh = dataclasses.asdict(sharding.sizes(run.mesh, topology.num_devices))
     return (
-        f"training step of {run.train.batch_size} x {run.data.max_length} tokens on {topology.name}, "
+        f"training step of {rows} x {length} tokens on {topology.name}, "
         f"{topology.num_chips} chips as {mesh}\n"
-        f"{flops:.3g} floating-point operations, {flops / topology.peak:.2f} s at the chips' peak"
+        f"{flops:.3g} FLOPs if no token is padding, {seconds:.2f} s at the chips' peak"
     )
 
 

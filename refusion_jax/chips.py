@@ -28,7 +28,6 @@ class Chip:
     Attributes:
       hbm: GB a chip, as cloud.google.com/tpu/docs/GENERATION states it.
       usable: bytes of it that a program may use on each device, as libtpu 0.0.48 reports when one exceeds it.
-      peak: floating-point operations a second and chip in bfloat16, from the same pages.
       config: libtpu's name of the chip as JAX runs it; "megacore" makes one device of two cores.
       shapes: of the slices there are, ascending.
       devices: JAX devices a chip.
@@ -36,18 +35,17 @@ class Chip:
 
     hbm: int
     usable: float
-    peak: float
     config: str
     shapes: tuple[str, ...]
     devices: int = 1
 
 
 CHIPS = {
-    "v4": Chip(32, 30.75 * GIB, 275e12, "megacore", _CUBES),
-    "v5e": Chip(16, 15.75 * GIB, 197e12, "default", _FLAT),
-    "v5p": Chip(95, 95.73 * GIB, 459e12, "megacore", (*_CUBES, "16x16x16", "16x16x24")),
-    "v6e": Chip(32, 31.24 * GIB, 918e12, "default", _FLAT),
-    "tpu7x": Chip(192, 94.74 * GIB, 2307e12, "default", _CUBES, devices=2),
+    "v4": Chip(32, 30.75 * GIB, "megacore", _CUBES),
+    "v5e": Chip(16, 15.75 * GIB, "default", _FLAT),
+    "v5p": Chip(95, 95.73 * GIB, "megacore", (*_CUBES, "16x16x16", "16x16x24")),
+    "v6e": Chip(32, 31.24 * GIB, "default", _FLAT),
+    "tpu7x": Chip(192, 94.74 * GIB, "default", _CUBES, devices=2),
 }
 
 
@@ -86,11 +84,6 @@ class Topology:
     @property
     def num_devices(self) -> int:
         return self.num_chips * self.chip.devices
-
-    @property
-    def peak(self) -> float:
-        """Floating-point operations a second of all its chips, in bfloat16."""
-        return self.num_chips * self.chip.peak
 
     def larger(self) -> list["Topology"]:
         """The slices of the same generation with more chips, ascending."""

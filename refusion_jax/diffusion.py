@@ -192,13 +192,8 @@ def rearrange(
             ar_scale, ar_count = jnp.ones(places), jnp.sum(labelled).astype(jnp.float32)
             diffusion_scale = 1 / (draw.mask_probability * jnp.maximum(response_len, 1))
         else:
-
-            def number(chosen: Array) -> Array:  # [E], at least 1
-                count = jax.ops.segment_sum(chosen.astype(jnp.int32), owner, places, indices_are_sorted=True)
-                return jnp.maximum(count, 1)
-
-            ar_scale, ar_count = 1 / number(labelled), has_response
-            diffusion_scale = 1 / number(masked)
+            ar_scale, ar_count = 1 / _number(labelled, owner, places), has_response
+            diffusion_scale = 1 / _number(masked, owner, places)
         return Noised(
             tokens=fed[source],
             positions=position[source].astype(jnp.int32),
@@ -300,6 +295,12 @@ def _owner(first: Array, count: int) -> Array:
     """
     # Compared with all of them: E is small, and that is one fused operation where a search is a loop.
     return jnp.searchsorted(first, jnp.arange(count), side="right", method="compare_all") - 1
+
+
+def _number(chosen: Array, owner: Array, places: int) -> Array:
+    """int32 [E]: how many of an example's tokens are chosen, bool [T]; at least 1."""
+    count = jax.ops.segment_sum(chosen.astype(jnp.int32), owner, places, indices_are_sorted=True)
+    return jnp.maximum(count, 1)
 
 
 def _rank(owner: Array, x: Array) -> Array:

@@ -68,6 +68,7 @@ def lower_training(run: RunConfig, topology: Topology) -> Lowered:
     }
     arguments = {
         "parameters": program.state.params,
+        "frozen parameters": program.state.frozen,
         "optimiser state": (program.state.step, program.state.opt_state),
         "batch": batch,
     }
@@ -156,14 +157,3 @@ def kinds(memory: Any) -> dict[str, int]:
         "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-
-
-def training_flops(run: RunConfig) -> float:
-    """Floating-point operations of a step: 6 for each parameter of a matrix product and token (the forward
-    pass 2, the backward pass 4), and causal attention's. What is computed anew to save memory is left out.
-    """
-    c, length = run.model, run.data.max_length
-    attention = 2 * c.embed_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
-    matrices = c.num_layers * (attention + 3 * c.embed_dim * c.mlp_dim) + c.embed_dim * c.vocab_size
-    scores_and_values = 2 * c.num_layers * c.num_heads * c.head_dim * (length + 1) / 2
-    return 6 * (matrices + scores_and_values) * run.train.batch_size * length

@@ -5,8 +5,8 @@ endless one. Either way a row is a function of its number, as examples are: no r
 it, on the number of processes or on where a run was resumed.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -16,7 +16,8 @@ from refusion_jax.data.examples import FiniteExamples, Row, TaskExamples, endles
 _MISSES = 16  # examples one after the other that do not fit, after which a row is left as it is
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Plan:
     """Row r holds the examples `members[borders[r] : borders[r + 1]]`.
 
     Attributes:
