@@ -55,7 +55,7 @@ def report(lowered: Lowered, compiled: Compiled, topology: Topology) -> str:
         lines.append(size(name, value))
         if name == "arguments":
             lines += [size(f"  {part}", held) for part, held in lowered.arguments.items() if held]
-    lines.append(size("in all", compiled.needed))
+    lines.append(size("at the peak", compiled.needed))
     lines.append("collectives of each device, whole arrays gathered or reduced")
     lines += [sent(found) for found in compiled.traffic.collectives] or ["  none"]
     if compiled.traffic.in_open_loops:

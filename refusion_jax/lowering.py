@@ -35,7 +35,7 @@ class Compiled(NamedTuple):
     """What compiling came to, per device.
 
     Attributes:
-      needed: bytes in all.
+      needed: bytes at the peak.
       seconds: it took.
       memory: the compiler's account, None when the program does not fit.
       traffic: its collectives, None likewise.
@@ -130,8 +130,7 @@ def compile_for(lowered: Lowered) -> Compiled:
         return Compiled(needed, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    needed = sum(kinds(memory).values())
-    return Compiled(needed, seconds, memory, collectives.count(compiled.as_text()))
+    return Compiled(memory.peak_memory_in_bytes, seconds, memory, collectives.count(compiled.as_text()))
 
 
 def bytes_needed(message: str) -> float | None:
@@ -150,10 +149,14 @@ def bytes_needed(message: str) -> float | None:
 
 
 def kinds(memory: Any) -> dict[str, int]:
-    """The compiler's account of a device's memory: what for -> bytes."""
+    """What a device holds at the peak, by the compiler's account: what for -> bytes."""
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments, program = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+    # temp_size_in_bytes would also count what is held at other times.
+    temporaries = memory.peak_memory_in_bytes - arguments - results - program
     return {
-        "arguments": memory.argument_size_in_bytes,
-        "results beside them": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
+        "arguments": arguments,
+        "results beside them": results,
+        "temporaries": temporaries,
+        "program": program,
     }
