@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import yaml
 
-from refusion_jax import config, hf, loader, sharding
+from refusion_jax import config, hf, loader, processes, sharding
 from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
 from refusion_jax.errors import BadInput, command
@@ -203,8 +203,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
     parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
+    several = parser.add_argument_group("several processes, found by themselves under SLURM and on TPU slices")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num_processes", metavar="N", type=int, help="how many; 1 looks for no others")
+    several.add_argument("--process_id", metavar="I", type=int, help="which one this is, from 0")
+    several.add_argument(
+        "--coordinator_timeout",
+        metavar="SECONDS",
+        type=int,
+        default=processes.TIMEOUT,
+        help="how long to wait for all of them (%(default)s)",
+    )
     flags, overrides = parser.parse_known_args(arguments)
-    return train(config.load(flags.config, overrides, RunConfig), flags.workdir)
+    run = config.load(flags.config, overrides, RunConfig)
+    with processes.joined(
+        flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
+    ):
+        return train(run, flags.workdir)
 
 
 if __name__ == "__main__":
