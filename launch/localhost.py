@@ -37,8 +37,11 @@ def main() -> int:
             subprocess.Popen(command, env=os.environ | variables)
             for command, variables in _commands(flags, to_train)
         ]
+        print("localhost: processes", *(process.pid for process in running), file=sys.stderr, flush=True)
         try:
             codes = _wait(running, terminated)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
         finally:
             for process in running:
                 process.kill()  # those left wait for one that is gone
@@ -46,7 +49,9 @@ def main() -> int:
         code = _outcome(codes)
         if code != PREEMPTED or terminated:
             return code
-        again = f"restart {restart + 1} of {flags.restarts}" if restart < flags.restarts else "no restart left"
+        again = (
+            f"restart {restart + 1} of {flags.restarts}" if restart < flags.restarts else "no restart left"
+        )
         print(f"localhost: processes ended with {codes}: {again}", file=sys.stderr, flush=True)
     return code
 
@@ -72,7 +77,7 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
 def _commands(flags: argparse.Namespace, to_train: list[str]) -> list[tuple[list[str], dict[str, str]]]:
     """For each process its command and the environment variables to set for it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        coordinator = "127.0.0.1:{}".format(server.getsockname()[1])  # free, and taken soon
+        coordinator = f"127.0.0.1:{server.getsockname()[1]}"  # free, and taken soon
     commands = []
     for index in range(flags.processes):
         variables = {

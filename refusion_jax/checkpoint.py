@@ -46,6 +46,9 @@ class Checkpoints:
     Args:
       folder: DIR, the run's folder, on a disk that all processes see.
       keep: how many of the newest checkpoints stay; those before are deleted.
+
+    Raises:
+      BadInput: process 0 made a folder that this one does not see.
     """
 
     def __init__(self, folder: str | Path, keep: int):
@@ -55,6 +58,8 @@ class Checkpoints:
         )
         with _orbax_silent():
             self._manager = ocp.CheckpointManager(self._folder / FOLDER, options=options)
+        if not (self._folder / FOLDER).is_dir():
+            raise BadInput(f"{self._folder}: must be on a disk that all processes see")
         self._delete_leftovers()
 
     def __enter__(self) -> "Checkpoints":
@@ -65,8 +70,14 @@ class Checkpoints:
         self._delete_leftovers()
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, None without any; one being written counts."""
-        return self._manager.latest_step()
+        """The newest checkpoint's step, None without any; one being written counts.
+
+        That of process 0 in all, as a network's file system may show the others an older state. To be called
+        by all processes.
+        """
+        step = self._manager.latest_step()
+        agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+        return None if agreed < 0 else agreed
 
     def save(self, step: int, trees: Mapping[str, Any], data: Any) -> None:
         """Saves in the background; arrays and `data` are as they were when this returns.

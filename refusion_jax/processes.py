@@ -7,6 +7,7 @@ JAX finds the processes of a SLURM step and of a TPU slice by itself. Elsewhere 
 """
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -51,6 +52,11 @@ def joined(
         _initialize(timeout, coordinator, num_processes, process_id, cluster_detection_method="deactivate")
     elif num_processes is None and _in_cluster():
         _initialize(timeout)
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    if jax.process_index() > 0:  # what all find in the data, one says
+        logging.getLogger("refusion_jax").setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:
@@ -94,17 +100,15 @@ def _initialize(timeout: int, *who, **options) -> None:
     """jax.distributed.initialize, with one line and exit code 1 when the processes do not come together."""
 
     def give_up(reason: str) -> None:
-        where = "coordinator {0}, process {2} of {1}".format(*who) if who else "processes found by JAX"
-        print(
-            f"error: {where}: {reason} (--coordinator, --num_processes and --process_id name the processes, "
-            "--num_processes=1 makes this one a run of its own)",
-            file=sys.stderr,
-            flush=True,
-        )
+        if who:
+            where = "--coordinator={} --num_processes={} --process_id={}".format(*who)
+        else:
+            where = "processes found by JAX (--num_processes=1 looks for none)"
+        print(f"error: {where}: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
     # JAX's own time limit aborts the process with a stack trace.
-    timer = threading.Timer(timeout, give_up, [f"not all were there after {timeout} s"])
+    timer = threading.Timer(timeout, give_up, [f"not all processes were there after {timeout} s"])
     timer.daemon = True
     timer.start()
     try:

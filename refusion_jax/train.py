@@ -122,7 +122,8 @@ def _loop(
                 trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
                 checkpoints.save(step, trees, batches.get_state())
             if preempted:
-                print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
+                if jax.process_index() == 0:
+                    print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
                 return PREEMPTED_EXIT_CODE
     return 0
 
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
     parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
-    several = parser.add_argument_group("several processes, found by themselves under SLURM and on TPU slices")
+    several = parser.add_argument_group("several processes (SLURM and TPU slices need no flags)")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--num_processes", metavar="N", type=int, help="how many; 1 looks for no others")
     several.add_argument("--process_id", metavar="I", type=int, help="which one this is, from 0")
