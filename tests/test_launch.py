@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from refusion_jax import checkpoint, processes
 from refusion_jax.errors import BadInput
@@ -265,3 +266,217 @@ def test_where_processes_look_for_others(monkeypatch, initialized, environment, 
 def test_bad_input_of_a_run_of_its_own_is_raised():
     with pytest.raises(BadInput, match="as it was"), processes.joined():
         raise BadInput("as it was")
+
+
+# What the scripts for other places do, with their tools replaced by ones that write down how they are called
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """tools(name, script) puts a command first on the PATH; tools.log() has one line for each call of one."""
+    folder, log = tmp_path / "tools", tmp_path / "log"
+    folder.mkdir()
+    log.touch()
+
+    def make(name: str, script: str = "") -> None:
+        path = folder / name
+        call = f"{name} ${{*//$'\\n'/; }}"
+        path.write_text(f'#!/usr/bin/env bash\necho "{call}" >> {log}\ncd {tmp_path}\n{script}\n')
+        path.chmod(0o755)
+
+    slurm = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    make.env = slurm | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    make.log = lambda: log.read_text().splitlines()
+    return make
+
+
+def script(name: str, *flags: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable] if name.endswith(".py") else ["bash"]
+    return subprocess.run(
+        [*command, LAUNCH / name, *flags], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+TRAIN = ("--config=configs/tiny.py", "--config.train.steps=5")
+POD = (
+    *("--name=tiny", "--zone=us-east5-a", "--accelerator_type=v5p-32", "--runtime_version=v2-alpha-tpuv5"),
+    *("--workdir=gs://bucket/runs/tiny", *TRAIN),
+)
+GKE = ("--name=tiny", "--image=image", "--tpu=v5p", "--topology=2x2x4", "--workdir=gs://bucket/tiny", *TRAIN)
+
+
+def test_shell_scripts_are_clean():
+    found = subprocess.run(["shellcheck", *LAUNCH.glob("*.sh")], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+SLURM_JOB = {"SLURM_JOB_ID": "7", "SLURM_GPUS_PER_NODE": "h100:8", "SLURM_NTASKS_PER_NODE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("restart_count", "ends_with", "code", "requeued"),
+    [("0", 143, 143, True), ("2", 143, 143, False), ("0", 2, 2, False), ("0", 0, 0, False)],
+)
+def test_slurm_requeues_what_was_preempted(tools, tmp_path, restart_count, ends_with, code, requeued):
+    tools("srun", f"exit {ends_with}")
+    tools("scontrol")
+    env = tools.env | SLURM_JOB | {"SLURM_RESTART_COUNT": restart_count}
+    done = script("slurm.sh", "--restarts=2", f"--workdir={tmp_path}/a b", *TRAIN, env=env)
+    assert done.returncode == code, done.stderr
+    expected = (
+        "srun --kill-on-bad-exit=1 --gpu-bind=none python -m refusion_jax.train "
+        f"--workdir={tmp_path}/a b --config=configs/tiny.py --config.train.steps=5"
+    )
+    assert tools.log() == [expected] + ["scontrol requeue 7"] * requeued
+
+
+def test_slurm_passes_the_warning_on_to_the_processes(tools, tmp_path):
+    """SLURM warns the batch script alone, and srun would kill the processes if it were signalled."""
+    tools("srun", "trap 'exit 143' TERM; echo $$ > pid; while true; do sleep 0.05; done")
+    tools("scancel", "kill -TERM $(cat pid)")
+    tools("scontrol")
+    job = subprocess.Popen(
+        ["bash", LAUNCH / "slurm.sh", "--workdir=run", *TRAIN], env=tools.env | SLURM_JOB, cwd=tmp_path
+    )
+    while not (tmp_path / "pid").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)
+    job.terminate()
+    assert job.wait(timeout=30) == 143
+    assert tools.log()[1:] == ["scancel --signal=TERM 7.0", "scontrol requeue 7"]
+
+
+def test_slurm_wants_a_process_for_each_gpu(tools):
+    env = tools.env | SLURM_JOB | {"SLURM_NTASKS_PER_NODE": "1"}
+    done = script("slurm.sh", "--workdir=run", *TRAIN, env=env)
+    assert done.returncode == 2
+    assert "must be the same number, found h100:8 and 1" in done.stderr
+
+
+GCLOUD = """
+case $* in
+  *describe*)  # one state a line, the last one stays
+    head -n 1 states
+    if [[ $(wc -l < states) -gt 1 ]]; then sed -i 1d states; fi ;;
+  *"cat exit_code"*) cat codes ;;
+  *"train --config"*) if [[ -e fails ]]; then rm fails; exit 1; fi ;;
+esac
+"""
+
+
+def verbs(log: list[str]) -> list[str]:
+    words = ("create", "delete", "scp", "archive", "gcsfuse", "pkill", "cat exit_code", "train --config")
+    found = [next((word for word in words if word in line), None) for line in log]
+    return [word for word in found if word]
+
+
+@pytest.fixture
+def gcloud(tools, tmp_path):
+    """run(states, codes, *flags): the script's end when training fails first with `codes`, if any."""
+    tools("gcloud", GCLOUD)
+    tools("git")
+    tools("sleep")
+
+    def run(states: str, codes: str = "", *flags: str) -> subprocess.CompletedProcess:
+        (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
+        (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
+        if codes:
+            (tmp_path / "fails").touch()
+        return script("tpu_pod.sh", *POD, *flags, env=tools.env)
+
+    return run
+
+
+def test_a_pod_that_is_preempted_is_requested_again(gcloud, tools):
+    done = gcloud("MISSING PROVISIONING ACTIVE SUSPENDED SUSPENDED MISSING ACTIVE", "255", "--delete")
+    assert done.returncode == 0, done.stderr
+    once = ["create", "archive", "scp", "gcsfuse", "pkill", "train --config"]
+    assert verbs(tools.log()) == [*once, "delete", *once, "delete"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "starts"),
+    [("134 2", 2, 1), ("134 1", 1, 1), ("134 137", 0, 2), ("143 143", 0, 2), ("134 134", 0, 2)],
+)
+def test_a_pod_that_stays_is_started_again_after_signals(gcloud, tools, codes, code, starts):
+    done = gcloud("ACTIVE", codes)
+    assert done.returncode == code, done.stderr
+    assert verbs(tools.log()).count("train --config") == starts
+    assert "create" not in verbs(tools.log()) and "delete" not in verbs(tools.log())
+
+
+def test_a_dry_run_of_a_pod_executes_nothing(tools):
+    """And what it prints are the very commands, quoted for a shell."""
+    tools("gcloud")
+    done = script("tpu_pod.sh", *POD, "--dry_run", "--spot", "--delete", env=tools.env)
+    assert done.returncode == 0 and tools.log() == []
+    assert (
+        "gcloud compute tpus queued-resources create tiny --node-id=tiny --zone=us-east5-a "
+        "--accelerator-type=v5p-32 --runtime-version=v2-alpha-tpuv5 --spot"
+    ) in done.stdout
+    tools("git")
+    subprocess.run(["bash", "-e", "-c", done.stdout], env=tools.env, check=True)
+    log = "\n".join(tools.log())
+    assert (
+        "--worker=all --command=cd refusion_jax && ../venv/bin/python -m refusion_jax.train "
+        "--config=configs/tiny.py --workdir=/gcs/bucket/runs/tiny --config.train.steps=5 ; code=$?; "
+    ) in log
+    assert log.endswith("queued-resources delete tiny --zone=us-east5-a --force --quiet")
+
+
+def test_jobset_manifest():
+    """The fields that JobSet v1alpha2, Job and Pod require, and those that our promises hang on."""
+    done = script("gke.py", *GKE, "--restarts=4", "--dry_run")
+    command, text = done.stdout.removesuffix("EOF\n").split(" <<'EOF'\n")
+    assert command == "kubectl apply --filename=-"
+    jobset = yaml.safe_load(text)
+    assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 4
+    assert all({"name", "action"} <= set(rule) for rule in policy["rules"])
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert set(replicated) == {"name", "replicas", "template"}
+    job = replicated["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy requires
+    (container,) = pod["containers"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["command"] == [
+        *("python", "-m", "refusion_jax.train", "--config=configs/tiny.py"),
+        *("--workdir=/gcs/bucket/tiny", "--config.train.steps=5"),
+    ]
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert (mount["name"], mount["mountPath"]) == (volume["name"], "/gcs/bucket")
+    assert volume["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
+
+
+def test_xpk_commands(tools):
+    tools("xpk")
+    assert script("gke.py", *GKE, "--xpk_cluster=mine", env=tools.env).returncode == 0
+    attach, create = tools.log()
+    assert attach.startswith("xpk storage attach bucket --cluster=mine --type=gcsfuse --bucket=bucket")
+    assert create.startswith("xpk workload create --workload=tiny --cluster=mine --tpu-type=v5p-2x2x4")
+    assert create.endswith("--workdir=/gcs/bucket/tiny --config.train.steps=5")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("slurm.sh", ["--config=x"], "--workdir: is missing"),
+        ("slurm.sh", ["--workdir=x", "--config=x", "--restarts=few"], "--restarts: must be a number"),
+        ("tpu_pod.sh", ["--name=x"], "--zone: is missing"),
+        ("gke.py", [*GKE, "--workdir=/mnt/run"], "--workdir: must match gs://"),
+        ("gke.py", [*GKE, "--topology=16"], "--topology: must match"),
+        ("localhost.py", ["--config=x", "--workdir=x", "--processes=0"], "--processes: must be at least 1"),
+    ],
+)
+def test_bad_flags_of_the_scripts(name, flags, message):
+    done = script(name, *flags)
+    assert done.returncode == 2 and message in done.stderr
