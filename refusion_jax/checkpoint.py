@@ -34,6 +34,7 @@ FOLDER = "checkpoints"
 OUTDATED = ".outdated"  # where old checkpoints wait for deletion
 CHUNK_BYTES = 2**24  # of a converted array, what is read and decompressed at once
 TOGETHER_BYTES = 2**26  # of converted arrays, what is written at once, give or take one array
+APPEARS_SECONDS = 60  # until every process sees a folder that process 0 made; NFS may take 30
 
 # What a launcher sees of a process that SIGTERM ended. SLURM requeues a preempted job whatever its code;
 # Kubernetes and xpk restart on 128 + signal number by default.
@@ -58,8 +59,11 @@ class Checkpoints:
         )
         with _orbax_silent():
             self._manager = ocp.CheckpointManager(self._folder / FOLDER, options=options)
-        if not (self._folder / FOLDER).is_dir():
-            raise BadInput(f"{self._folder}: must be on a disk that all processes see")
+        patience = time.monotonic() + APPEARS_SECONDS
+        while not (self._folder / FOLDER).is_dir():
+            if time.monotonic() > patience:
+                raise BadInput(f"{self._folder}: must be on a disk that all processes see")
+            time.sleep(0.5)
         self._delete_leftovers()
 
     def __enter__(self) -> "Checkpoints":

