@@ -73,7 +73,7 @@ class Run:
 
     def finish(self, expected: int = 0) -> str:
         """Waits for the end; stdout followed by stderr."""
-        out, err = self.process.communicate(timeout=180)
+        out, err = self.process.communicate(timeout=300)
         assert self.process.returncode == expected, err
         return out + err
 
