@@ -1,10 +1,10 @@
-"""Installs refusion_jax: `pip install .`, with extras [gpu], [tpu], [gguf], [eval], [parity], [dev]."""
+"""Installs refusion_jax: `pip install .`; extras: gpu, tpu, gguf, wandb, eval, parity, dev."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("train", "sample", "convert", "evaluate")
+COMMANDS = ("train", "sample", "convert", "evaluate", "bench")
 
 setup(
     name="refusion_jax",
@@ -39,6 +39,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "eval": ["lm-eval>=0.4.13"],
         "gguf": ["gguf>=0.19"],
+        "wandb": ["wandb>=0.20"],
         "parity": ["torch>=2.8", "transformers>=5.0", "accelerate>=1.0", "gguf>=0.19"],
         "dev": ["pytest>=8.0", "ruff>=0.14", "gguf>=0.19"],
     },

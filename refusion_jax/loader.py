@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusion_jax import checkpoint, hf, safetensors_io, sharding, stored
+from refusion_jax import checkpoint, hf, lora, safetensors_io, sharding, stored
 from refusion_jax.errors import BadInput
 from refusion_jax.model import ModelConfig, Transformer
 from refusion_jax.tokenizer import Tokenizer, load_tokenizer
@@ -73,7 +73,7 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / checkpoint.FOLDER).is_dir():
         return hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
-    params = stored.unstack(checkpoint.saved_params(folder))
+    params = stored.unstack(lora.merge_stored(checkpoint.saved_params(folder)))
     checkpoint.check_shapes(folder, params, sharding.unbox(_boxed(Transformer(config))))
     return params
 

@@ -178,35 +178,24 @@ class Attention(nn.Module):
     param_dtype: jnp.dtype
     kernel: str
     max_segments: int
-    fused: bool
 
     @nn.compact
     def __call__(self, x: Array, rope, cache: LayerKV | None, mask: Array | None, segments: Array | None):
         c = self.config
 
-        def projection(name: str, *axes: tuple[str | None, int]) -> Array:
-            names, shape = zip(*axes, ("head_dim", c.head_dim), strict=True)
-            init = nn.with_logical_partitioning(_matrix(1, len(shape)), ("embed", *names))
-            kernel = self.param(name, init, (c.embed_dim, *shape), self.param_dtype)
-            y = jnp.einsum("BTD,D...->BT...", x, kernel.astype(self.dtype))
+        def project(name: str, heads: int, axis: str) -> Array:
+            init = nn.with_logical_partitioning(_matrix(1, 2), ("embed", axis, "head_dim"))
+            kernel = self.param(name, init, (c.embed_dim, heads, c.head_dim), self.param_dtype)
+            y = jnp.einsum("BTD,DNH->BTNH", x, kernel.astype(self.dtype))
             if c.qkv_bias:
-                init = nn.with_logical_partitioning(nn.initializers.zeros, names)
-                y = y + self.param(f"{name}_bias", init, shape, self.param_dtype).astype(self.dtype)
-            return y
+                init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, "head_dim"))
+                bias = self.param(f"{name}_bias", init, (heads, c.head_dim), self.param_dtype)
+                y = y + bias.astype(self.dtype)
+            return nn.with_logical_constraint(y, ("act_batch", "act_length", f"act_{axis}", None))
 
-        if self.fused:
-            groups = c.num_heads // c.num_kv_heads
-            y = projection("qkv", ("kv_heads", c.num_kv_heads), (None, groups + 2))
-            q = y[..., :groups, :].reshape(*x.shape[:2], c.num_heads, c.head_dim)
-            k, v = y[..., groups, :], y[..., groups + 1, :]
-        else:
-            q = projection("q", ("heads", c.num_heads))
-            k = projection("k", ("kv_heads", c.num_kv_heads))
-            v = projection("v", ("kv_heads", c.num_kv_heads))
-        q = nn.with_logical_constraint(q, ("act_batch", "act_length", "act_heads", None))
-        k, v = (
-            nn.with_logical_constraint(y, ("act_batch", "act_length", "act_kv_heads", None)) for y in (k, v)
-        )
+        q = project("q", c.num_heads, "heads")
+        k = project("k", c.num_kv_heads, "kv_heads")
+        v = project("v", c.num_kv_heads, "kv_heads")
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, "head_dim", self.param_dtype, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, "head_dim", self.param_dtype, name="k_norm")(k)
@@ -227,22 +216,17 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     param_dtype: jnp.dtype
-    fused: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         D, F = self.config.embed_dim, self.config.mlp_dim
 
-        def kernel(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array:
-            init = nn.with_logical_partitioning(_matrix(1, len(shape) - 1), axes)
+        def kernel(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
+            init = nn.with_logical_partitioning(_matrix(1, 1), axes)
             return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
 
-        if self.fused:
-            y = jnp.einsum("BTD,DXF->BTXF", x, kernel("gate_up", (D, 2, F), ("embed", None, "mlp")))
-            gate, up = y[:, :, 0], y[:, :, 1]
-        else:
-            gate = jnp.einsum("BTD,DF->BTF", x, kernel("gate", (D, F), ("embed", "mlp")))
-            up = jnp.einsum("BTD,DF->BTF", x, kernel("up", (D, F), ("embed", "mlp")))
+        gate = jnp.einsum("BTD,DF->BTF", x, kernel("gate", (D, F), ("embed", "mlp")))
+        up = jnp.einsum("BTD,DF->BTF", x, kernel("up", (D, F), ("embed", "mlp")))
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("act_batch", "act_length", "act_mlp"))
         return jnp.einsum("BTF,FD->BTD", y, kernel("down", (F, D), ("mlp", "embed")))
 
@@ -255,17 +239,16 @@ class Block(nn.Module):
     param_dtype: jnp.dtype
     kernel: str
     max_segments: int
-    fused: bool
 
     @nn.compact
     def __call__(self, x: Array, rope, cache: LayerKV | None, mask: Array | None, segments: Array | None):
         c, types = self.config, (self.dtype, self.param_dtype)
         y = RMSNorm(c.norm_eps, "embed", self.param_dtype, name="attention_norm")(x)
-        attention = Attention(c, *types, self.kernel, self.max_segments, self.fused, name="attention")
+        attention = Attention(c, *types, self.kernel, self.max_segments, name="attention")
         y, kv = attention(y, rope, cache, mask, segments)
         x = nn.with_logical_constraint(x + y, ("act_batch", "act_length", "act_embed"))
         y = RMSNorm(c.norm_eps, "embed", self.param_dtype, name="mlp_norm")(x)
-        y = MLP(c, *types, self.fused, name="mlp")(y)
+        y = MLP(c, *types, name="mlp")(y)
         return nn.with_logical_constraint(x + y, ("act_batch", "act_length", "act_embed")), kv
 
 
@@ -282,8 +265,6 @@ class Transformer(nn.Module):
       remat: what a layer keeps for the backward pass, a key of REMAT_POLICIES.
       kernel: how a pass without a cache and a mask computes attention, one of attention.KERNELS.
       max_segments: most segments of a row.
-      fused: q, k and v are one matrix, and so are gate and up, as `fuse_projections` joins them: fewer and
-        larger matrix products.
     """
 
     config: ModelConfig
@@ -293,14 +274,12 @@ class Transformer(nn.Module):
     remat: str = "none"
     kernel: str = "dense"
     max_segments: int = 1
-    fused: bool = False
 
     def setup(self):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), self.param_dtype)
-        types, kernel = (self.dtype, self.param_dtype), (self.kernel, self.max_segments)
-        block, arguments = Block, (c, *types, *kernel, self.fused)
+        block, arguments = Block, (c, self.dtype, self.param_dtype, self.kernel, self.max_segments)
         if REMAT_POLICIES[self.remat] is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         if self.scan_layers:
@@ -402,55 +381,3 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {
         f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(depth)
     }
-
-
-def fuse_projections(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Parameters for the model that is `fused`, from those of one that is not; scanned or unrolled."""
-    K = config.num_kv_heads
-
-    def join(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
-        if path == "attention":
-            q, k, v = (node[x].reshape(*node[x].shape[:-2], K, -1, config.head_dim) for x in "qkv")
-            fused = {"qkv": jnp.concatenate([q, k, v], axis=-2)}
-            if config.qkv_bias:
-                biases = (node[f"{x}_bias"] for x in "qkv")
-                biases = [x.reshape(*x.shape[:-2], K, -1, config.head_dim) for x in biases]
-                fused["qkv_bias"] = jnp.concatenate(biases, axis=-2)
-            return fused
-        return {"gate_up": jnp.stack([node["gate"], node["up"]], axis=-2)}
-
-    return _replace_projections(params, FUSED_FROM, join)
-
-
-def split_projections(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The reverse of `fuse_projections`."""
-    G = config.num_heads // config.num_kv_heads
-
-    def cut(y: Array) -> tuple[Array, Array, Array]:
-        return y[..., :G, :].reshape(*y.shape[:-3], -1, y.shape[-1]), y[..., G, :], y[..., G + 1, :]
-
-    def split(path: str, node: Mapping[str, Any]) -> dict[str, Any]:
-        if path == "attention":
-            parts = dict(zip("qkv", cut(node["qkv"]), strict=True))
-            if config.qkv_bias:
-                parts |= dict(zip(("q_bias", "k_bias", "v_bias"), cut(node["qkv_bias"]), strict=True))
-            return parts
-        return {"gate": node["gate_up"][..., 0, :], "up": node["gate_up"][..., 1, :]}
-
-    return _replace_projections(params, ("qkv", "qkv_bias", "gate_up"), split)
-
-
-FUSED_FROM = ("q", "k", "v", "q_bias", "k_bias", "v_bias", "gate", "up")
-
-
-def _replace_projections(params: Mapping[str, Any], old: tuple[str, ...], new) -> dict[str, Any]:
-    """`params` with `new(name, node)` for the entries `old` of each attention and MLP node."""
-
-    def visit(name: str, node: Any) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        if name not in ("attention", "mlp"):
-            return {key: visit(key, child) for key, child in node.items()}
-        return {key: child for key, child in node.items() if key not in old} | new(name, node)
-
-    return visit("", params)

@@ -19,14 +19,17 @@ from typing import Any
 import jax
 import yaml
 
-from refusion_jax import config, hf, loader, sharding
+from refusion_jax import config, hf, loader, lora, sharding
 from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples, row_use
 from refusion_jax.errors import BadInput, command
-from refusion_jax.metrics import Reporter
+from refusion_jax.lora import LoraConfig
+from refusion_jax.metrics import Reporter, check_wandb
 from refusion_jax.model import ModelConfig
+from refusion_jax.profiling import Profile, parse_steps
 from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from refusion_jax.train_step import Program, RunConfig, TrainState, make_program
+from refusion_jax.wall_time import WallTime
 
 CONFIG_FILE = "config.yaml"
 
@@ -35,11 +38,17 @@ FIXED = {
     "model": [field.name for field in dataclasses.fields(ModelConfig)],
     "data": [field.name for field in dataclasses.fields(DataConfig)],
     "train": ["batch_size", "seed", "scan_layers"],
+    "lora": [field.name for field in dataclasses.fields(LoraConfig)],
 }
 
 
-def train(run: RunConfig, workdir: str | Path) -> int:
+def train(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) -> int:
     """Trains to `run.train.steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      run: what to do.
+      workdir: DIR.
+      profile_steps: a trace of these goes to DIR/profile.
 
     Returns:
       0, or PREEMPTED_EXIT_CODE when SIGTERM came: the step under way was finished and saved first.
@@ -47,7 +56,9 @@ def train(run: RunConfig, workdir: str | Path) -> int:
     Raises:
       BadInput: the run, its data or what `workdir` holds cannot be used.
     """
-    tokenizer = _tokenizer(run)
+    wall_time = WallTime()
+    check_wandb(run.train.wandb_project)
+    tokenizer = run_tokenizer(run)
     mesh = sharding.make_mesh(run.mesh)
     program = make_program(run, mesh, tokenizer.need_mask())
     examples = load_examples(run.data, tokenizer, run.train.seed)
@@ -64,12 +75,17 @@ def train(run: RunConfig, workdir: str | Path) -> int:
             batches.set_state(position)
         if jax.process_index() == 0:
             _describe(folder, run, tokenizer)
-            size = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
+            size = f"{_size(program.state.base):,} parameters"
+            if program.state.frozen:
+                size += f" and {_size(program.state.params):,} that adapt them"
             begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
-            print(f"{size:,} parameters on {dict(mesh.shape)}, {begin}", flush=True)
+            print(f"{size} on {dict(mesh.shape)}, {begin}", flush=True)
             held, used = row_use(examples)
             print(f"rows of {run.data.max_length} tokens: {held:.1f} examples, {used:.1%} used", flush=True)
-        return _loop(run, folder, program, state, done or 0, batches, checkpoints, preemption)
+        with Profile(folder, profile_steps) as profile:
+            return _loop(
+                run, folder, program, state, done or 0, batches, checkpoints, preemption, wall_time, profile
+            )
 
 
 def first_state(run: RunConfig, program: Program) -> TrainState:
@@ -86,7 +102,7 @@ def first_state(run: RunConfig, program: Program) -> TrainState:
         ours, theirs = getattr(run.model, name), getattr(found, name)
         if ours != theirs:
             raise BadInput(f"model.{name}: is {ours}, the model in {folder} has {theirs}")
-    return program.start(loader.load_params(folder, run.model, program.state.params))
+    return program.start(loader.load_params(folder, run.model, program.state.base))
 
 
 def _loop(
@@ -98,14 +114,25 @@ def _loop(
     batches: Any,
     checkpoints: Checkpoints,
     preemption: Preemption,
+    wall_time: WallTime,
+    profile: Profile,
 ) -> int:
     steps = run.train.steps
     unreported: list[dict[str, jax.Array]] = []
     previous = None
-    with Reporter(folder, done, steps) if jax.process_index() == 0 else nullcontext() as reporter:
+    wall_time.lap("setup")
+    with _reporter(run, folder, done, wall_time) as reporter:
         for step in range(done + 1, steps + 1):
-            batch = jax.make_array_from_process_local_data(program.rows, next(batches))
-            state, metrics = program.step(state, batch)
+            batch = next(batches)
+            # Waiting costs nothing as long as the devices have the step before to do.
+            wall_time.lap("input" if _is_ready(previous) else "step")
+            batch = jax.make_array_from_process_local_data(program.rows, batch)
+            profile.before(step, previous)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = program.step(state, batch)
+            profile.after(step, metrics)
+            if previous is None:
+                wall_time.lap("compile")
             unreported.append(metrics)
             # Stay one step ahead of the devices and no more: they need not wait for us, and little is
             # under way when SIGTERM comes.
@@ -115,29 +142,55 @@ def _loop(
                 reporter.advance(step)
             if step % run.train.log_every == 0 or step == steps:
                 if reporter is not None:
-                    values = jax.device_get(unreported)
-                    reporter.report(step, values[-1], sum(int(value["tokens"]) for value in values))
+                    taken = jax.device_get(unreported)
+                    wall_time.lap("step")
+                    reporter.report(step, taken)
                 unreported = []
             preempted = preemption.reached(step) and step < steps
             if preempted or step == steps or step % run.train.save_every == 0:
                 # After the rows up to here: a run that goes on from this checkpoint does not repeat them.
-                trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
-                checkpoints.save(step, trees, batches.get_state())
+                jax.block_until_ready(metrics)  # as saving does; so the step's time is not the checkpoint's
+                wall_time.lap("step")
+                checkpoints.save(step, _items(state), batches.get_state())
+                wall_time.lap("checkpoint")
             if preempted:
                 print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
                 return PREEMPTED_EXIT_CODE
     return 0
 
 
+def _reporter(run: RunConfig, folder: Path, done: int, wall_time: WallTime) -> Any:
+    """A context manager: the first process's Reporter, None in the others."""
+    if jax.process_index() != 0:
+        return nullcontext()
+    settings = config.as_dict(run)
+    return Reporter(folder, done, run.train.steps, wall_time, run.train.wandb_project, settings)
+
+
+def _size(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _is_ready(arrays: Any) -> bool:
+    return all(array.is_ready() for array in jax.tree.leaves(arrays))
+
+
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[TrainState, Any]:
     """The state saved at `step`, sharded as the abstract one given, and the place in the data."""
-    trees = {"params": state.params, "optimizer": (state.step, state.opt_state)}
-    trees, position = checkpoints.restore(step, trees)
-    saved_step, opt_state = trees["optimizer"]
-    return TrainState(saved_step, trees["params"], opt_state), position
+    items, position = checkpoints.restore(step, _items(state))
+    saved_step, opt_state = items["optimizer"]
+    params, frozen = lora.split(items["params"])
+    return TrainState(saved_step, params, opt_state, frozen), position
 
 
-def _tokenizer(run: RunConfig) -> Tokenizer:
+def _items(state: TrainState) -> dict[str, Any]:
+    """The state as a checkpoint has it; its parameters are whole, so that it can be read without the run."""
+    params = lora.join(state.params, state.frozen)
+    return {"params": params, "optimizer": (state.step, state.opt_state)}
+
+
+def run_tokenizer(run: RunConfig) -> Tokenizer:
+    """The tokenizer of a run. Raises BadInput when the model's table is too small for it."""
     folder = run.train.tokenizer or run.train.init_from
     tokenizer = load_tokenizer(folder) if folder else ByteTokenizer()
     highest = max(tokenizer.vocab_size - 1, *tokenizer.special.roles().values())
@@ -177,7 +230,8 @@ def _check_same_run(folder: Path, run: RunConfig) -> None:
     """Raises BadInput naming the first field of FIXED in which `run` is not the run in the folder."""
     path = folder / CONFIG_FILE
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Runs from before there was low-rank adaptation say nothing of it.
+        stored = {"lora": {"rank": 0}} | yaml.safe_load(path.read_text(encoding="utf-8"))
         stored = {section: dict(stored[section]) for section in FIXED}
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         raise BadInput(f"{path}: is not the configuration of the run whose checkpoints are here") from None
@@ -205,8 +259,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
     parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
+    parser.add_argument(
+        "--profile_steps",
+        metavar="FIRST:LAST",
+        help="write a trace of these steps to DIR/profile, for XProf or TensorBoard (default: none)",
+    )
     flags, overrides = parser.parse_known_args(arguments)
-    return train(config.load(flags.config, overrides, RunConfig), flags.workdir)
+    run = config.load(flags.config, overrides, RunConfig)
+    profile_steps = range(0)
+    if flags.profile_steps is not None:
+        profile_steps = parse_steps(flags.profile_steps, run.train.steps)
+    return train(run, flags.workdir, profile_steps)
 
 
 if __name__ == "__main__":

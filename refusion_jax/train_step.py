@@ -16,24 +16,25 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from refusion_jax import diffusion, sharding
+from refusion_jax import diffusion, lora, sharding
 from refusion_jax.attention import fitting_kernel
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion import DiffusionConfig, Noised
 from refusion_jax.errors import BadInput
-from refusion_jax.model import (
-    REMAT_POLICIES,
-    ModelConfig,
-    Transformer,
-    fuse_projections,
-    split_projections,
-)
+from refusion_jax.flops import train_flops
+from refusion_jax.lora import LoraConfig
+from refusion_jax.model import REMAT_POLICIES, ModelConfig, Transformer
 from refusion_jax.optimizer import OptimizerConfig
 from refusion_jax.sharding import Layout, MeshConfig
 
 Array = jax.Array
 # tokens [B, T], prompt_len, total_len and index [B], or [B, E] of rows that hold up to E examples; int32
 Batch = Mapping[str, Array]
+
+# Of the step, by platform; measured on one H200 (docs/training.md).
+COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True},
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -56,6 +57,7 @@ class TrainConfig:
       scan_layers: compile one layer and loop over it, instead of all layers in a row.
       init_from: Hugging Face model folder to start from; empty starts from random parameters.
       tokenizer: folder with the tokenizer; empty takes that of init_from, or bytes without one.
+      wandb_project: of Weights & Biases, where metrics go too; empty leaves that out.
     """
 
     steps: int
@@ -71,6 +73,7 @@ class TrainConfig:
     scan_layers: bool = False
     init_from: str = ""
     tokenizer: str = ""
+    wandb_project: str = ""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "save_every", "log_every", "microbatches", "keep", "loss_chunks"):
@@ -91,14 +94,27 @@ class RunConfig:
     diffusion: DiffusionConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+
+    def __post_init__(self):
+        if self.lora.rank and not self.train.init_from:
+            raise BadInput(
+                f"lora.rank: is {self.lora.rank}, which needs train.init_from, the model to adapt; found none"
+            )
 
 
 class TrainState(struct.PyTreeNode):
-    """All that changes from step to step. No key is in it: a step's randomness comes from its number."""
+    """All that a step needs and gives. No key is in it: a step's randomness comes from its number."""
 
     step: Array  # int32 [], updates done
-    params: Any
+    params: Any  # those that are trained
     opt_state: Any
+    frozen: Any  # the others, see lora.split
+
+    @property
+    def base(self) -> Any:
+        """The model's own parameters, without what adapts them."""
+        return self.frozen["base"] if self.frozen else self.params
 
 
 class Program(NamedTuple):
@@ -108,7 +124,7 @@ class Program(NamedTuple):
       state: TrainState of ShapeDtypeStructs with shardings.
       rows: where the arrays of a batch lie.
       init: () -> state with random parameters.
-      start: parameters -> state with them; uses them up.
+      start: the model's parameters, `state.base` -> state with them; uses them up.
       step: (state, batch) -> next state and metrics of this step; uses the state up.
     """
 
@@ -135,15 +151,21 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         lengths = f"data.max_length {run.data.max_length}"
         raise BadInput(f"train.loss_chunks must divide {lengths}, got {run.train.loss_chunks}")
     dtype = DTYPES[run.train.dtype]
-    kernel = fitting_kernel(mesh.devices.flat[0].platform, dtype, run.model.head_dim)
-    segments = run.data.places + 1  # and one of padding
+    platform = mesh.devices.flat[0].platform
     model = Transformer(
-        run.model, dtype, jnp.float32, run.train.scan_layers, run.train.remat, kernel, segments
+        run.model,
+        dtype,
+        jnp.float32,
+        run.train.scan_layers,
+        run.train.remat,
+        kernel=fitting_kernel(platform, dtype, run.model.head_dim),
+        max_segments=run.data.places + 1,  # and one of padding
     )
     optimizer = run.optimizer.transformation(run.train.steps)
 
     def start(params: Any) -> TrainState:
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
+        params, frozen = lora.split(lora.init(run.lora, _keys(run)[0], params, dtype))
+        return TrainState(jnp.int32(0), params, optimizer.init(params), frozen)
 
     def init() -> TrainState:
         nothing = jnp.zeros((1, 1), jnp.int32)
@@ -156,12 +178,13 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         state=sharding.with_shardings(sharding.unbox(boxed), shardings),
         rows=rows,
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
-        start=jax.jit(start, in_shardings=(shardings.params,), out_shardings=shardings, donate_argnums=0),
+        start=jax.jit(start, in_shardings=(shardings.base,), out_shardings=shardings, donate_argnums=0),
         step=jax.jit(
-            make_train_step(run, model.clone(fused=True), optimizer, layout, mask_id),
+            make_train_step(run, model, optimizer, layout, mask_id),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
+            compiler_options=COMPILER_OPTIONS.get(platform),
         ),
     )
 
@@ -176,8 +199,8 @@ def make_train_step(
     """The function (state, batch) -> (next state, metrics) of one update.
 
     Metrics are float32 scalars "loss", "ar_loss" and "diffusion_loss" of the parameters given,
-    "grad_norm" before clipping, "learning_rate" and "padding", the share of the batch that is, and int32
-    "tokens" of the batch without padding.
+    "grad_norm" before clipping, "learning_rate", "flops" (see flops.py) and "padding", the share of the batch
+    that is, and int32 "tokens" of the batch without padding.
     """
     schedule = run.optimizer.schedule(run.train.steps)
 
@@ -187,7 +210,7 @@ def make_train_step(
         parts = x.reshape(-1, run.train.microbatches, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(parts, sharding.batch_sharding(layout.mesh, leading=1))
 
-    def gradients(params: Any, noised: Noised) -> tuple[Any, dict[str, Array]]:
+    def gradients(params: Any, frozen: Any, noised: Noised) -> tuple[Any, dict[str, Array]]:
         divided_by = diffusion.divisors(noised)  # of the whole batch, so that the parts add up
 
         def loss(params: Any, part: Noised) -> tuple[Array, dict[str, Array]]:
@@ -202,11 +225,13 @@ def make_train_step(
 
         def of_part(part: Noised) -> tuple[Any, dict[str, Array]]:
             grads, losses = jax.grad(loss, has_aux=True)(working, part)
-            grads = split_projections(grads, run.model)
-            grads = jax.lax.with_sharding_constraint(grads, layout.shardings.params)
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), losses
+            grads = jax.lax.with_sharding_constraint(grads, layout.shardings.base)
+            grads = jax.tree.map(lambda g, param: g.astype(param.dtype), grads, model_params)
+            return pull_back(grads)[0], losses
 
-        working = _working_copy(params, run.model, model.dtype)
+        # The parameters that are trained are the model's own, or adapters to be merged into it.
+        model_params, pull_back = jax.vjp(lambda params: lora.merge(lora.join(params, frozen)), params)
+        working = _working_copy(model_params, model.dtype)
         if run.train.microbatches == 1:
             return of_part(noised)
         first, rest = (lambda x: x[0]), (lambda x: x[1:])
@@ -217,32 +242,34 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         with layout.scope():
-            noised = _noised(run, state.step, batch, mask_id)
-            grads, losses = gradients(state.params, noised)
+            noised = noised_batch(run, state.step, batch, mask_id)
+            grads, losses = gradients(state.params, state.frozen, noised)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         tokens = jnp.sum(batch["total_len"])
         metrics = losses | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "tokens": tokens,
-            "padding": 1 - tokens / batch["tokens"].size,
+            "padding": (batch["tokens"].size - tokens) / batch["tokens"].size,
+            "flops": train_flops(run.model, batch["total_len"]),
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return train_step
 
 
-def _working_copy(params: Any, config: ModelConfig, dtype: Any) -> Any:
-    """Parameters as the matrix products want them, in their dtype, made once a step and not at each use.
+def _working_copy(params: Any, dtype: Any) -> Any:
+    """Parameters in the dtype of matrix products, cast once a step and not at each use.
 
-    The embedding keeps its dtype: its gradient sums up as many terms as the mask token has places in the
+    The embedding stays as it is: its gradient sums up as many terms as the mask token has places in the
     batch, too many for bfloat16.
     """
-    copy = jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
-    return fuse_projections(copy, config)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
 
 
-def _noised(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
+def noised_batch(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
+    """A batch as the update that follows `step` updates feeds it."""
     tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
     key = jax.random.fold_in(_keys(run)[1], step)
     max_slots = run.diffusion.max_slots(tokens.shape[1], run.data.places)

@@ -108,6 +108,7 @@ def test_decoding_does_not_bring_training_along(module):
         ("kv_cache", {"model", "attention"}),
         ("cross_entropy", set()),
         ("diffusion", {"cross_entropy"}),
+        ("lora", {"stored"}),
     ],
     ids=str,
 )

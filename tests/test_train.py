@@ -77,8 +77,8 @@ def take_steps(run: RunConfig, params=None, count: int = 5):
     if params is None:
         state = program.init.lower().compile(QUICK)()
     else:
-        state = program.start.lower(program.state.params).compile(QUICK)(
-            jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.state.params)
+        state = program.start.lower(program.state.base).compile(QUICK)(
+            jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.state.base)
         )
     first = jax.tree.map(np.asarray, state.params)
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
@@ -261,9 +261,10 @@ def test_what_a_run_leaves(finished):
     lines = (folder / "metrics.csv").read_text().splitlines()
     assert lines[0].startswith("step,loss,ar_loss,diffusion_loss,grad_norm,learning_rate,")
     assert [line.split(",")[0] for line in lines[1:]] == [str(step) for step in range(1, 25)]
-    before, last = ([float(value) for value in line.split(",")] for line in lines[-2:])
-    assert last[1] < float(lines[1].split(",")[1])  # it learns
-    assert last[7] * (last[8] - before[8]) == pytest.approx(last[6], rel=0.3)  # tokens/s x seconds
+    first, last = (
+        dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in (lines[1], lines[-1])
+    )
+    assert float(last["loss"]) < float(first["loss"])  # it learns
     assert sorted(os.listdir(folder / "checkpoints")) == ["21", "24"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["batch_size"] == 8
     assert list(folder.glob("events.out.tfevents.*"))

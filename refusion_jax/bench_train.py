@@ -1,0 +1,140 @@
+"""Times the training step of a configuration.
+
+Warm-up of three steps, then steps one by one with a wait after each (their median), then as many in a row
+without waiting, as `train` runs them: tokens/s and MFU are of the latter. Memory is what the compiler plans.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusion_jax import sharding, train_step
+from refusion_jax.data.pipeline import batch_iterator, load_examples
+from refusion_jax.flops import peak_flops
+from refusion_jax.train import run_tokenizer
+from refusion_jax.train_step import Batch, Program, RunConfig, TrainState
+
+WARM_UP = 3
+MASK_ID = 5  # where tokens are random any will do
+COLUMNS = {  # name -> format
+    "devices": "d",
+    "rows": "d",
+    "step_ms": ".1f",
+    "tokens_per_second_per_device": ",.0f",
+    "mfu": ".1%",
+    "padding": ".1%",
+    "noise_ms": ".2f",
+    "held_gb": ".1f",
+    "temporary_gb": ".1f",
+    "compile_s": ".0f",
+}
+HEADER = "  ".join(f"{name:>{max(len(name), 7)}}" for name in COLUMNS)
+
+
+def shown(row: dict[str, Any]) -> str:
+    """One line under HEADER; what is not known is a dash."""
+    cells = ("-" if row[name] is None else format(row[name], spec) for name, spec in COLUMNS.items())
+    return "  ".join(f"{cell:>{max(len(name), 7)}}" for name, cell in zip(COLUMNS, cells, strict=True))
+
+
+def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data: bool) -> dict[str, Any]:
+    """Figures of the step on those devices; `train.batch_size` rows for each of them.
+
+    Returns:
+      COLUMNS and the chip: median milliseconds of a step, real tokens/s and MFU of steps in a row,
+      milliseconds that drawing and rearranging take alone, gigabytes of state and batch and of the
+      compiler's temporaries on a device, seconds to compile.
+
+    Raises:
+      BadInput: the configuration does not fit the devices, or its data cannot be read.
+    """
+    rows = run.train.batch_size * len(devices)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows))
+    mesh = sharding.make_mesh(run.mesh, devices)
+    mask_id = run_tokenizer(run).need_mask() if real_data else MASK_ID
+    program = train_step.make_program(run, mesh, mask_id)
+    batch = jax.device_put(_real_batch(run) if real_data else _random_batch(run), program.rows)
+    start = time.perf_counter()
+    step = program.step.lower(program.state, batch).compile()
+    compile_s = time.perf_counter() - start
+    state, flops, padding = _some_state(program), 0.0, 0.0
+    seconds = []
+    for number in range(WARM_UP + steps):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, batch))
+        seconds += [time.perf_counter() - start] * (number >= WARM_UP)
+    flops, padding, tokens = (float(metrics[name]) for name in ("flops", "padding", "tokens"))
+    start = time.perf_counter()
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    jax.block_until_ready((state, metrics))
+    rate = steps / (time.perf_counter() - start) / len(devices)
+    peak, memory = peak_flops(devices[0].device_kind), step.memory_analysis()
+    return {
+        "chip": devices[0].device_kind,
+        "jax": jax.__version__,
+        "devices": len(devices),
+        "rows": rows,
+        "step_ms": 1e3 * statistics.median(seconds),
+        "tokens_per_second_per_device": tokens * rate,
+        "mfu": flops * rate / peak if peak else None,
+        "padding": padding,
+        "noise_ms": 1e3 * _noise_seconds(run, mesh, batch, steps),
+        "held_gb": memory.argument_size_in_bytes / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "compile_s": compile_s,
+    }
+
+
+def _noise_seconds(run: RunConfig, mesh: Any, batch: Batch, steps: int) -> float:
+    """What drawing the noise and rearranging the tokens takes alone: a median."""
+    noise = jax.jit(
+        lambda step, batch: train_step.noised_batch(run, step, batch, MASK_ID),
+        out_shardings=sharding.batch_sharding(mesh),
+    )
+    seconds = []
+    for number in range(WARM_UP + steps):
+        start = time.perf_counter()
+        jax.block_until_ready(noise(jnp.int32(number), batch))
+        seconds += [time.perf_counter() - start] * (number >= WARM_UP)
+    return statistics.median(seconds)
+
+
+def _random_batch(run: RunConfig) -> Batch:
+    """Rows full of random tokens, each one example, an eighth of it prompt."""
+    rows, length, places = run.train.batch_size, run.data.max_length, run.data.places
+    tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (rows, length))
+
+    def one_example(value: int) -> np.ndarray:
+        return np.where(np.arange(places) == 0, value, 0) * np.ones((rows, 1), int)
+
+    index = np.arange(rows * places).reshape(rows, places)
+    lengths = {"prompt_len": one_example(length // 8), "total_len": one_example(length), "index": index}
+    batch = {name: x if run.data.packing else x[:, 0] for name, x in lengths.items()}
+    return {name: x.astype(np.int32) for name, x in (batch | {"tokens": tokens}).items()}
+
+
+def _real_batch(run: RunConfig) -> Batch:
+    """The first batch of the configured data."""
+    examples = load_examples(run.data, run_tokenizer(run), run.train.seed)
+    return next(batch_iterator(examples, run.train.batch_size))
+
+
+def _some_state(program: Program) -> TrainState:
+    """A state whose parameters are finite and of a model's size; made faster than random ones."""
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.ndim == 1:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        wave = jnp.sin(jax.lax.iota(jnp.float32, leaf.size) * 12.9898)
+        return (0.05 * wave).reshape(leaf.shape).astype(leaf.dtype)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.base)
+    make = jax.jit(lambda: jax.tree.map(fill, program.state.base), out_shardings=shardings)
+    return jax.block_until_ready(program.start(make()))

@@ -1,0 +1,193 @@
+"""Training adapters: on every mesh the same, resumed to the last bit, merged for all readers."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from refusion_jax import checkpoint, hf, load, lora
+from refusion_jax.convert import convert
+from refusion_jax.data.pipeline import DataConfig
+from refusion_jax.diffusion import DiffusionConfig
+from refusion_jax.errors import BadInput
+from refusion_jax.lora import LoraConfig
+from refusion_jax.model import ModelConfig
+from refusion_jax.optimizer import OptimizerConfig
+from refusion_jax.sharding import MeshConfig, make_mesh
+from refusion_jax.train_step import RunConfig, TrainConfig, make_program
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "data" / "oracle" / "tiny_a"
+MODEL = ModelConfig(260, 2, 16, 2, 2, 8, 32)
+QUICK = {"xla_backend_optimization_level": 0}  # compiles three times faster
+
+CONFIG = f"""
+import dataclasses
+from ml_collections import ConfigDict
+from refusion_jax import hf
+
+def get_config():
+    c = ConfigDict()
+    c.model = ConfigDict(dataclasses.asdict(hf.read_config({str(TINY)!r})))
+    c.data = ConfigDict({{"tasks": {{"extraction": {{"fields": 1, "value_length": 2}}}}, "max_length": 64}})
+    c.train = ConfigDict({{"steps": 4, "batch_size": 4, "save_every": 2, "log_every": 1}})
+    c.train.init_from = {str(TINY)!r}
+    c.optimizer = ConfigDict({{"learning_rate": 1e-2}})
+    c.lora = ConfigDict({{"rank": 2, "alpha": 4.0, "targets": ("q", "o", "up", "down")}})
+    return c
+"""
+
+
+def run_config(mesh=(1, 1, 1), **train) -> RunConfig:
+    fields = {"steps": 3, "batch_size": 8, "save_every": 9, "log_every": 1, "init_from": "somewhere"} | train
+    return RunConfig(
+        MODEL,
+        DataConfig(),
+        TrainConfig(**fields),
+        DiffusionConfig((4, 8)),
+        OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
+        MeshConfig(*mesh),
+        LoraConfig(rank=2),
+    )
+
+
+def take_steps(run: RunConfig):
+    """(state before, metrics of each step, state after), all as NumPy, on the run's mesh."""
+    mesh = make_mesh(run.mesh, jax.devices()[: np.prod(dataclasses.astuple(run.mesh))])
+    program = make_program(run, mesh, mask_id=259)
+    random = np.random.default_rng(0)
+
+    def value(leaf):
+        return jax.device_put(random.normal(size=leaf.shape, scale=0.2).astype(leaf.dtype), leaf.sharding)
+
+    start = program.start.lower(program.state.base).compile(QUICK)
+    state = start(jax.tree.map(value, program.state.base))
+    before = jax.tree.map(np.asarray, state)
+    batch = {
+        "tokens": np.random.default_rng(0).integers(0, 256, (8, 24)),
+        "prompt_len": np.full(8, 6),
+        "total_len": np.full(8, 24),
+        "index": np.arange(8),
+    }
+    batch = jax.device_put({name: x.astype("i4") for name, x in batch.items()}, program.rows)
+    step = program.step.lower(program.state, batch).compile(QUICK)
+    taken = []
+    for _ in range(3):
+        state, values = step(state, batch)
+        taken.append({name: float(value) for name, value in values.items()})
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
+        assert leaf.sharding == like.sharding
+    return before, taken, jax.tree.map(np.asarray, state)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return take_steps(run_config())
+
+
+def test_only_adapters_change(alone):
+    before, taken, after = alone
+    jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
+    for path, leaf in flatten_dict(after.params).items():
+        assert not np.array_equal(leaf, flatten_dict(before.params)[path]), path
+    assert taken[-1]["loss"] != taken[0]["loss"]
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(after.params))
+    state = sum(leaf.size for leaf in jax.tree.leaves(after.opt_state))
+    assert state <= 2 * adapters + 8 < sum(leaf.size for leaf in jax.tree.leaves(after.frozen))
+
+
+@pytest.mark.parametrize(("mesh", "train"), [((2, 2, 2), {}), ((2, 2, 2), {"microbatches": 2})])
+def test_meshes_agree(alone, mesh, train):
+    _, taken, _ = take_steps(run_config(mesh, **train))
+    for found, right in zip(taken, alone[1], strict=True):
+        for name, value in right.items():
+            assert found[name] == pytest.approx(value, rel=1e-4 if name == "grad_norm" else 1e-5), name
+
+
+def test_the_scanned_model_learns_too():
+    before, taken, after = take_steps(run_config((2, 2, 2), scan_layers=True, remat="full", dtype="bfloat16"))
+    jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(after.frozen["base"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(after.params)} == {"float32"}
+    assert all(np.isfinite(values["loss"]) and values["grad_norm"] > 0 for values in taken)
+
+
+def test_it_needs_a_model_to_adapt():
+    with pytest.raises(BadInput, match=r"lora\.rank: is 2, which needs train\.init_from"):
+        run_config(init_from="")
+
+
+# The command
+
+
+def command(config_file: Path, folder: Path) -> str:
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "refusion_jax.train", f"--config={config_file}", f"--workdir={folder}"],
+        env=os.environ | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config_file = tmp_path_factory.mktemp("config") / "lora.py"
+    config_file.write_text(CONFIG)
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert "607,616 parameters and 10,240 that adapt them on" in command(config_file, folder)
+    return config_file, folder
+
+
+def arrays(folder: Path):
+    return jax.tree.map(lambda leaf: leaf.whole(), checkpoint.saved_params(folder))
+
+
+def test_a_run_goes_on_to_the_last_bit(finished, tmp_path):
+    config_file, whole = finished
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "4")
+    assert "resuming from step 2 of 4" in command(config_file, folder)
+    jax.tree.map(np.testing.assert_array_equal, arrays(folder), arrays(whole))
+    kept = [
+        [line.split(",")[:7] for line in (f / "metrics.csv").read_text().splitlines()]
+        for f in (folder, whole)
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 5
+
+
+def test_who_reads_the_run_gets_the_merged_model(finished, tmp_path):
+    """`load` and `convert` know nothing of adapters and give base plus adapters."""
+    _, folder = finished
+    saved = arrays(folder)
+    jax.tree.map(np.testing.assert_array_equal, saved["base"], hf.load_params(TINY, hf.read_config(TINY)))
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+
+    def logits(model, params):
+        return model.apply({"params": params}, tokens, positions)[0]
+
+    model, params, _ = load(folder)
+    wanted = logits(model, lora.merge(saved))
+    assert np.abs(wanted - logits(model, saved["base"])).max() > 1e-2  # it did learn
+    np.testing.assert_allclose(logits(model, params), wanted, atol=1e-5)
+    convert(folder, tmp_path / "exported")
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+    model, params, _ = load(tmp_path / "exported")
+    np.testing.assert_allclose(logits(model, params), wanted, atol=1e-5)
