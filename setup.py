@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("train", "sample", "convert", "evaluate", "bench")
+COMMANDS = ("train", "sample", "convert", "evaluate", "aot", "bench")
 
 setup(
     name="refusion_jax",

@@ -77,15 +77,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       BadInput: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.asdict(config)
-    given = math.prod(size for size in sizes.values() if size != -1)
-    left = len(devices) // given if -1 in sizes.values() else 1
-    if given * left != len(devices):
-        shape = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise BadInput(f"mesh: {shape} must multiply to the {len(devices)} devices there are")
-    shape = [left if size == -1 else size for size in sizes.values()]
+    shape = dataclasses.asdict(sizes(config, len(devices)))
     # Auto axes: the compiler propagates shardings. Linen's logical constraints fail with Explicit ones.
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    types = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
+
+
+def sizes(config: MeshConfig, count: int) -> MeshConfig:
+    """`config` for `count` devices, with the size that -1 stands for.
+
+    Raises:
+      BadInput: the sizes do not multiply to the number of devices.
+    """
+    given = dataclasses.asdict(config)
+    product = math.prod(size for size in given.values() if size != -1)
+    left = count // product if -1 in given.values() else 1
+    if product * left != count:
+        shape = ", ".join(f"{name}={size}" for name, size in given.items())
+        raise BadInput(f"mesh: {shape} must multiply to the {count} devices there are")
+    return MeshConfig(**{name: left if size == -1 else size for name, size in given.items()})
 
 
 class Layout(NamedTuple):

@@ -158,7 +158,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         jnp.float32,
         run.train.scan_layers,
         run.train.remat,
-        kernel=fitting_kernel(platform, dtype, run.model.head_dim),
+        kernel=fitting_kernel(platform, dtype, run.model.head_dim, run.data.max_length),
         max_segments=run.data.places + 1,  # and one of padding
     )
     optimizer = run.optimizer.transformation(run.train.steps)
@@ -169,7 +169,8 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
 
     def init() -> TrainState:
         nothing = jnp.zeros((1, 1), jnp.int32)
-        return start(model.init(_keys(run)[0], nothing, nothing)["params"])
+        # One token is no length for a kernel, and parameters do not depend on it.
+        return start(model.clone(kernel="dense").init(_keys(run)[0], nothing, nothing)["params"])
 
     boxed = jax.eval_shape(init)
     layout = sharding.layout(boxed, mesh)

@@ -1,0 +1,120 @@
+"""TPU slices that need not be there: the compiler that comes with libtpu takes their description.
+
+A topology is named GENERATION:SHAPE, the shape being that of the grid of chips ("v5e:4x4", "v5p:4x4x8"),
+as Cloud TPU's documentation has them (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from refusion_jax.errors import BadInput
+
+GIB = 2**30
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A generation of TPUs.
+
+    Attributes:
+      hbm: GB a chip, as cloud.google.com/tpu/docs/GENERATION states it.
+      usable: bytes of it that a program may use on each device, as libtpu 0.0.48 reports when one exceeds it.
+      config: libtpu's name of the chip as JAX runs it; "megacore" makes one device of two cores.
+      shapes: of the slices there are, ascending.
+      devices: JAX devices a chip.
+    """
+
+    hbm: int
+    usable: float
+    config: str
+    shapes: tuple[str, ...]
+    devices: int = 1
+
+
+CHIPS = {
+    "v4": Chip(32, 30.75 * GIB, "megacore", _CUBES),
+    "v5e": Chip(16, 15.75 * GIB, "default", _FLAT),
+    "v5p": Chip(95, 95.73 * GIB, "megacore", (*_CUBES, "16x16x16", "16x16x24")),
+    "v6e": Chip(32, 31.24 * GIB, "default", _FLAT),
+    "tpu7x": Chip(192, 94.74 * GIB, "default", _CUBES, devices=2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of chips of one generation."""
+
+    generation: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def named(cls, name: str) -> "Topology":
+        """The slice that GENERATION:SHAPE names.
+
+        Raises:
+          BadInput: there is none.
+        """
+        generation, _, shape = name.partition(":")
+        if generation not in CHIPS or shape not in CHIPS[generation].shapes:
+            known = (f"{name}:{{{', '.join(chip.shapes)}}}" for name, chip in CHIPS.items())
+            raise BadInput(f"--topology: must be one of {'; '.join(known)}; found {name!r}")
+        return cls(generation, tuple(map(int, shape.split("x"))))
+
+    @property
+    def name(self) -> str:
+        return f"{self.generation}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.generation]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.devices
+
+    def larger(self) -> list["Topology"]:
+        """The slices of the same generation with more chips, ascending."""
+        named = [Topology.named(f"{self.generation}:{shape}") for shape in self.chip.shapes]
+        return [other for other in named if other.num_chips > self.num_chips]
+
+    def devices(self) -> Sequence[jax.Device]:
+        """Its devices, for compiling alone.
+
+        Raises:
+          BadInput: libtpu, the compiler, is not installed.
+        """
+        if importlib.util.find_spec("libtpu") is None:
+            raise BadInput("compiling for TPUs needs libtpu: pip install 'refusion_jax[tpu]'")
+        # It is to look for no TPU of its own, and not to mind one in use by somebody else.
+        for name, value in {
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any will do
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+        }.items():
+            os.environ.setdefault(name, value)
+        flat = len(self.shape) == 2
+        # An axis closes into a ring on pods of 16 x 16 and on cubes of 4 x 4 x 4. Said wrongly, the
+        # compiler takes other collectives than the hardware would (all-reduce for all-gather).
+        wrap = [size == 16 if flat else all(side % 4 == 0 for side in self.shape) for size in self.shape]
+        return topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=self.name,
+            chip_config_name=self.chip.config,
+            chips_per_host_bounds=(min(2, self.shape[0]), min(2, self.shape[1]), 1),
+            num_slices=1,
+            wrap=(*wrap, False)[:3],
+        ).devices
