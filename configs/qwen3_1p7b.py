@@ -1,11 +1,13 @@
-r"""Qwen3-1.7B to ReFusion: the authors' recipe for 8B (configs/qwen3_8b.py) at a smaller size and batch.
+r"""Qwen3-1.7B to ReFusion on NVIDIA H200s: the authors' recipe for 8B (configs/qwen3_8b.py) at a smaller batch.
 
     python -m refusion_jax.convert Qwen3-1.7B start --to=hf --add_tokens=bos,mask
     python -m refusion_jax.train --config=configs/qwen3_1p7b.py --workdir=runs/qwen3_1p7b \
         --config.train.init_from=start --config.data.paths=train.jsonl --config.train.steps=STEPS
 
-Qwen3-1.7B is the Hugging Face folder; train.jsonl holds `{"query": "…", "response": "…"}` a line, and STEPS
-is epochs x lines / 128. Fits on TOPOLOGY.
+Qwen3-1.7B is the Hugging Face folder; train.jsonl holds `{"query": "…", "response": "…"}` a line. What is
+kept for the backward pass takes 76 GB for 8 rows, as many as a GPU computes at once; docs/training.md has
+what this makes of one, and settings for less memory. More GPUs share the batch: divide microbatches by
+their number.
 """
 
 import dataclasses
@@ -18,19 +20,18 @@ from refusion_jax.model import ModelConfig
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = ConfigDict(dataclasses.asdict(ModelConfig.qwen3_1p7b()))
-    c.data = ConfigDict({"source": "jsonl", "max_length": 4096})
+    c.data = ConfigDict({"source": "jsonl", "max_length": 4096, "packing": True, "examples_per_row": 32})
     c.train = ConfigDict(
         {
             "steps": 1000,
-            "batch_size": 128,
+            "batch_size": 64,
             "microbatches": 8,
+            "loss_chunks": 8,
             "save_every": 500,
             "log_every": 10,
             "dtype": "bfloat16",
-            "remat": "full",
-            "scan_layers": True,
         }
     )
-    c.optimizer = ConfigDict({"learning_rate": 2e-5, "b2": 0.999})
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    c.optimizer = ConfigDict({"learning_rate": 2e-5, "b2": 0.999, "mean_dtype": "bfloat16"})
+    c.mesh = ConfigDict({"data": -1})
     return c

@@ -34,6 +34,7 @@ FOLDER = "checkpoints"
 OUTDATED = ".outdated"  # where old checkpoints wait for deletion
 CHUNK_BYTES = 2**24  # of a converted array, what is read and decompressed at once
 TOGETHER_BYTES = 2**26  # of converted arrays, what is written at once, give or take one array
+APPEARS_SECONDS = 60  # until every process sees a folder that process 0 made; NFS may take 30
 
 # What a launcher sees of a process that SIGTERM ended. SLURM requeues a preempted job whatever its code;
 # Kubernetes and xpk restart on 128 + signal number by default.
@@ -46,6 +47,9 @@ class Checkpoints:
     Args:
       folder: DIR, the run's folder, on a disk that all processes see.
       keep: how many of the newest checkpoints stay; those before are deleted.
+
+    Raises:
+      BadInput: process 0 made a folder that this one does not see.
     """
 
     def __init__(self, folder: str | Path, keep: int):
@@ -55,6 +59,11 @@ class Checkpoints:
         )
         with _orbax_silent():
             self._manager = ocp.CheckpointManager(self._folder / FOLDER, options=options)
+        patience = time.monotonic() + APPEARS_SECONDS
+        while not (self._folder / FOLDER).is_dir():
+            if time.monotonic() > patience:
+                raise BadInput(f"{self._folder}: must be on a disk that all processes see")
+            time.sleep(0.5)
         self._delete_leftovers()
 
     def __enter__(self) -> "Checkpoints":
@@ -65,8 +74,14 @@ class Checkpoints:
         self._delete_leftovers()
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, None without any; one being written counts."""
-        return self._manager.latest_step()
+        """The newest checkpoint's step, None without any; one being written counts.
+
+        That of process 0 in all, as a network's file system may show the others an older state. To be called
+        by all processes.
+        """
+        step = self._manager.latest_step()
+        agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+        return None if agreed < 0 else agreed
 
     def save(self, step: int, trees: Mapping[str, Any], data: Any) -> None:
         """Saves in the background; arrays and `data` are as they were when this returns.

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable
 
 
@@ -24,7 +25,20 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except BadInput as error:
-            print(f"error: {error}".replace("\n", " "), file=sys.stderr)
-            return 2
+            return report(error)
 
     return run
+
+
+def report(error: Exception, who: str = "") -> int:
+    """Says on stderr what went wrong and returns the exit code for it.
+
+    Args:
+      error: BadInput makes one line; anything else its traceback.
+      who: in front of the line, the process in a run of several.
+    """
+    if isinstance(error, BadInput):
+        print(f"error: {who}{error}".replace("\n", " "), file=sys.stderr, flush=True)
+        return 2
+    print(f"{who}{''.join(traceback.format_exception(error))}", end="", file=sys.stderr, flush=True)
+    return 1

@@ -57,8 +57,7 @@ def train_flops(config: ModelConfig, lengths: Array) -> Array:
 
     Args:
       config: the model's shape.
-      lengths: [B], tokens of each example, prompt and response; examples that share a row are counted
-        apart.
+      lengths: [B] or [B, places of a row], tokens of each example, prompt and response; 0 for none.
     """
     lengths = jnp.asarray(lengths, jnp.float32)
     attention = 6 * config.num_layers * config.num_heads * config.head_dim

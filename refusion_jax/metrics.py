@@ -65,7 +65,7 @@ class Reporter:
         settings: Mapping[str, Any] | None = None,
     ):
         truncate(folder / FILE, step)
-        self._csv = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
+        self._csv = folder / FILE
         self._events = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
         self._wandb = _wandb_run(wandb_project, folder, settings) if wandb_project else None
         self._last_step = last_step
@@ -86,7 +86,6 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish()
         self._events.close()
-        self._csv.close()
 
     def report(self, step: int, taken: Sequence[Mapping[str, Any]]) -> None:
         """Writes a row, events and a line.
@@ -109,10 +108,12 @@ class Reporter:
         row = {"step": step} | {name: taken[-1][name] for name in STEP_COLUMNS}
         row |= _rates(steps, tokens, flops, seconds) | _shares(self._wall_time)
         row |= {"seconds": round(self._wall_time.seconds(), 3), "peak_memory_bytes": _peak_memory_bytes()}
-        # One write a row: a kill can leave half a line at the end, which `truncate` drops, never more.
+        # One write a row: a kill can leave half a line at the end, which `truncate` drops, never more. And
+        # closed each time, since mounted buckets keep what is written only then.
         # str of a NumPy float32 is the shortest text that reads back as the same float32.
-        self._csv.write(",".join("" if row[name] is None else str(row[name]) for name in COLUMNS) + "\n")
-        self._csv.flush()
+        cells = ("" if row[name] is None else str(row[name]) for name in COLUMNS)
+        with self._csv.open("a", encoding="utf-8") as file:
+            file.write(",".join(cells) + "\n")
         curves = {f"train/{name}": float(row[name]) for name in COLUMNS[1:] if row[name] is not None}
         for name, value in curves.items():
             self._events.add_scalar(name, value, step)

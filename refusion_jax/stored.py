@@ -92,7 +92,7 @@ def place(stored: Any, abstract: Any) -> Any:
     Returns:
       a tree of jax.Array.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(leaf: Stored, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}

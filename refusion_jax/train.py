@@ -5,6 +5,8 @@
 Goes on by itself where DIR (--workdir) holds a checkpoint. Leaves in it config.yaml (the run), config.json
 and the tokenizer (the model), checkpoints/STEP, metrics.csv and TensorBoard events. On SIGTERM it finishes
 its step, saves and exits with 143, the code on which launchers restart; then the same command goes on.
+Several processes make one run: on TPU slices and under SLURM by themselves, elsewhere with --coordinator,
+--num_processes and --process_id (see processes.py, and launch/).
 """
 
 import argparse
@@ -19,7 +21,7 @@ from typing import Any
 import jax
 import yaml
 
-from refusion_jax import config, hf, loader, lora, sharding
+from refusion_jax import config, hf, loader, lora, processes, sharding
 from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples, row_use
 from refusion_jax.errors import BadInput, command
@@ -154,7 +156,8 @@ def _loop(
                 checkpoints.save(step, _items(state), batches.get_state())
                 wall_time.lap("checkpoint")
             if preempted:
-                print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
+                if jax.process_index() == 0:
+                    print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
                 return PREEMPTED_EXIT_CODE
     return 0
 
@@ -264,12 +267,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FIRST:LAST",
         help="write a trace of these steps to DIR/profile, for XProf or TensorBoard (default: none)",
     )
+    several = parser.add_argument_group("several processes (SLURM and TPU slices need no flags)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num_processes", metavar="N", type=int, help="how many; 1 looks for no others")
+    several.add_argument("--process_id", metavar="I", type=int, help="which one this is, from 0")
+    several.add_argument(
+        "--coordinator_timeout",
+        metavar="SECONDS",
+        type=int,
+        default=processes.TIMEOUT,
+        help="how long to wait for all of them (%(default)s)",
+    )
     flags, overrides = parser.parse_known_args(arguments)
     run = config.load(flags.config, overrides, RunConfig)
     profile_steps = range(0)
     if flags.profile_steps is not None:
         profile_steps = parse_steps(flags.profile_steps, run.train.steps)
-    return train(run, flags.workdir, profile_steps)
+    with processes.joined(
+        flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
+    ):
+        return train(run, flags.workdir, profile_steps)
 
 
 if __name__ == "__main__":

@@ -127,22 +127,30 @@ def test_it_needs_a_model_to_adapt():
 # The command
 
 
-def command(config_file: Path, folder: Path) -> str:
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+def command(config_file: Path, folder: Path, *flags: str, expected: int = 0) -> str:
+    """What the command prints; its errors if they are what is expected."""
+    xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "refusion_jax.train", f"--config={config_file}", f"--workdir={folder}"],
-        env=os.environ | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        [
+            sys.executable,
+            "-m",
+            "refusion_jax.train",
+            f"--config={config_file}",
+            f"--workdir={folder}",
+            *flags,
+        ],
+        env=os.environ | cache | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == expected, done.stderr
+    return done.stderr if expected else done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +178,20 @@ def test_a_run_goes_on_to_the_last_bit(finished, tmp_path):
         for f in (folder, whole)
     ]
     assert kept[0] == kept[1] and len(kept[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.lora.rank=3", "lora.rank: is 3, the run in "),
+        ("--config.lora.rank=0", "lora.rank: is 0, the run in "),
+        ("--config.train.init_from=", "lora.rank: is 2, which needs train.init_from"),
+        ("--config.lora.targets=('q_proj',)", "lora.targets must be some of q, k, v, o, gate, up, down"),
+    ],
+)
+def test_bad_input_is_one_line(finished, flag, message):
+    error = command(*finished, flag, expected=2)
+    assert error.count("\n") == 1 and message in error
 
 
 def test_who_reads_the_run_gets_the_merged_model(finished, tmp_path):

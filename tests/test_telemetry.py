@@ -68,6 +68,8 @@ def test_work_of_a_step():
         pairs = length * length / 2  # of a query and a key it may see, as the convention counts them
         work += config.num_layers * 3 * (2 + 2) * pairs * config.num_heads * config.head_dim
     assert float(flops.train_flops(config, [5, 1, 92])) == pytest.approx(work, rel=1e-6)
+    packed = [[5, 1], [92, 0]]  # two rows with places for two
+    assert float(flops.train_flops(config, packed)) == pytest.approx(work, rel=1e-6)
 
 
 def test_work_of_a_known_measurement():
@@ -109,11 +111,8 @@ class Clock(wall_time.WallTime):
 
 
 def step_values(tokens: int) -> dict[str, np.generic]:
-    floats = ("loss", "ar_loss", "diffusion_loss", "grad_norm", "learning_rate")
-    return {name: np.float32(0.5) for name in floats} | {
-        "tokens": np.int32(tokens),
-        "flops": np.float32(8e12 * tokens),
-    }
+    work = {"tokens": np.int32(tokens), "flops": np.float32(8e12 * tokens)}
+    return {name: np.float32(0.5) for name in metrics.STEP_COLUMNS} | work
 
 
 def test_a_row_and_the_summary(tmp_path, monkeypatch, capsys):

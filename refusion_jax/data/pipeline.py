@@ -38,7 +38,8 @@ class DataConfig:
     max_length: tokens of a row, and of the longest example it can hold: prompt, response and EOS. Longer
         examples are dropped.
     packing: several examples share a row, as many as fit, without seeing each other; otherwise one.
-    examples_per_row: the most that may share one; 0 is one for every 32 tokens of it.
+    examples_per_row: the most that may share one; 0 is one for every 32 tokens of it. On GPUs attention
+        costs more with more places, filled or not: little above what rows hold is best.
     enable_thinking: false tells the chat template so; true leaves it to the template, as sampling does.
     shuffle: a new order for each epoch of a finite source, instead of the order of the source.
     """

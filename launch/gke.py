@@ -1,0 +1,161 @@
+"""Trains on a TPU slice of Google Kubernetes Engine, one pod for each host of the slice.
+
+    python launch/gke.py --name=tiny --image=IMAGE --tpu=v5p --topology=2x2x4 \\
+        --config=configs/tiny.py --workdir=gs://BUCKET/tiny
+    python launch/gke.py … --xpk_cluster=CLUSTER   # through xpk and its queue instead of kubectl
+    python launch/gke.py … --dry_run               # prints the commands, manifest included
+
+Needs kubectl with the cluster's credentials (or xpk 1.16); in the cluster JobSet, the Cloud Storage FUSE CSI
+driver and a node pool of that TPU and topology, four chips a host; IMAGE from launch/Dockerfile; a bucket
+with a hierarchical namespace, in which a checkpoint is renamed in one go, that --service_account may write.
+All other flags go to train; FILE is a path in the image.
+
+When a pod is evicted or fails, all are started again and go on from the newest checkpoint, up to --restarts
+times. A pod that is evicted has --grace seconds to save; spot machines leave it less. Exit code 2, input
+that cannot be used, ends the run at once.
+"""
+
+import argparse
+import math
+import re
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import yaml
+
+# --tpu: as GKE labels its nodes, as xpk calls it.
+TPUS = {
+    "v4": ("tpu-v4-podslice", "v4"),
+    "v5e": ("tpu-v5-lite-podslice", "v5litepod"),
+    "v5p": ("tpu-v5p-slice", "v5p"),
+    "v6e": ("tpu-v6e-slice", "v6e"),
+}
+CHIPS = 4  # of a host
+CONTAINER = "train"
+# Every host has to see at once what another one wrote.
+MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
+
+
+def main() -> int:
+    flags, overrides = _flags()
+    bucket, folder = re.fullmatch(r"gs://([^/]+)/?(.*)", flags.workdir).groups()
+    mount = f"/gcs/{bucket}"
+    train = ["python", "-m", "refusion_jax.train", f"--config={flags.config}", f"--workdir={mount}/{folder}"]
+    train += overrides
+    if flags.xpk_cluster:
+        return _run(flags.dry_run, *_xpk(flags, bucket, mount, train))
+    manifest = yaml.safe_dump(jobset(flags, bucket, mount, train), sort_keys=False, width=1000)
+    return _run(flags.dry_run, ["kubectl", "apply", "--filename=-"], text=manifest)
+
+
+def jobset(flags: argparse.Namespace, bucket: str, mount: str, train: list[str]) -> dict[str, Any]:
+    """The manifest, jobset.x-k8s.io/v1alpha2."""
+    chips = math.prod(map(int, flags.topology.split("x")))
+    hosts = max(chips // CHIPS, 1)
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": TPUS[flags.tpu][0],
+        "cloud.google.com/gke-tpu-topology": flags.topology,
+    }
+    volume = {
+        "driver": "gcsfuse.csi.storage.gke.io",
+        "volumeAttributes": {"bucketName": bucket, "mountOptions": MOUNT_OPTIONS},
+    }
+    container = {
+        "name": CONTAINER,
+        "image": flags.image,
+        "command": train,
+        "ports": [{"containerPort": 8471}, {"containerPort": 8482}],  # libtpu, coordinator of JAX
+        "resources": {"limits": {"google.com/tpu": min(chips, CHIPS)}},
+        "volumeMounts": [{"name": "bucket", "mountPath": mount}],
+    }
+    pod = {
+        "serviceAccountName": flags.service_account,
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": flags.grace,
+        "nodeSelector": selector | ({"cloud.google.com/gke-spot": "true"} if flags.spot else {}),
+        "containers": [container],
+        "volumes": [{"name": "bucket", "csi": volume}],
+    }
+    bad_input = {"containerName": CONTAINER, "operator": "In", "values": [2]}
+    job = {
+        "parallelism": hosts,
+        "completions": hosts,
+        "backoffLimit": 0,  # one pod alone is never started again
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": bad_input}]},
+        "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod},
+    }
+    give_up = {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": flags.name,
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": flags.restarts, "rules": [give_up]},
+            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def _xpk(flags: argparse.Namespace, bucket: str, mount: str, train: list[str]) -> list[list[str]]:
+    storage = [
+        *("xpk", "storage", "attach", bucket, f"--cluster={flags.xpk_cluster}", "--type=gcsfuse"),
+        *(f"--bucket={bucket}", f"--mount-point={mount}", "--readonly=false", "--auto-mount=false"),
+        *("--size=100", f"--mount-options={MOUNT_OPTIONS}"),
+    ]
+    workload = [
+        *("xpk", "workload", "create", f"--workload={flags.name}", f"--cluster={flags.xpk_cluster}"),
+        *(f"--tpu-type={TPUS[flags.tpu][1]}-{flags.topology}", f"--docker-image={flags.image}"),
+        *(f"--storage={bucket}", f"--max-restarts={flags.restarts}"),
+        # 127 to 255 are among them already; 1 is also how a process ends that lost another one.
+        "--restart-on-exit-codes=1",
+        f"--termination-grace-period-seconds={flags.grace}",
+        *(["--spot"] if flags.spot else []),
+        f"--command={shlex.join(train)}",
+    ]
+    return [storage, workload]
+
+
+def _run(dry_run: bool, *commands: list[str], text: str | None = None) -> int:
+    """Runs, or prints, commands one after the other until one fails; `text` is their standard input."""
+    for command in commands:
+        if dry_run:
+            print(shlex.join(command) + (f" <<'EOF'\n{text}EOF" if text else ""))
+        elif code := subprocess.run(command, input=text, text=True).returncode:
+            return code
+    return 0
+
+
+def _flags() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="as train takes it")
+    parser.add_argument("--workdir", required=True, metavar="gs://BUCKET/DIR", help="folder of the run")
+    parser.add_argument("--name", required=True, help="of the JobSet, or the xpk workload")
+    parser.add_argument("--image", required=True, help="with refusion_jax[tpu] installed")
+    parser.add_argument("--tpu", required=True, choices=TPUS)
+    parser.add_argument("--topology", required=True, help="of the slice, 2x2x4 or 4x4")
+    parser.add_argument("--spot", action="store_true", help="on spot machines")
+    parser.add_argument("--service_account", default="default", help="of Kubernetes (%(default)s)")
+    parser.add_argument("--grace", type=int, default=300, metavar="SECONDS", help="(%(default)s)")
+    parser.add_argument("--restarts", type=int, default=10, metavar="N", help="at most (%(default)s)")
+    parser.add_argument("--xpk_cluster", default="", metavar="CLUSTER", help="start through xpk")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands instead")
+    flags, overrides = parser.parse_known_args()
+    for name, pattern in (
+        ("workdir", r"gs://[^/]+(/.*)?"),
+        ("topology", r"\d+x\d+(x\d+)?"),
+        ("name", r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"),
+    ):
+        if not re.fullmatch(pattern, getattr(flags, name)):
+            parser.error(f"--{name}: must match {pattern}, found {getattr(flags, name)!r}")
+    return flags, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())
