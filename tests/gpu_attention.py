@@ -22,7 +22,6 @@ PLACES = 6
 
 def largest_differences(num_kv_heads: int, head_dim: int, segments: np.ndarray | None) -> list[float]:
     """Of the output and of the gradients of q, k and v."""
-    heads = {"q": 8, "k": num_kv_heads, "v": num_kv_heads, "cotangent": 8}
     arrays = [
         jax.random.normal(jax.random.key(i), (B, T, n, head_dim), jnp.bfloat16)
         for i, n in enumerate((8, num_kv_heads, num_kv_heads, 8))
