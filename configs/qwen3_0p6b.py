@@ -5,7 +5,7 @@ r"""Qwen3-0.6B to ReFusion: the authors' recipe for 8B (configs/qwen3_8b.py) at 
         --config.train.init_from=start --config.data.paths=train.jsonl --config.train.steps=STEPS
 
 Qwen3-0.6B is the Hugging Face folder; train.jsonl holds `{"query": "…", "response": "…"}` a line, and STEPS
-is epochs x lines / 128. Fits on TOPOLOGY.
+is epochs x lines / 128. Fits on v5e:2x4; more chips want fewer microbatches, so that each has a row in all.
 """
 
 import dataclasses

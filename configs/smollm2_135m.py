@@ -8,7 +8,8 @@ r"""SmolLM2-135M to ReFusion on a single accelerator, from weights that need no 
     python -m refusion_jax.train --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m \
         --config.train.init_from=start --config.data.paths=train.jsonl
 
-train.jsonl holds `{"query": "…", "response": "…"}` a line. More devices each take a share of the rows.
+train.jsonl holds `{"query": "…", "response": "…"}` a line. Fits on one TPU v5e, in a third of its memory; up
+to 8 devices share the rows.
 The rate and the batch are a start, not the outcome of a search.
 """
 

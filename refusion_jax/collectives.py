@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -48,45 +48,55 @@ class _Instruction(NamedTuple):
     rest: str  # operands and attributes
 
 
+class _Found(NamedTuple):
+    operation: str
+    trips: int
+    bytes: int
+    open_loop: bool
+
+
 def count(hlo: str) -> Traffic:
     """Counts the collectives of a compiled module.
 
-    A loop's trips are those the compiler noted, or else are read off its condition `counter < constant`, the
-    counter going from 0 in ones as that of `lax.scan` does. The TPU compiler splits a collective that runs
-    beside computation into several fusions, which share its channel: it counts once. An all-reduce inside
-    `all-reduce-scatter` is a reduce-scatter.
+    A loop's trips are those the compiler noted, or else are read off `counter < constant` in its condition
+    and `counter + constant` in its body, the counter beginning at 0 as that of `lax.scan` does.
+
+    The TPU compiler splits a collective that runs beside computation into several fusions, which share its
+    channel and may stand in other loops: it counts once, as often as the rarest of them runs. An all-reduce
+    inside `all-reduce-scatter` is a reduce-scatter.
     """
     computations, entry = _parse(hlo)
-    known: dict[str, Counter] = defaultdict(Counter)
-    unknown: dict[str, Counter] = defaultdict(Counter)
-    seen = set()
+    found: dict[str, _Found] = {}
 
-    def visit(name: str, loop: tuple[str, ...], trips: int, known_trips: bool) -> None:
+    def visit(name: str, trips: int, open_loop: bool) -> None:
         for instruction in computations.get(name, ()):
-            operation = _collective(instruction, name)
-            if operation is not None:
+            if operation := _collective(instruction, name):
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                key = (loop, operation, channel[1] if channel else (name, instruction.name))
-                if key not in seen:
-                    seen.add(key)
-                    sums = (known if known_trips else unknown)[operation]
-                    sums["count"] += trips
-                    sums["bytes"] += trips * _payload(instruction)
+                key = channel[1] if channel else f"{name} {instruction.name}"
+                if key not in found or trips < found[key].trips:
+                    found[key] = _Found(operation, trips, trips * _payload(instruction), open_loop)
             if instruction.operation == "while":
                 called = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", instruction.rest))
-                turns = _trips(instruction, computations.get(called["condition"], ()))
-                inside = (*loop, instruction.name)
-                visit(called["body"], inside, trips * (turns or 1), known_trips and turns is not None)
+                parts = (computations.get(called[part], ()) for part in ("condition", "body"))
+                turns = _trips(instruction, *parts)
+                visit(called["body"], trips * (turns or 1), open_loop or turns is None)
             else:
                 for other in _called(instruction):
-                    visit(other, loop, trips, known_trips)
+                    visit(other, trips, open_loop)
 
-    visit(entry, (), 1, True)
-    return Traffic(_listed(known), _listed(unknown))
+    visit(entry, 1, False)
+    return Traffic(*(_sums(f for f in found.values() if f.open_loop is is_open) for is_open in (False, True)))
 
 
-def _listed(sums: dict[str, Counter]) -> list[Collective]:
-    return [Collective(name, sums[name]["count"], sums[name]["bytes"]) for name in OPERATIONS if name in sums]
+def _sums(found: Iterable[_Found]) -> list[Collective]:
+    by_name = defaultdict(list)
+    for one in found:
+        by_name[one.operation].append(one)
+    return [
+        Collective(name, sum(f.trips for f in by_name[name]), sum(f.bytes for f in by_name[name]))
+        for name in OPERATIONS
+        if name in by_name
+    ]
 
 
 def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -115,17 +125,30 @@ def _collective(instruction: _Instruction, computation: str) -> str | None:
     return operation if operation in OPERATIONS else None
 
 
-def _trips(loop: _Instruction, condition: list[_Instruction]) -> int | None:
+def _trips(loop: _Instruction, condition: list[_Instruction], body: list[_Instruction]) -> int | None:
     """Trips of a loop, None where they depend on data."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(noted[1])
-    constants = {i.name: i.rest for i in condition if i.operation == "constant"}
     compares = [i for i in condition if i.operation == "compare" and "direction=LT" in i.rest]
-    if len(compares) == 1 and len(condition) <= 4:
-        for operand in re.findall(r"%([\w.\-]+)", compares[0].rest.partition(")")[0]):
-            if value := re.match(r"(\d+)\)", constants.get(operand, "")):
-                return int(value[1])
-    return None
+    end = _constant_operand(compares[0], condition) if len(compares) == 1 and len(condition) <= 4 else None
+    places = [re.search(r"index=(\d+)", i.rest) for i in condition if i.operation == "get-tuple-element"]
+    if end is None or len(places) != 1 or not body:
+        return None
+    carried = _operands(body[-1])  # the root is the tuple of what is carried to the next turn
+    counters = [i for i in body if i.operation == "add" and i.name == carried[int(places[0][1])]]
+    step = _constant_operand(counters[0], body) if counters else None
+    return -(-end // (step or 1))
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", instruction.rest.partition(")")[0])
+
+
+def _constant_operand(instruction: _Instruction, among: list[_Instruction]) -> int | None:
+    """The value of the one operand that is a constant."""
+    constants = {i.name: re.match(r"(\d+)\)", i.rest) for i in among if i.operation == "constant"}
+    values = [constants[name] for name in _operands(instruction) if constants.get(name)]
+    return int(values[0][1]) if len(values) == 1 else None
 
 
 def _payload(instruction: _Instruction) -> int:

@@ -49,17 +49,25 @@ HloModule jit_step, is_scheduled=true
   ROOT %slice = f32[64,512]{1,0:T(8,128)} dynamic-slice(%all-reduce.4)
 }
 
+%beside (r: f32[4,4]) -> f32[16,4] {
+  %r = f32[4,4]{1,0} parameter(0)
+  ROOT %all-gather.5 = f32[16,4]{1,0} all-gather(%r), channel_id=16, dimensions={0}
+}
+
 %layer (carry: (s32[], bf16[1,64,512])) -> (s32[], bf16[1,64,512]) {
   %carry = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0:T(8,128)(2,1)}) parameter(0)
   %gather-start = (bf16[1,64,512], bf16[1,256,512], u32[]) fusion(%carry), kind=kCustom, calls=%start
   %gather-done = bf16[1,256,512] fusion(%gather-start), kind=kCustom, calls=%done
   %scatter = f32[64,512] fusion(%gather-done), kind=kCustom, calls=%all-reduce-scatter.3
-  ROOT %next = (s32[], bf16[1,64,512]) tuple(%carry, %scatter)
+  %number = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next_number = s32[]{:T(128)} add(%number, %two)
+  ROOT %next = (s32[], bf16[1,64,512]) tuple(%next_number, %scatter)
 }
 
 %more_layers (carry.2: (s32[], bf16[1,64,512])) -> pred[] {
   %carry.2 = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  %depth = s32[]{:T(128)} constant(36)
+  %depth = s32[]{:T(128)} constant(72)
   %layer_number = s32[]{:T(128)} get-tuple-element(%carry.2), index=0
   ROOT %less = pred[]{:T(512)} compare(%layer_number, %depth), direction=LT, metadata={op_name="lt"}
 }
@@ -69,6 +77,12 @@ HloModule jit_step, is_scheduled=true
   %layers = (s32[], bf16[1,64,512]) while(%carry.3), condition=%more_layers, body=%layer
   %moved = (f32[2,3]{1,0}, f32[2,3]{1,0}, u32[]) collective-permute-start(%layers), channel_id=11
   ROOT %back = (s32[], bf16[1,64,512]) tuple(%layers, %moved)
+}
+
+%meanwhile (carry.7: (s32[], bf16[1,64,512])) -> (s32[], bf16[1,64,512]) {
+  %carry.7 = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %piece = (s32[], bf16[1,64,512]) fusion(%carry.7), kind=kCustom, calls=%beside
+  ROOT %next.2 = (s32[], bf16[1,64,512]) tuple(%piece, %piece)
 }
 
 %more_parts (carry.4: (s32[], bf16[1,64,512])) -> pred[] {
@@ -91,10 +105,12 @@ HloModule jit_step, is_scheduled=true
 ENTRY %main (arg: (s32[], bf16[1,64,512])) -> (s32[], bf16[1,64,512]) {
   %arg = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0:T(8,128)(2,1)}) parameter(0)
   %step = (s32[], bf16[1,64,512]) while(%arg), condition=%more_parts, body=%part
+  %more = (s32[], bf16[1,64,512]) while(%step), condition=%more_layers, body=%meanwhile
   %decoding = (s32[], pred[8]) while(%step), condition=%running, body=%round
   %spread = bf16[16]{0} reduce-scatter(%step), channel_id=13, replica_groups=mesh['a'=2,'b'=4] {'b'}
   %spread.2 = bf16[16]{0} reduce-scatter(%step), channel_id=14, replica_groups=[2,4]<=[8]
   %spread.3 = bf16[16]{0} reduce-scatter(%step), channel_id=15, replica_groups={{0,1},{2,3}}
+  %begin = f32[16,4]{1,0} fusion(%spread), kind=kCustom, calls=%beside
   ROOT %end = (s32[], bf16[1,64,512]) tuple(%step)
 }
 """
@@ -104,7 +120,8 @@ def test_collectives_in_loops_count_once_a_turn():
     layers, parts = 36, 2
     traffic = count(HLO)
     assert traffic.collectives == [
-        Collective("all-gather", parts * layers, parts * layers * 256 * 512 * 2),
+        # Each layer's, and one that begins outside a loop and goes on inside.
+        Collective("all-gather", parts * layers + 1, parts * layers * 256 * 512 * 2 + 16 * 4 * 4),
         # An all-reduce of which each device keeps a part, and those that say so, with groups of 4, 4 and 2.
         Collective(
             "reduce-scatter", parts * layers + 3, parts * layers * 256 * 512 * 4 + 16 * 2 * (4 + 4 + 2)
