@@ -1,6 +1,7 @@
 # make demo    trains the embedded default, restores it, samples held-out prompts
 # make test    the tests
 # make lint    ruff
+# make gpu     compares attention on an NVIDIA GPU with the reference (needs '.[gpu]' in .venv)
 # make parity  compares with transformers on PyTorch (downloads both, and SmolLM2-135M-Instruct, 100 MB)
 # make PYTHON=python3.12 demo chooses the interpreter
 
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity gpu lint clean
 
 # The environment is made anew only when what it holds would differ: other requirements, another Python.
 WANTED := $(shell { cat setup.py; echo $(PYTHON); } | cksum | tr ' ' '-')
@@ -44,6 +45,10 @@ $(SMOLLM2): | $(STAMP)
 parity: $(STAMP) $(SMOLLM2)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[parity]'
 	$(BIN)/python tests/parity_transformers.py $(SMOLLM2)
+
+# With the Python that has JAX for the GPU: make gpu, or make BIN=/path/to/bin gpu
+gpu:
+	$(BIN)/python tests/gpu_attention.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-r"""Qwen3-1.7B to ReFusion on NVIDIA H200s: the authors' recipe for 8B (configs/qwen3_8b.py) at a smaller batch.
+r"""Qwen3-1.7B to ReFusion on NVIDIA H200s: the recipe of configs/qwen3_8b.py at a smaller size and batch.
 
     python -m refusion_jax.convert Qwen3-1.7B start --to=hf --add_tokens=bos,mask
     python -m refusion_jax.train --config=configs/qwen3_1p7b.py --workdir=runs/qwen3_1p7b \

@@ -52,7 +52,7 @@ def test_every_module_command_works(clone):
         output = run(line + SHORT.get(name, ""), clone)
         assert output.strip(), line
         ran.append(name)
-    assert ran == ["train", "sample", "convert", "evaluate"]
+    assert ran == ["train", "bench", "sample", "convert", "evaluate"]
     for written in ("runs/tiny/metrics.csv", "runs/exported/model.safetensors", "runs/eval/results.json"):
         assert (clone / written).exists()
     (snippet,) = blocks("python")
