@@ -79,7 +79,7 @@ class Run:
 
     def rows(self) -> np.ndarray:
         """The columns of metrics.csv that must not depend on when a run died."""
-        return np.loadtxt(self.workdir / "metrics.csv", delimiter=",", skiprows=1)[:, :7]
+        return np.loadtxt(self.workdir / "metrics.csv", delimiter=",", skiprows=1, usecols=range(7))
 
     def params(self) -> dict[str, np.ndarray]:
         saved = jax.tree_util.tree_flatten_with_path(checkpoint.saved_params(self.workdir))[0]
