@@ -59,11 +59,11 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
     mesh = sharding.make_mesh(run.mesh, devices)
     mask_id = run_tokenizer(run).need_mask() if real_data else MASK_ID
     program = train_step.make_program(run, mesh, mask_id)
-    batch = jax.device_put(_real_batch(run) if real_data else _random_batch(run), program.rows)
+    batch = jax.device_put(_real_batch(run) if real_data else _random_batch(run, program.batch), program.rows)
     start = time.perf_counter()
-    step = program.step.lower(program.state, batch).compile()
+    step = program.step.lower(program.state, program.batch).compile()
     compile_s = time.perf_counter() - start
-    state, flops, padding = _some_state(program), 0.0, 0.0
+    state = _some_state(program)
     seconds = []
     for number in range(WARM_UP + steps):
         start = time.perf_counter()
@@ -106,18 +106,17 @@ def _noise_seconds(run: RunConfig, mesh: Any, batch: Batch, steps: int) -> float
     return statistics.median(seconds)
 
 
-def _random_batch(run: RunConfig) -> Batch:
+def _random_batch(run: RunConfig, abstract: Batch) -> Batch:
     """Rows full of random tokens, each one example, an eighth of it prompt."""
-    rows, length, places = run.train.batch_size, run.data.max_length, run.data.places
-    tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (rows, length))
-
-    def one_example(value: int) -> np.ndarray:
-        return np.where(np.arange(places) == 0, value, 0) * np.ones((rows, 1), int)
-
-    index = np.arange(rows * places).reshape(rows, places)
-    lengths = {"prompt_len": one_example(length // 8), "total_len": one_example(length), "index": index}
-    batch = {name: x if run.data.packing else x[:, 0] for name, x in lengths.items()}
-    return {name: x.astype(np.int32) for name, x in (batch | {"tokens": tokens}).items()}
+    batch = {name: np.zeros(leaf.shape, np.int32) for name, leaf in abstract.items()}
+    length = run.data.max_length
+    batch["tokens"] += np.random.default_rng(0).integers(
+        0, run.model.vocab_size, batch["tokens"].shape, np.int32
+    )
+    batch["index"] += np.arange(batch["index"].size, dtype=np.int32).reshape(batch["index"].shape)
+    for name, value in (("prompt_len", length // 8), ("total_len", length)):
+        batch[name].reshape(len(batch[name]), -1)[:, 0] = value  # other places of a row stay empty
+    return batch
 
 
 def _real_batch(run: RunConfig) -> Batch:

@@ -59,20 +59,13 @@ def lower_training(run: RunConfig, topology: Topology) -> Lowered:
     """
     mesh = sharding.make_mesh(run.mesh, topology.devices())
     program = make_program(run, mesh, _MASK_ID)
-    rows = run.train.batch_size
-    examples = (rows, run.data.places) if run.data.packing else (rows,)
-    shapes = dict.fromkeys(("prompt_len", "total_len", "index"), examples)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.rows)
-        for name, shape in ({"tokens": (rows, run.data.max_length)} | shapes).items()
-    }
     arguments = {
         "parameters": program.state.params,
         "frozen parameters": program.state.frozen,
         "optimiser state": (program.state.step, program.state.opt_state),
-        "batch": batch,
+        "batch": program.batch,
     }
-    return Lowered(program.step.lower(program.state, batch), _bytes_each(arguments))
+    return Lowered(program.step.lower(program.state, program.batch), _bytes_each(arguments))
 
 
 class Decoding(NamedTuple):

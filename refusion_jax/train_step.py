@@ -122,6 +122,7 @@ class Program(NamedTuple):
 
     Attributes:
       state: TrainState of ShapeDtypeStructs with shardings.
+      batch: the arrays of a batch, ShapeDtypeStructs with shardings.
       rows: where the arrays of a batch lie.
       init: () -> state with random parameters.
       start: the model's parameters, `state.base` -> state with them; uses them up.
@@ -129,6 +130,7 @@ class Program(NamedTuple):
     """
 
     state: TrainState
+    batch: Batch
     rows: NamedSharding
     init: Callable[[], TrainState]
     start: Callable[[Any], TrainState]
@@ -177,6 +179,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
     rows, shardings = sharding.batch_sharding(mesh), layout.shardings
     return Program(
         state=sharding.with_shardings(sharding.unbox(boxed), shardings),
+        batch=_abstract_batch(run, rows),
         rows=rows,
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
         start=jax.jit(start, in_shardings=(shardings.base,), out_shardings=shardings, donate_argnums=0),
@@ -267,6 +270,13 @@ def _working_copy(params: Any, dtype: Any) -> Any:
     batch, too many for bfloat16.
     """
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
+
+
+def _abstract_batch(run: RunConfig, rows: NamedSharding) -> Batch:
+    examples = (run.train.batch_size, run.data.places) if run.data.packing else (run.train.batch_size,)
+    shapes = dict.fromkeys(("prompt_len", "total_len", "index"), examples)
+    shapes["tokens"] = (run.train.batch_size, run.data.max_length)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name, shape in shapes.items()}
 
 
 def noised_batch(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
