@@ -5,15 +5,17 @@ its own, so that no row waits for another's round (arXiv 2512.13586, section 3.3
 
   PLAN     feed the block's undecoded slots as masks; draft them; choose the confident ones
   VERIFY   feed the chosen drafts, each slot seeing those before it; commit the accepted slots, or
-  REFILL   feed every chosen slot's accepted prefix and masks, each slot seeing itself alone; draft
-  RECHECK  feed the slots so filled; accept more of each; back to REFILL until all are whole, commit
+  INFILL   feed what is not accepted of every chosen slot, each slot seeing itself alone, as masks to draft
+           and then as drafts to accept more of; until all are whole, commit
+
+Masks of what comes next ride along (feed.py), so that most plans and refills take no pass of their own.
 
 A slot that is infilled on its own attends to the cache and to itself. The slots of a row therefore go
 through the model together, under a mask that keeps them apart, and the rule of one slot is vmapped over
 the slots as the rule of one row is vmapped over the batch. The keys and values of the pass that
-completed a token are what is kept of it; nothing is computed twice.
+accepted a token are what is kept of it; nothing is computed twice.
 
-Letters as in model.py; T is the block as padded, S the cache length.
+Letters as in model.py; T is the block as padded, S the cache length, Q the tokens a row feeds.
 """
 
 import functools
@@ -24,11 +26,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.feed import Fed, feed
 from refusion_jax.kv_cache import KVCache, scatter_rows
 from refusion_jax.model import exact_matmuls
-from refusion_jax.phases import Phase, Query, Row, all_slots, carry_out, query, score
+from refusion_jax.phases import Outcome, Replay, carry_out, read
 from refusion_jax.requests import DecodeConfig, Requests, Shape
+from refusion_jax.rows import Phase, Row, geometry
 from refusion_jax.samples import Samples, in_text_order
+from refusion_jax.scores import Heat, Scores, score
 
 Array = jax.Array
 
@@ -41,7 +46,9 @@ class Trace(struct.PyTreeNode):
       planned: bool [M], the slots chosen.
       confidence: float32 [M], of every slot in the pool, -1 elsewhere.
       iterative: bool, whether the slots were infilled one by one (False: committed as verified).
-      rounds: int32, refill-and-recheck rounds.
+      rounds: int32, refills that the infill took.
+      accepted: int32 [T]; entry m * slot_size + r is how many tokens of slot m were accepted when verified
+        (r = 0) or after the r-th refill, as Replay has it.
       committed: bool [T], the block's tokens committed, ascending.
       forwards: int32, passes made by then.
     """
@@ -51,6 +58,7 @@ class Trace(struct.PyTreeNode):
     confidence: Array
     iterative: Array
     rounds: Array
+    accepted: Array
     committed: Array
     forwards: Array
 
@@ -71,73 +79,97 @@ class DecodeState(struct.PyTreeNode):
     trace: Trace | None
 
 
+def heat(row: Row, request: Requests, fed: Fed) -> Heat:
+    """How a row drafts what it fed [Q]: plans at its temperature, all else greedily."""
+    # A plan fed ahead is that of the next iteration.
+    iteration = row.iterations + (row.phase != Phase.PLAN)
+    return Heat(
+        temperature=jnp.where(fed.plan, request.temperature, 0.0),
+        seed=jnp.broadcast_to(request.seed, fed.tokens.shape),
+        iteration=jnp.broadcast_to(iteration, fed.tokens.shape),
+        place=fed.positions - request.prompt_len,
+    )
+
+
 def advance(
-    state: DecodeState, requests: Requests, fed: Query, logits: Array, fresh, eos_id: Array
+    state: DecodeState, requests: Requests, fed: Fed, scores: Scores, fresh, dtype, eos_id: Array, replay=None
 ) -> DecodeState:
     """Carries every row through the phase its forward pass was for.
 
     Args:
       fed: what the rows fed, [B, ...].
-      logits: [B, T, V] of it.
+      scores: [B, Q], of it.
       fresh: its keys and values.
+      dtype: of the logits.
+      replay: a Replay [B, ...] to follow instead of the scores, or None.
     """
     before = state.row
-    scores = score(logits, fed.tokens, before, requests)
-    row, committed = jax.vmap(carry_out, (0, 0, 0, None))(before, requests, scores, eos_id)
+
+    def one(row: Row, request: Requests, fed: Fed, scores: Scores, replay: Replay | None):
+        return carry_out(row, request, read(scores, fed, row, request, replay, dtype), eos_id)
+
+    row, outcome = jax.vmap(one)(before, requests, fed, scores, replay)
+    positions = jax.vmap(lambda row, request: geometry(row, request).position)(before, requests)
     state = state.replace(
-        cache=state.cache.commit(fresh, fed.positions, committed),
-        tokens=scatter_rows(state.tokens, fed.positions, fed.tokens, committed),
+        cache=state.cache.write(fresh, fed.positions, outcome.keep).fill(positions, outcome.committed),
+        tokens=scatter_rows(state.tokens, positions, before.draft, outcome.committed),
         row=row,
     )
-    return state if state.trace is None else state.replace(trace=_record(state.trace, before, row, committed))
+    if state.trace is None:
+        return state
+    return state.replace(trace=_record(state.trace, before, row, outcome, requests))
 
 
-def _record(trace: Trace, before: Row, after: Row, committed: Array) -> Trace:
-    """Adds an entry to the rows that have just carried out a plan."""
+def _record(trace: Trace, before: Row, after: Row, outcome: Outcome, requests: Requests) -> Trace:
+    """Adds an entry to the rows that have just carried out a plan, and what was accepted in any case."""
+    number = before.iterations[:, None]
+
+    def accepted(of_row: Array, before: Row, request: Requests, outcome: Outcome) -> Array:
+        judged = jnp.where(before.phase == Phase.VERIFY, before.chosen, before.open & before.drafted)
+        place = jnp.arange(before.open.shape[0]) * request.slot_size + before.rounds
+        place = jnp.where(judged, place, of_row.shape[1])
+        return of_row.at[before.iterations, place].set(outcome.accepted, mode="drop")
+
     entry = Trace(
         block=before.block,
         planned=before.chosen,
         confidence=before.confidence,
-        iterative=before.phase == Phase.RECHECK,
-        rounds=before.rounds,
-        committed=committed,
+        iterative=before.phase == Phase.INFILL,
+        rounds=outcome.rounds,
+        accepted=None,
+        committed=outcome.committed,
         forwards=after.forwards,
     )
     finished = (after.iterations > before.iterations)[:, None]
-    return jax.tree.map(
-        lambda buffer, new: scatter_rows(buffer, before.iterations[:, None], new[:, None], finished),
-        trace,
+    recorded = jax.tree.map(
+        lambda buffer, new: scatter_rows(buffer, number, new[:, None], finished),
+        trace.replace(accepted=None),
         entry,
     )
+    return recorded.replace(accepted=jax.vmap(accepted)(trace.accepted, before, requests, outcome))
 
 
 def init(model, prompts: Array, requests: Requests, shape: Shape) -> DecodeState:
     """The state before the first pass: nothing committed; rows without blocks are done."""
     B = prompts.shape[0]
-    number = jnp.zeros(B, jnp.int32)
-    none = jnp.zeros((B, shape.slots), bool)
-    row = Row(
-        phase=jnp.where(requests.num_blocks > 0, Phase.PLAN, Phase.DONE).astype(jnp.int32),
-        block=number,
-        pool=jax.vmap(lambda request: all_slots(request, shape.slots))(requests),
-        chosen=none,
-        open=none,
-        confidence=jnp.zeros(none.shape, jnp.float32),
-        draft=jnp.zeros((B, shape.block), jnp.int32),
-        accepted=jnp.zeros(none.shape, jnp.int32),
-        eos_found=jnp.zeros(B, bool),
-        forwards=number,
-        iterations=number,
-        rounds=number,
-    )
-    length = shape.prompt + shape.gen
+    row = jax.vmap(lambda request: Row.start(request, shape.slots, shape.block))(requests)
     trace = None
     if shape.trace:
-        committed = jnp.zeros((B, shape.block), bool)
-        entry = Trace(number, none, row.confidence, row.eos_found, number, committed, number)
+        number = row.iterations
+        of_block = jnp.zeros((B, shape.block), jnp.int32)
+        entry = Trace(
+            block=number,
+            planned=row.chosen,
+            confidence=row.confidence,
+            iterative=row.eos_found,
+            rounds=number,
+            accepted=of_block,
+            committed=of_block.astype(bool),
+            forwards=number,
+        )
         trace = jax.tree.map(lambda x: jnp.repeat(x[:, None], shape.iterations, axis=1), entry)
     return DecodeState(
-        cache=KVCache.zeros(model.config, B, length, model.dtype),
+        cache=KVCache.zeros(model.config, B, shape.prompt + shape.gen, model.dtype),
         tokens=jnp.pad(prompts, ((0, 0), (0, shape.gen))),
         row=row,
         trace=trace,
@@ -145,7 +177,7 @@ def init(model, prompts: Array, requests: Requests, shape: Shape) -> DecodeState
 
 
 def first_step(
-    model, params, prompts: Array, requests: Requests, shape: Shape, mask_id: Array, eos_id: Array
+    model, params, prompts: Array, requests: Requests, shape: Shape, mask_id, eos_id, replay=None
 ) -> DecodeState:
     """The first plan of every row; the prompt is fed along in the same pass and kept.
 
@@ -153,14 +185,13 @@ def first_step(
       prompts: int32 [B, P], padded on the right.
     """
     state = init(model, prompts, requests, shape)
-    B, P = prompts.shape
+    (B, P), T = prompts.shape, shape.block
     places = jnp.broadcast_to(jnp.arange(P), (B, P))
     real = places < requests.prompt_len[:, None]
-    fed = jax.vmap(query, (0, 0, None))(state.row, requests, mask_id)
-    T = shape.block
+    fed = _fed(state, requests, mask_id, ahead=0)
     causal = jnp.tril(jnp.ones((P, P), bool)) & real[:, None]
     to_prompt = jnp.concatenate([causal, jnp.broadcast_to(real[:, None], (B, T, P))], axis=1)
-    to_block = jnp.concatenate([jnp.zeros((B, P, T), bool), fed.mask], axis=1)
+    to_block = jnp.concatenate([jnp.zeros((B, P, T), bool), fed.mask[:, :, state.tokens.shape[1] :]], axis=1)
     x, fresh = model.apply(
         {"params": params},
         jnp.concatenate([prompts, fed.tokens], axis=1),
@@ -168,21 +199,37 @@ def first_step(
         mask=jnp.concatenate([to_prompt, to_block], axis=2),
         method="hidden",
     )
-    of_prompt, of_block = (
-        jax.tree.map(lambda kv, part=part: kv[:, part], fresh) for part in (slice(P), slice(P, None))
-    )
+    of_prompt = jax.tree.map(lambda kv: kv[:, :P], fresh)
+    of_block = jax.tree.map(lambda kv: kv[:, P:], fresh)
     state = state.replace(cache=state.cache.commit(of_prompt, places, real))
     logits = model.apply({"params": params}, x[:, P:], method="unembed")
-    return advance(state, requests, fed, logits, of_block, eos_id)
+    scores = _scores(logits, state, requests, fed)
+    return advance(state, requests, fed, scores, of_block, model.dtype, eos_id, replay)
 
 
-def step(model, params, state: DecodeState, requests: Requests, mask_id: Array, eos_id: Array) -> DecodeState:
+def step(
+    model, params, state: DecodeState, requests: Requests, shape: Shape, mask_id, eos_id, replay=None
+) -> DecodeState:
     """One forward pass, every row in its own phase."""
-    fed = jax.vmap(query, (0, 0, None))(state.row, requests, mask_id)
-    filled = jnp.broadcast_to(state.cache.filled[:, None], (*fed.tokens.shape, state.tokens.shape[1]))
-    mask = jnp.concatenate([filled, fed.mask], axis=2)
-    logits, fresh = model.apply({"params": params}, fed.tokens, fed.positions, state.cache.layers, mask)
-    return advance(state, requests, fed, logits, fresh, eos_id)
+    fed = _fed(state, requests, mask_id, shape.ahead)
+    logits, fresh = model.apply({"params": params}, fed.tokens, fed.positions, state.cache.layers, fed.mask)
+    scores = _scores(logits, state, requests, fed)
+    return advance(state, requests, fed, scores, fresh, model.dtype, eos_id, replay)
+
+
+def _fed(state: DecodeState, requests: Requests, mask_id: Array, ahead: int) -> Fed:
+    def one(row: Row, request: Requests, filled: Array) -> Fed:
+        return feed(row, request, filled, mask_id, ahead)
+
+    return jax.vmap(one)(state.row, requests, state.cache.filled)
+
+
+def _scores(logits: Array, state: DecodeState, requests: Requests, fed: Fed) -> Scores:
+    """[B, Q] of logits [B, Q, V]."""
+    heats = jax.vmap(heat)(state.row, requests, fed)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    scores = score(flat(logits), flat(fed.target), jax.tree.map(flat, heats))
+    return jax.tree.map(lambda x: x.reshape(fed.tokens.shape), scores)
 
 
 def running(state: DecodeState) -> Array:
@@ -192,7 +239,7 @@ def running(state: DecodeState) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("model", "shape"))
 def decode(
-    model, params, prompts: Array, requests: Requests, mask_id: Array, eos_id: Array, *, shape: Shape
+    model, params, prompts: Array, requests: Requests, mask_id: Array, eos_id: Array, replay=None, *, shape: Shape
 ) -> DecodeState:
     """Decodes a batch to the end; only a new model or shape compiles anew.
 
@@ -202,13 +249,16 @@ def decode(
       prompts: int32 [B, P], padded on the right.
       requests: what each row asks for, [B].
       mask_id, eos_id: int32 scalars.
+      replay: a Replay [B, ...] to follow whatever the logits say, or None.
       shape: the padded sizes.
     """
+
+    def body(state: DecodeState) -> DecodeState:
+        return step(model, params, state, requests, shape, mask_id, eos_id, replay)
+
     with exact_matmuls(model):
-        state = first_step(model, params, prompts, requests, shape, mask_id, eos_id)
-        return jax.lax.while_loop(
-            running, lambda state: step(model, params, state, requests, mask_id, eos_id), state
-        )
+        state = first_step(model, params, prompts, requests, shape, mask_id, eos_id, replay)
+        return jax.lax.while_loop(running, body, state)
 
 
 class Prepared(NamedTuple):
@@ -274,7 +324,7 @@ def sample(
 
 
 _jitted_first_step = jax.jit(first_step, static_argnames=("model", "shape"))
-_jitted_step = jax.jit(step, static_argnames=("model",), donate_argnames=("state",))
+_jitted_step = jax.jit(step, static_argnames=("model", "shape"), donate_argnames=("state",))
 
 
 def stream(model, params, batch: Prepared) -> Iterator[DecodeState]:
@@ -287,5 +337,5 @@ def stream(model, params, batch: Prepared) -> Iterator[DecodeState]:
         state = _jitted_first_step(model, params, batch.prompts, batch.requests, batch.shape, *special)
         yield state
         while running(state):
-            state = _jitted_step(model, params, state, batch.requests, *special)
+            state = _jitted_step(model, params, state, batch.requests, batch.shape, *special)
             yield state

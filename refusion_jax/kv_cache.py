@@ -5,6 +5,8 @@ slots that are committed out of text order need no cropping, concatenating or so
 where they stand in the text, and the bitmap says what may be attended to.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -34,20 +36,24 @@ class KVCache(struct.PyTreeNode):
         layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
         return cls(layers, jnp.zeros((batch, length), bool))
 
-    def commit(self, fresh: tuple[LayerKV, ...], positions: Array, keep: Array) -> "KVCache":
-        """Keeps some of the keys and values a forward pass returned.
+    def write(self, fresh: tuple[LayerKV, ...], positions: Array, keep: Array) -> "KVCache":
+        """Keeps some of the keys and values a forward pass returned; `filled` stays as it is.
 
         Args:
           fresh: per layer (keys, values), each [B, T, K, H].
           positions: int32 [B, T], where each stands in the text.
           keep: bool [B, T]; the others leave no trace.
         """
+        write = functools.partial(scatter_rows, positions=positions, keep=keep)
+        return self.replace(layers=jax.tree.map(lambda x, new: write(x, new=new), self.layers, tuple(fresh)))
 
-        def write(buffer: Array, new: Array) -> Array:
-            return scatter_rows(buffer, positions, new, keep)
+    def fill(self, positions: Array, committed: Array) -> "KVCache":
+        """Lets entries be attended to: bool [B, T] at positions [B, T]."""
+        return self.replace(filled=scatter_rows(self.filled, positions, committed, committed))
 
-        layers = jax.tree.map(write, self.layers, tuple(fresh))
-        return KVCache(layers, write(self.filled, jnp.ones_like(keep)))
+    def commit(self, fresh: tuple[LayerKV, ...], positions: Array, keep: Array) -> "KVCache":
+        """`write` and `fill` of the same tokens."""
+        return self.write(fresh, positions, keep).fill(positions, keep)
 
 
 def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Array:

@@ -140,6 +140,8 @@ class Shape:
       slots: M, slots of a block.
       iterations: entries a trace has room for.
       trace: whether one is kept.
+      ahead: tokens up to which a pass of a row is filled with predictions ahead of need (feed.py); 0 for
+        none, as the authors decode.
     """
 
     rows: int
@@ -149,6 +151,7 @@ class Shape:
     slots: int = 0
     iterations: int = 0
     trace: bool = False
+    ahead: int = 0
 
     @classmethod
     def exact(cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig]) -> "Shape":
