@@ -71,7 +71,7 @@ def score(
     ]
     shape = serving.fitting_shape(requests, batch_size)
     start = time.perf_counter()
-    serving.warm_up(model, params, requests[0].config, shape)
+    serving.warm_up(model, params, tokenizer, requests[0], shape)
     compiled = time.perf_counter()
     answers = list(serving.serve(model, params, tokenizer, requests, shape, defaults.stop))
     seconds = time.perf_counter() - compiled

@@ -121,9 +121,7 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
     needed = group < groups.refill
     within = at.slot[index]
     sees_needed = needed & (index < upto[:, None]) & ((slot == ANY)[:, None] | (slot[:, None] == within))
-    sees_own_kind = (
-        ~needed & (group == group[:, None]) & (slot == slot[:, None]) & (index <= index[:, None])
-    )
+    sees_own_kind = ~needed & (group == group[:, None]) & (slot == slot[:, None]) & (index <= index[:, None])
     own, slot_of_entry = own_entries(row, request, filled.shape[0])
     sees_entry = filled | (own & ((slot == ANY)[:, None] | (slot[:, None] == slot_of_entry)))
     mask = jnp.concatenate([sees_entry, active & (sees_needed | sees_own_kind)], axis=1)
@@ -167,9 +165,9 @@ def _nodes(row: Row, request: Requests, groups: Groups, mask_id: Array) -> Nodes
         positions=at.position + jnp.where(number == groups.plan, (block - row.block) * request.block_len, 0),
         slot=by_group(anyone, at.slot, at.slot, anyone, anyone),
         upto=by_group(at.index + 1, at.index + 1, upto, everything, prefix[:, None]),
-        likely=jnp.where(
-            number == groups.plan, verify | one_left, (number == groups.refill + 1) & infill
-        )[:, 0],
+        likely=jnp.where(number == groups.plan, verify | one_left, (number == groups.refill + 1) & infill)[
+            :, 0
+        ],
     )
 
 

@@ -6,6 +6,7 @@ where they stand in the text, and the bitmap says what may be attended to.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,10 @@ class KVCache(struct.PyTreeNode):
         """`write` and `fill` of the same tokens."""
         return self.write(fresh, positions, keep).fill(positions, keep)
 
+    def insert(self, other: "KVCache", rows: Array) -> "KVCache":
+        """`insert_rows` of another cache of the same length."""
+        return jax.tree.map(lambda mine, theirs: mine.at[rows].set(theirs, mode="drop"), self, other)
+
 
 def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Array:
     """Writes new [B, T, ...] into buffer [B, S, ...] at positions [B, T] where keep [B, T] is set."""
@@ -62,3 +67,24 @@ def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Ar
     beyond_the_end = buffer.shape[1]
     index = jnp.where(keep, positions, beyond_the_end)
     return buffer.at[rows, index].set(new.astype(buffer.dtype), mode="drop")
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def insert_rows(state: Any, others: Any, rows: Array) -> Any:
+    """A decoder's state with its rows `rows` int32 [A] taken over from the A rows of another.
+
+    A number beyond the last row takes over none. Uses `state` up.
+    """
+
+    def put(mine: Array, theirs: Array) -> Array:
+        return mine.at[rows].set(theirs, mode="drop")
+
+    merged = jax.tree.map(put, state.replace(cache=None), others.replace(cache=None))
+    return merged.replace(cache=state.cache.insert(others.cache, rows))
+
+
+@functools.partial(jax.jit)
+def take_rows(state: Any, rows: Array) -> Any:
+    """The rows `rows` int32 [A] of a decoder's state, keys and values left out."""
+    cache = state.cache.replace(layers=None)
+    return jax.tree.map(lambda x: x[rows], state.replace(cache=cache))

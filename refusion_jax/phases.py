@@ -148,9 +148,7 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
     accepted = leading_runs(passes, at, request, slots.shape[0])
     first = row.chosen & (jnp.cumsum(row.chosen) == 1)  # it has seen nothing but itself
     cached = jnp.where(first, accepted, 0)
-    infill = row.replace(
-        phase=jnp.int32(Phase.INFILL), open=row.chosen, accepted=accepted, cached=cached
-    )
+    infill = row.replace(phase=jnp.int32(Phase.INFILL), open=row.chosen, accepted=accepted, cached=cached)
     infill = _refilled(infill, request, answer, jnp.where(first, accepted, 0))
 
     iterate = ~has_eos & (num_whole == 0)
@@ -210,9 +208,7 @@ def rest(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Ro
 
 def carry_out(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Carries one row through the phase its forward pass was for."""
-    after, outcome = jax.lax.switch(
-        row.phase, [plan, verify, infill, rest], row, request, answer, eos_id
-    )
+    after, outcome = jax.lax.switch(row.phase, [plan, verify, infill, rest], row, request, answer, eos_id)
     return after.replace(forwards=row.forwards + (row.phase != Phase.DONE)), outcome
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +251,23 @@ class Requests(struct.PyTreeNode):
             seed=of("seed", jnp.uint32),
         )
         return padded, requests
+
+
+class Prepared(NamedTuple):
+    """A batch ready to decode: what `begin` takes beside the model and its parameters.
+
+    Attributes:
+      prompts: int32 [B, P], padded on the right.
+      requests: of the method, [B].
+      mask_id, eos_id: int32 scalars.
+      shape: the padded sizes.
+    """
+
+    prompts: jax.Array
+    requests: Any
+    mask_id: jax.Array
+    eos_id: jax.Array
+    shape: Shape
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shape, vocab_size: int):

@@ -269,7 +269,7 @@ def print_answers(opened: Opened, requests: Sequence[Request]) -> list[dict[str,
     console = Console()
     live = console.is_terminal and defaults.method == "refusion"
     start = time.perf_counter()
-    serving.warm_up(model, params, requests[0].config, shape, streamed=live)
+    serving.warm_up(model, params, tokenizer, requests[0], shape)
     compiled = f"; compiled in {time.perf_counter() - start:.1f} s"
     answers = []
     for request in requests:

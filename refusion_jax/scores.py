@@ -54,12 +54,12 @@ def score(logits: Array, target: Array, heat: Heat) -> Scores:
         chosen = jnp.take_along_axis(logits, of[:, None], axis=-1)[:, 0].astype(jnp.float32)
         return jnp.exp(chosen - normaliser)
 
-    draft = _draft(exact, heat)
-    return Scores(draft, probability(draft), probability(target))
+    drafted = draft(exact, heat)
+    return Scores(drafted, probability(drafted), probability(target))
 
 
-def _draft(logits: Array, heat: Heat) -> Array:
-    """int32 [N]: the argmax, or a Gumbel-max sample where the temperature is above 0.
+def draft(logits: Array, heat: Heat) -> Array:
+    """int32 [N]: the argmax of logits [N, V], or a Gumbel-max sample where the temperature is above 0.
 
     The noise is keyed by (seed, iteration, place in the response): it depends on the request alone.
     """
