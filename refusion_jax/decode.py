@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.feed import Fed, feed
+from refusion_jax.feed import Fed, feed, tokens_ahead
 from refusion_jax.forward import Forwarded, forward, heat, score_rows
 from refusion_jax.kv_cache import KVCache, scatter_rows
 from refusion_jax.model import exact_matmuls
@@ -227,7 +227,8 @@ def prepare(
         raise ValueError("decoding needs an unrolled model: scan_layers=False and unstack_layers(params)")
     configs = [config] * len(prompts) if isinstance(config, DecodeConfig) else list(config)
     needed = Shape.exact(prompts, configs)
-    shape = needed.padded() if shape is None else shape
+    if shape is None:
+        shape = needed.padded(ahead=tokens_ahead(needed.rows, jax.devices()[0].device_kind))
     shape.check_holds(needed)
     padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
     return Prepared(padded, requests, jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id), shape)

@@ -69,7 +69,7 @@ def score(
         )
         for i, e in enumerate(examples)
     ]
-    shape = serving.fitting_shape(requests, batch_size)
+    shape = serving.fitting_shape(requests, batch_size, defaults.ahead)
     start = time.perf_counter()
     serving.warm_up(model, params, tokenizer, requests[0], shape)
     compiled = time.perf_counter()

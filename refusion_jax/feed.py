@@ -21,10 +21,13 @@ Every token that could ride along is a node: a group (why it is fed) and a place
 taken whole while they fit; nodes of the groups taken are packed into Q places. J is the number of groups.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.flops import ridge_tokens
 from refusion_jax.requests import Requests
 from refusion_jax.rows import Geometry, Phase, Row, geometry, next_plan, own_entries
 
@@ -34,6 +37,26 @@ MOST_LENGTHS = 16  # accepted lengths whose refill may ride along
 MOST_PREFIXES = 8  # numbers of accepted slots, short of all, whose plan may ride along
 SMALLEST_PASS = 32  # tokens; fewer are not cheaper
 ANY = -1  # slot: of no slot in particular
+
+
+def tokens_ahead(rows: int, device_kind: str) -> int:
+    """Up to how many tokens it pays to fill a pass of each row with predictions ahead of need.
+
+    The rows of a batch share the tokens that cost next to nothing beside reading the weights. On devices
+    that the tables of flops.py do not have, CPUs say, a small share whatever the batch.
+
+    Args:
+      rows: decoded together.
+      device_kind: of jax.Device.
+
+    Returns:
+      a power of two, or 0 where none would be left over.
+    """
+    ridge = ridge_tokens(device_kind)
+    if ridge is None:
+        return 2 * SMALLEST_PASS
+    share = 2 ** round(math.log2(ridge / rows)) if rows < ridge else 0
+    return share if share >= SMALLEST_PASS // 2 else 0
 
 
 class Groups:

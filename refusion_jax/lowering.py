@@ -101,7 +101,8 @@ def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> L
     everywhere = sharding.replicated(mesh)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)
     arguments = {"parameters": params, "requests": inputs}
-    return Lowered(decode.lower(decoder, params, *inputs, shape=shape), _bytes_each(arguments))
+    program = jax.jit(decode, static_argnames=("model", "shape"))
+    return Lowered(program.lower(decoder, params, *inputs, shape=shape), _bytes_each(arguments))
 
 
 def _bytes_each(arguments: dict[str, Any]) -> dict[str, int]:

@@ -174,16 +174,17 @@ class Shape:
         configs: Sequence[DecodeConfig],
         rows: int | None = None,
         trace: bool = False,
+        ahead: int = 0,
     ) -> "Shape":
         """A padded shape that holds all these requests, in batches of `rows` (default: one batch)."""
-        return cls.exact(prompts, configs).padded(rows, trace)
+        return cls.exact(prompts, configs).padded(rows, trace, ahead)
 
-    def padded(self, rows: int | None = None, trace: bool = False) -> "Shape":
+    def padded(self, rows: int | None = None, trace: bool = False, ahead: int = 0) -> "Shape":
         """This shape with its lengths in buckets, so that few different ones occur; prompts of up to 64
         tokens share one. `rows`: how many are decoded together, when not all."""
         prompt = bucket(max(64, self.prompt))
         rest = {name: bucket(getattr(self, name)) for name in ("gen", "block", "slots", "iterations")}
-        return Shape(rows or self.rows, prompt, **rest, trace=trace)
+        return Shape(rows or self.rows, prompt, **rest, trace=trace, ahead=ahead)
 
     def check_holds(self, needed: "Shape") -> None:
         """Raises BadInput unless requests that need the sizes `needed` fit."""

@@ -24,7 +24,7 @@ from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import load
 from refusion_jax.model import Transformer
-from refusion_jax.requests import DecodeConfig
+from refusion_jax.requests import MOST_BLOCK_TOKENS, DecodeConfig
 from refusion_jax.serving import Defaults, Request
 from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
 
@@ -87,6 +87,12 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch_size", **whole, default=8, help=f"requests decoded together {of_default}")
     add(
+        "--ahead",
+        **whole,
+        help="tokens up to which the passes of a request are filled with predictions ahead of need; 0 feeds "
+        "one phase a pass, as the authors do (default: what costs the device next to nothing)",
+    )
+    add(
         "--dtype",
         choices=tuple(DTYPES),
         help="of weights and computation (default bfloat16, on a CPU float32)",
@@ -113,6 +119,8 @@ def open_model(flags: argparse.Namespace) -> Opened:
     """The model and default settings that the decoding flags name."""
     if flags.batch_size < 1:
         raise BadInput(f"--batch_size must be at least 1 request, found {flags.batch_size}")
+    if flags.ahead is not None and not 0 <= flags.ahead <= MOST_BLOCK_TOKENS:
+        raise BadInput(f"--ahead must be 0 to {MOST_BLOCK_TOKENS} tokens, found {flags.ahead}")
     use_compilation_cache()
     on_cpu = jax.default_backend() == "cpu"
     dtype = DTYPES[flags.dtype or ("float32" if on_cpu else "bfloat16")]
@@ -127,7 +135,7 @@ def open_model(flags: argparse.Namespace) -> Opened:
     else:
         settings["semantics"] = flags.semantics
     template = {} if flags.enable_thinking is None else {"enable_thinking": flags.enable_thinking == "true"}
-    defaults = Defaults(flags.method, settings, flags.raw, template, tuple(flags.stop))
+    defaults = Defaults(flags.method, settings, flags.raw, template, tuple(flags.stop), flags.ahead)
     return Opened(model, params, tokenizer, defaults)
 
 
@@ -160,7 +168,7 @@ def from_file(flags: argparse.Namespace) -> int:
 
     served = iter(())
     if requests:
-        shape = serving.fitting_shape(requests, flags.batch_size)
+        shape = serving.fitting_shape(requests, flags.batch_size, defaults.ahead)
         served = serving.serve(model, params, tokenizer, requests, shape, defaults.stop)
     write_results((next(served) if answer is None else answer for answer in answers), flags.output)
     errors = [answer["error"] for answer in answers if answer is not None]
@@ -265,7 +273,7 @@ def text_request(opened: Opened, prompt: str, trace: bool = False) -> Request:
 def print_answers(opened: Opened, requests: Sequence[Request]) -> list[dict[str, Any]]:
     """Each answer on stdout and what it took on stderr; one compilation serves them all."""
     model, params, tokenizer, defaults = opened
-    shape = serving.fitting_shape(requests, 1)
+    shape = serving.fitting_shape(requests, 1, defaults.ahead)
     console = Console()
     live = console.is_terminal and defaults.method == "refusion"
     start = time.perf_counter()

@@ -17,6 +17,7 @@ import numpy as np
 from refusion_jax import decode
 from refusion_jax.baselines import ar
 from refusion_jax.errors import BadInput
+from refusion_jax.feed import tokens_ahead
 from refusion_jax.kv_cache import insert_rows, take_rows
 from refusion_jax.requests import DecodeConfig, Shape, check_prompt, shown
 from refusion_jax.samples import Samples
@@ -35,6 +36,7 @@ class Defaults:
       raw: a text prompt is fed as it is, without the chat template.
       template: options of the chat template, as `enable_thinking`.
       stop: the answer's text ends before the first of these.
+      ahead: as in Shape; None is what suits the device.
     """
 
     method: str
@@ -42,6 +44,7 @@ class Defaults:
     raw: bool = False
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stop: Sequence[str] = ()
+    ahead: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +110,18 @@ def _encode(kind: str, value: Any, defaults: Defaults, tokenizer: Tokenizer) -> 
     return tokenizer.encode_prompt(value, raw=defaults.raw, **defaults.template)
 
 
-def fitting_shape(requests: Sequence[Request], batch_size: int) -> Shape:
-    """One padded shape for all the requests, so that one compilation serves them."""
+def fitting_shape(requests: Sequence[Request], batch_size: int, ahead: int | None = None) -> Shape:
+    """One padded shape for all the requests, so that one compilation serves them.
+
+    Args:
+      batch_size: how many are decoded together.
+      ahead: as in Shape; None is what suits the device.
+    """
     prompts, configs = [r.prompt for r in requests], [r.config for r in requests]
     exact = Shape.exact if isinstance(configs[0], DecodeConfig) else ar.exact_shape
-    return exact(prompts, configs).padded(batch_size, trace=any(r.trace for r in requests))
+    if ahead is None:
+        ahead = tokens_ahead(batch_size, jax.devices()[0].device_kind)
+    return exact(prompts, configs).padded(batch_size, any(r.trace for r in requests), ahead)
 
 
 def serve(
