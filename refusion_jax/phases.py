@@ -26,16 +26,18 @@ Array = jax.Array
 
 
 class Replay(struct.PyTreeNode):
-    """A recorded course to follow whatever the logits say, indexed by iteration I; of a row [I, ...].
+    """A recorded course to follow whatever the logits say.
 
     Attributes:
-      planned: bool [M], the slots chosen; where there are none the rules decide.
-      accepted: int32 [T]; entry m * slot_size + r is how many tokens of slot m are accepted when verified
+      planned: bool [I, M], the slots chosen by each plan.
+      accepted: int32 [I, T]; entry m * slot_size + r is how many tokens of slot m are accepted when verified
         (r = 0) or after the r-th refill.
+      length: int32, plans after which decoding ends.
     """
 
     planned: Array
     accepted: Array
+    length: Array
 
 
 class Answer(struct.PyTreeNode):
@@ -239,6 +241,9 @@ def _go_on(row: Row, request: Requests, answer: Answer, left: Array, eos: Array,
       eos: bool, whether one was committed.
       group: int32, where the next plan was fed ahead, if it was; -1 where that was for something else.
     """
+    if answer.replay is not None:
+        ends = row.iterations + 1 >= answer.replay.length
+        left, eos = left & ~ends, eos | ends
     eos = row.eos_found | eos
     block, pool, more = next_plan(row, request, left, eos)
     none = jnp.zeros_like(row.open)

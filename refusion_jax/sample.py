@@ -48,6 +48,43 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="DIR", required=True, help="model folder: Hugging Face's, or written by train"
     )
     add("--method", choices=("refusion", "ar"), default="refusion", help="decoder (default %(default)s)")
+    add_setting_flags(parser)
+    add(
+        "--semantics",
+        choices=("fixed", "release"),
+        default=of.semantics,
+        help="release: the authors' code to the letter, its slips included (default %(default)s)",
+    )
+    add(
+        "--first_token",
+        choices=("next", "mask"),
+        help="where --method=ar reads the first token: off the last prompt token, or off a mask "
+        "(default: as the checkpoint's objective trained it)",
+    )
+    add(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        default=8,
+        help="requests decoded together (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of weights and computation (default bfloat16, on a CPU float32)",
+    )
+    add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
+    add(
+        "--enable_thinking",
+        choices=("true", "false"),
+        help="told to the chat template (default: not told, and Qwen3's has the model think)",
+    )
+    add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
+
+
+def add_setting_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """The flags of SETTINGS and --ahead; `defaults` in place of those of DecodeConfig."""
+    of, add = DecodeConfig(mask_id=0, eos_id=0, **defaults), parser.add_argument
     whole = {"type": int, "metavar": "N"}
     number = {"type": float, "metavar": "X"}
     of_default = "(default %(default)s)"
@@ -74,36 +111,11 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     add("--temperature", **number, default=of.temperature, help=f"of the drafts, 0 is greedy {of_default}")
     add("--seed", **whole, default=of.seed, help=f"of the drafts when temperature is above 0 {of_default}")
     add(
-        "--semantics",
-        choices=("fixed", "release"),
-        default=of.semantics,
-        help=f"release: the authors' code to the letter, its slips included {of_default}",
-    )
-    add(
-        "--first_token",
-        choices=("next", "mask"),
-        help="where --method=ar reads the first token: off the last prompt token, or off a mask "
-        "(default: as the checkpoint's objective trained it)",
-    )
-    add("--batch_size", **whole, default=8, help=f"requests decoded together {of_default}")
-    add(
         "--ahead",
         **whole,
         help="tokens up to which the passes of a request are filled with predictions ahead of need; 0 feeds "
         "one phase a pass, as the authors do (default: what costs the device next to nothing)",
     )
-    add(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="of weights and computation (default bfloat16, on a CPU float32)",
-    )
-    add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
-    add(
-        "--enable_thinking",
-        choices=("true", "false"),
-        help="told to the chat template (default: not told, and Qwen3's has the model think)",
-    )
-    add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
 
 
 class Opened(NamedTuple):

@@ -211,8 +211,9 @@ def result(request: Request, samples: Samples, tokenizer: Tokenizer, stop: Seque
 def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
     """A request's plans as JSON; positions count from the start of the prompt.
 
-    `confidences` are of the slots in the pool, by the position of their first token. Decoding left to
-    right has no plans.
+    `start` is that of the block; `confidences` are of the slots in the pool, by the position of their first
+    token; `accepted` says of each slot planned how many of its tokens were accepted when verified, and after
+    each refill. Decoding left to right has no plans.
     """
     if samples.trace is None or isinstance(request.config, ar.ARConfig):
         return []
@@ -220,15 +221,18 @@ def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
     for i in range(int(samples.num_iterations)):
         step = jax.tree.map(lambda x, i=i: x[i], samples.trace)
         start = len(request.prompt) + int(step.block) * request.config.block_len
-        pool = np.flatnonzero(step.confidence >= 0)
+        pool, planned = np.flatnonzero(step.confidence >= 0), np.flatnonzero(step.planned)
+        accepted = [step.accepted[m * size : (m + 1) * size] for m in planned]
         steps.append(
             {
                 "block": int(step.block),
-                "planned": (start + size * np.flatnonzero(step.planned)).tolist(),
+                "start": start,
+                "planned": (start + size * planned).tolist(),
                 "branch": "iterative" if step.iterative else "prefix",
                 "rounds": int(step.rounds),
                 "committed": (start + np.flatnonzero(step.committed)).tolist(),
                 "confidences": {int(start + size * m): round(float(step.confidence[m]), 6) for m in pool},
+                "accepted": [a[a > 0].tolist() for a in accepted],
                 "forwards": int(step.forwards),
             }
         )

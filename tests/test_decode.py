@@ -593,7 +593,7 @@ def test_a_trace_is_replayed_whatever_the_logits_say(eventful):
     never = [c._replace(config=dataclasses.replace(c.config, eos_id=NEVER)) for c in eventful]
     recorded = final_state(never, shape=AHEAD)
     other = jax.tree.map(lambda x: x[..., ::-1], PARAMS)
-    replay = Replay(recorded.trace.planned, recorded.trace.accepted)
+    replay = Replay(recorded.trace.planned, recorded.trace.accepted, recorded.row.iterations)
     led = jax.device_get(decode.decode(MODEL, other, *arguments(never), replay, shape=AHEAD))
     unled = jax.device_get(decode.decode(MODEL, other, *arguments(never), shape=AHEAD))
     for field in ("block", "planned", "iterative", "rounds", "accepted", "committed", "forwards"):
