@@ -53,6 +53,9 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     for name, value in whole.items():
         if not all(part.isdecimal() and int(part) > 0 for part in value.split(",")):
             raise BadInput(f"{name}={value}: must be whole numbers above 0")
+    methods = flags.method.split(",")
+    if not set(methods) <= {"refusion", "ar"}:
+        raise BadInput(f"--method={flags.method}: must be refusion, ar or both with a comma")
     if (flags.checkpoint is None) == (flags.config is None):
         raise BadInput("--checkpoint and --config: give one of the two")
     courses = read_courses(Path(flags.replay)) if flags.replay else ()
@@ -70,9 +73,7 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     print(bench_decode.HEADER, flush=True)
     rows = []
     for batch in map(int, flags.batch_size.split(",")):
-        for method in flags.method.split(","):
-            if method not in ("refusion", "ar"):
-                raise BadInput(f"--method={flags.method}: must be refusion, ar or both with a comma")
+        for method in methods:
             work = bench_decode.Work(method, batch, flags.prompt_length, asked, courses, flags.ahead)
             row = bench_decode.measure(model, params, work, flags.repeats, bandwidth)
             print(bench_decode.shown(row), flush=True)

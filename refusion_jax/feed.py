@@ -84,7 +84,6 @@ class Fed(struct.PyTreeNode):
       mask: bool [Q, S + Q], which entries of the cache and which of the Q each sees.
       place: int32 [J, T], where each node is among the Q; Q where it is not fed.
       plan: bool [Q], nodes of a plan, which are sampled where there is a temperature.
-      ahead: bool [Q], those fed ahead of need.
     """
 
     tokens: Array
@@ -94,7 +93,6 @@ class Fed(struct.PyTreeNode):
     mask: Array
     place: Array
     plan: Array
-    ahead: Array
 
 
 class Nodes(struct.PyTreeNode):
@@ -130,17 +128,17 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
     taken = nodes.there & _taken(row, request, nodes, groups, ahead)[:, None]
     flat = taken.reshape(-1)
     place = jnp.where(flat, jnp.cumsum(flat) - 1, size)
+    source = jnp.zeros(size, jnp.int32).at[place].set(jnp.arange(flat.size), mode="drop")
+    active = jnp.arange(size) < jnp.sum(flat)
 
     def pack(x: Array, empty: int = 0) -> Array:
-        x = jnp.broadcast_to(x, (groups.count, T)).reshape(-1)
-        return jnp.full(size, empty, x.dtype).at[place].set(x, mode="drop")
+        return jnp.where(active, jnp.broadcast_to(x, taken.shape).reshape(-1)[source], empty)
 
     at = geometry(row, request)
     same_slot = (at.slot == jnp.roll(at.slot, -1)) & (at.index < T - 1)
     target = jnp.where(same_slot, jnp.roll(row.draft, -1), 0)
     group, index = pack(jnp.arange(groups.count)[:, None]), pack(at.index)
     slot, upto = pack(nodes.slot, ANY), pack(nodes.upto)
-    active = jnp.arange(size) < jnp.sum(flat)
     needed = group < groups.refill
     within = at.slot[index]
     sees_needed = needed & (index < upto[:, None]) & ((slot == ANY)[:, None] | (slot[:, None] == within))
@@ -148,8 +146,6 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
     own, slot_of_entry = own_entries(row, request, filled.shape[0])
     sees_entry = filled | (own & ((slot == ANY)[:, None] | (slot[:, None] == slot_of_entry)))
     mask = jnp.concatenate([sees_entry, active & (sees_needed | sees_own_kind)], axis=1)
-    planned = group >= groups.plan
-    due = (group == groups.plan) & (row.phase == Phase.PLAN) | (group == groups.refill)
     return Fed(
         tokens=pack(nodes.tokens),
         positions=pack(nodes.positions),
@@ -157,8 +153,7 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
         target=pack(target),
         mask=mask & active[:, None],
         place=place.reshape(groups.count, T),
-        plan=active & planned,
-        ahead=active & ~needed & ~due,
+        plan=active & (group >= groups.plan),
     )
 
 
