@@ -82,7 +82,7 @@ def fitting_decode_kernel(platform: str, dtype: jnp.dtype, head_dim: int) -> str
     return "dense"
 
 
-def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int, seen: Visible) -> Array:
+def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int | None, seen: Visible) -> Array:
     """`attend` by the kernel for decoding, on the rows and key/value heads that each device holds.
 
     Args:
@@ -106,7 +106,7 @@ def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int, seen: 
     of_cache = None if cache is None else (PartitionSpec(None, rows, None, heads),) * 2
     specs = (by_head, of_cache, PartitionSpec(), Visible(*[of_rows] * 4))
     mapped = jax.shard_map(kernel, in_specs=specs, out_specs=by_head, check_vma=False)
-    return mapped(qkv, cache, jnp.asarray(layer, jnp.int32), seen)
+    return mapped(qkv, cache, jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32), seen)
 
 
 def attend_fed(q: Array, fresh: LayerKV, segments: Array | None, kernel: str, max_segments: int = 1) -> Array:

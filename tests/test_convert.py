@@ -18,8 +18,9 @@ import safetensors.numpy
 import tensorstore
 import tokenizers
 
-from refusion_jax import checkpoint, convert, hf, load, loader, safetensors_io
+from refusion_jax import checkpoint, convert, hf, load, safetensors_io
 from refusion_jax.errors import BadInput
+from refusion_jax.joined import join
 from refusion_jax.model import ModelConfig, stack_layers
 from refusion_jax.new_tokens import add_rows
 from refusion_jax.rope import RopeScaling
@@ -200,7 +201,7 @@ def test_new_tokens_take_spare_rows_first(tmp_path, tied, to):
         np.testing.assert_allclose(table[260:], np.stack([mean, mean]), rtol=0, atol=1e-6, err_msg=name)
     assert tokenizer.encode("w7<|mask|>w8") == [7, 261, 8]
     # All else is as it was.
-    rest = hf.load_params(source, config)
+    rest = join(hf.load_params(source, config))
     for name in rest.keys() - {"embedding", "head"}:
         jax.tree.map(np.testing.assert_array_equal, params[name], rest[name])
 
