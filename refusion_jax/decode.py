@@ -103,7 +103,7 @@ def advance(state: DecodeState, fed: Fed, result: Forwarded, dtype, eos_id: Arra
 
     row, outcome = jax.vmap(one)(before, state.requests, fed, result.scores, state.replay)
     positions = jax.vmap(lambda row, request: geometry(row, request).position)(before, state.requests)
-    cache = state.cache.write(result.fresh, fed.positions, outcome.keep)
+    cache = result.write(state.cache, fed.positions, outcome.keep)
     trace = state.trace
     if trace is not None:
         trace = record(trace, before, row, outcome, state.requests)
@@ -131,12 +131,12 @@ def first_step(model, params, state: DecodeState, shape: Shape, mask_id: Array, 
         mask=jnp.concatenate([to_prompt, to_block], axis=2),
         method="hidden",
     )
-    of_prompt = jax.tree.map(lambda kv: kv[:, :P], fresh)
-    of_block = jax.tree.map(lambda kv: kv[:, P:], fresh)
+    of_prompt = jax.tree.map(lambda kv: kv[:, :, :P], fresh)
+    of_block = jax.tree.map(lambda kv: kv[:, :, P:], fresh)
     state = state.replace(cache=state.cache.commit(of_prompt, places, real))
     logits = model.apply({"params": params}, x[:, P:], method="unembed")
     scores = score_rows(logits, fed.target, jax.vmap(heat)(state.row, state.requests, fed))
-    return advance(state, fed, Forwarded(scores, of_block), model.dtype, eos_id)
+    return advance(state, fed, Forwarded(scores, of_block, None), model.dtype, eos_id)
 
 
 def step(model, params, state: DecodeState, shape: Shape, mask_id: Array, eos_id: Array) -> DecodeState:

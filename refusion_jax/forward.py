@@ -8,53 +8,98 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.attention import LayerKV
 from refusion_jax.feed import SMALLEST_PASS, Fed
 from refusion_jax.kv_cache import KVCache
+from refusion_jax.layers import Ragged
 from refusion_jax.requests import Requests
 from refusion_jax.rows import Phase, Row
 from refusion_jax.scores import Heat, Scores, score
 
 Array = jax.Array
-MOST_SIZES = 4
 
 
 class Forwarded(NamedTuple):
-    """What a pass gives: scores [B, Q], and the keys and values of the tokens fed."""
+    """What a pass gives.
+
+    Attributes:
+      scores: [B, Q].
+      fresh: keys and values of the tokens fed, [L, B, Q, K, H], or as `rows` lays them out.
+      rows: how the tokens were laid out, if not by row.
+    """
 
     scores: Scores
-    fresh: tuple
+    fresh: LayerKV
+    rows: Ragged | None
+
+    def write(self, cache: KVCache, positions: Array, keep: Array) -> KVCache:
+        """The cache with some of the fresh keys and values; positions and keep [B, Q]."""
+        if self.rows is None:
+            return cache.write(self.fresh, positions, keep)
+        at = self.rows.row, self.rows.place
+        positions, keep = (x.at[at].get(mode="clip")[None] for x in (positions, keep))
+        return cache.write(self.fresh, positions, keep, self.rows.row[None])
 
 
 def forward(model, params, cache: KVCache, fed: Fed, row: Row, requests: Requests) -> Forwarded:
-    """Feeds what the rows feed, [B, Q], after the cache."""
-    Q, length = fed.tokens.shape[1], cache.filled.shape[1]
-    heats = jax.vmap(heat)(row, requests, fed)
+    """Feeds what the rows feed, [B, Q], after the cache.
 
-    def widen(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, Q - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+    The tokens of several rows are laid out one after the other (Ragged), so that what one row leaves out
+    of its Q costs nothing.
+    """
+    B = fed.tokens.shape[0]
+    rows, fed_flat = None, (fed.tokens, fed.positions, fed.target, jax.vmap(heat)(row, requests, fed))
+    if B > 1:
+        rows = ragged(fed.active)
+        fed_flat = jax.tree.map(lambda x: x.at[rows.row, rows.place].get(mode="clip")[None], fed_flat)
+    most, length = fed_flat[0].shape[1], cache.filled.shape[1]
 
     def pass_of(size: int):
-        def run() -> Forwarded:
-            part = jax.tree.map(lambda x: x[:, :size], (fed.tokens, fed.positions, fed.target, heats))
-            tokens, positions, target, hot = part
-            mask = fed.mask[:, :size, : length + size]
-            logits, fresh = model.apply({"params": params}, tokens, positions, cache.layers, mask)
-            scores = score_rows(logits, target, hot)
-            return Forwarded(*jax.tree.map(widen, (scores, fresh)))
+        """A pass over the first `size` tokens, whose results are padded to `most`."""
+
+        def run() -> tuple[Scores, LayerKV]:
+            tokens, positions, target, heats = jax.tree.map(lambda x: x[:, :size], fed_flat)
+            part = None if rows is None else Ragged(rows.flat, rows.row[:size], rows.place[:size])
+            mask = fed.mask if rows is not None else fed.mask[:, :size, : length + size]
+            logits, fresh = model.apply({"params": params}, tokens, positions, cache.layers, mask, rows=part)
+            scores = score_rows(logits, target, heats)
+            return (
+                jax.tree.map(lambda x: _widened(x, 1, most), scores),
+                jax.tree.map(lambda x: _widened(x, 2, most), fresh),
+            )
 
         return run
 
-    sizes = pass_sizes(Q)
-    if len(sizes) == 1:
-        return pass_of(Q)()
-    needed = jnp.max(jnp.sum(fed.active, axis=1))
-    return jax.lax.switch(jnp.sum(needed > jnp.asarray(sizes[:-1])), [pass_of(size) for size in sizes])
+    # The more rows the less their sum varies.
+    sizes = pass_sizes(most, SMALLEST_PASS if B == 1 else max(SMALLEST_PASS, most // 4))
+    number = jnp.sum(jnp.sum(fed.active) > jnp.asarray(sizes[:-1]))
+    scores, fresh = jax.lax.switch(number, [pass_of(size) for size in sizes])
+    if rows is not None:
+        scores = jax.tree.map(lambda x: x[0].at[rows.flat].get(mode="fill", fill_value=0), scores)
+    return Forwarded(scores, fresh, rows)
 
 
-def pass_sizes(most: int) -> list[int]:
-    """The numbers of tokens that a pass is compiled for, ascending."""
+def ragged(active: Array) -> Ragged:
+    """The layout of rows of which bool [B, Q] feed something, first those of the first row; N is B x Q.
+
+    What lies behind the last token is of no row: B, which nothing is written to.
+    """
+    (B, Q), flags = active.shape, active.reshape(-1)
+    flat = jnp.where(flags, jnp.cumsum(flags) - 1, flags.size)
+    source = jnp.full(flags.size, flags.size, jnp.int32).at[flat].set(jnp.arange(flags.size), mode="drop")
+    return Ragged(flat.reshape(B, Q), *jnp.divmod(source, Q))
+
+
+def _widened(x: Array, axis: int, size: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def pass_sizes(most: int, least: int) -> list[int]:
+    """The numbers of tokens that a pass is compiled for, ascending: `most` and its halves down to `least`."""
     sizes = [most]
-    while len(sizes) < MOST_SIZES and sizes[0] % 2 == 0 and sizes[0] // 2 >= SMALLEST_PASS:
+    while sizes[0] % 2 == 0 and sizes[0] // 2 >= least:
         sizes.insert(0, sizes[0] // 2)
     return sizes
 

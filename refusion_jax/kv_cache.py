@@ -22,43 +22,59 @@ class KVCache(struct.PyTreeNode):
     """Keys and values of the committed tokens.
 
     Attributes:
-      layers: per layer (keys, values), each [B, S, K, H]; one array a layer, so that a decoder that
-        unrolls its layers reads each in place.
+      layers: keys and values of all layers, each [L, B, S, K, H]: one array, so that a commit is one
+        write, and attention reads its layer in place.
       filled: bool [B, S], which positions hold a committed token.
     """
 
-    layers: tuple[LayerKV, ...]
+    layers: LayerKV
     filled: Array
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, length: int, dtype) -> "KVCache":
         """An empty cache of `length` positions a row."""
-        shape = (batch, length, config.num_kv_heads, config.head_dim)
-        layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
-        return cls(layers, jnp.zeros((batch, length), bool))
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return cls((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), jnp.zeros((batch, length), bool))
 
-    def write(self, fresh: tuple[LayerKV, ...], positions: Array, keep: Array) -> "KVCache":
+    def write(self, fresh: LayerKV, positions: Array, keep: Array, row: Array | None = None) -> "KVCache":
         """Keeps some of the keys and values a forward pass returned; `filled` stays as it is.
 
         Args:
-          fresh: per layer (keys, values), each [B, T, K, H].
+          fresh: keys and values, each [L, B, T, K, H].
           positions: int32 [B, T], where each stands in the text.
           keep: bool [B, T]; the others leave no trace.
+          row: int32 [B, T], whose each is, where that is not the B it stands in.
         """
-        write = functools.partial(scatter_rows, positions=positions, keep=keep)
-        return self.replace(layers=jax.tree.map(lambda x, new: write(x, new=new), self.layers, tuple(fresh)))
+        rows = jnp.arange(positions.shape[0])[:, None] if row is None else row
+        index = jnp.where(keep, positions, self.filled.shape[1])  # beyond the end: dropped
+
+        def put(buffer: Array, new: Array) -> Array:
+            return buffer.at[:, rows, index].set(new.astype(buffer.dtype), mode="drop")
+
+        return self.replace(layers=jax.tree.map(put, self.layers, fresh))
 
     def fill(self, positions: Array, committed: Array) -> "KVCache":
         """Lets entries be attended to: bool [B, T] at positions [B, T]."""
         return self.replace(filled=scatter_rows(self.filled, positions, committed, committed))
 
-    def commit(self, fresh: tuple[LayerKV, ...], positions: Array, keep: Array) -> "KVCache":
+    def commit(self, fresh: LayerKV, positions: Array, keep: Array) -> "KVCache":
         """`write` and `fill` of the same tokens."""
         return self.write(fresh, positions, keep).fill(positions, keep)
 
+    def rows(self, index) -> "KVCache":
+        """The same of some rows of the batch; a whole number drops that axis."""
+        keys, values = (x[:, index] for x in self.layers)
+        return KVCache((keys, values), self.filled[index])
+
     def insert(self, other: "KVCache", rows: Array) -> "KVCache":
-        """`insert_rows` of another cache of the same length."""
-        return jax.tree.map(lambda mine, theirs: mine.at[rows].set(theirs, mode="drop"), self, other)
+        """This cache with its rows `rows` int32 [A] taken over from the A rows of another of the same length;
+        a number beyond the last row takes over none."""
+
+        def put(mine: Array, theirs: Array) -> Array:
+            return mine.at[:, rows].set(theirs, mode="drop")
+
+        filled = self.filled.at[rows].set(other.filled, mode="drop")
+        return KVCache(jax.tree.map(put, self.layers, other.layers), filled)
 
 
 def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Array:
@@ -83,7 +99,7 @@ def insert_rows(state: Any, others: Any, rows: Array) -> Any:
     return merged.replace(cache=state.cache.insert(others.cache, rows))
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def take_rows(state: Any, rows: Array) -> Any:
     """The rows `rows` int32 [A] of a decoder's state, keys and values left out."""
     cache = state.cache.replace(layers=None)

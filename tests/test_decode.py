@@ -164,6 +164,12 @@ def raw_ids(samples: Samples) -> list[int]:
     return samples.raw_ids[: samples.num_raw].tolist()
 
 
+def rows_of(state: decode.DecodeState, index) -> decode.DecodeState:
+    """The state of some rows of the batch."""
+    rest = jax.tree.map(lambda x: x[index], state.replace(cache=None))
+    return rest.replace(cache=state.cache.rows(index))
+
+
 class Whole:
     """A model as the transcription calls it: without a cache, padded to one length."""
 
@@ -182,7 +188,7 @@ class Whole:
         padded[:n, :n] = mask
         tokens, positions = (np.pad(np.asarray(x, np.int32), (0, length - n)) for x in (tokens, positions))
         logits, kv = jax.device_get(self._apply(tokens[None], positions[None], padded[None]))
-        return logits[0, :n], jax.tree.map(lambda x: x[0, :n], kv)
+        return logits[0, :n], jax.tree.map(lambda x: x[:, 0, :n], kv)
 
 
 WHOLE = Whole(MODEL, PARAMS, SHAPE.prompt + SHAPE.gen)
@@ -209,7 +215,7 @@ def run(semantics: str) -> Run:
     for batch in batches(CASES[semantics]):
         ours += sample(batch)
         state = final_state(batch)
-        states += [jax.tree.map(lambda x, row=row: x[row], state) for row in range(len(batch))]
+        states += [rows_of(state, row) for row in range(len(batch))]
     return Run(CASES[semantics], ours, states, [transcribed(case) for case in CASES[semantics]])
 
 
@@ -254,7 +260,7 @@ def test_the_transcription_reproduces_the_recordings():
         assert record["prompt"] + plain.in_text_order(len(record["prompt"]))[0] == record["x"]
         assert plain.forwards == record["n_forward"]
         kv = forward.with_kv(plain.tokens, plain.positions, as_mask(plain.sees))[1]
-        keys, values = (x.sum((-1, -2)) for x in kv[-1])
+        keys, values = (x[-1].sum((-1, -2)) for x in kv)
         at = len(record["prompt"])
         for ours, theirs in zip(plain.steps, record["steps"], strict=True):
             names = ("block", "chosen", "branch", "loops", "pos")
@@ -312,7 +318,7 @@ def test_cached_keys_and_values_are_those_of_the_pass_that_committed_them(each):
             continue
         _, kv = WHOLE.with_kv(plain.tokens, plain.positions, as_mask(plain.sees))
         for ours, theirs in zip(jax.tree.leaves(state.cache.layers), jax.tree.leaves(kv), strict=True):
-            np.testing.assert_allclose(ours[plain.positions], theirs, rtol=0, atol=5e-5, err_msg=str(case))
+            np.testing.assert_allclose(ours[:, plain.positions], theirs, rtol=0, atol=5e-5, err_msg=str(case))
 
 
 def committed_places(case: Case, samples: Samples) -> list[int]:
@@ -365,7 +371,7 @@ def test_one_compilation_serves_every_request(compilations):
         sample(batch)
     assert (decode.resume._cache_size(), decode.begin._cache_size()) == before
     state = jax.eval_shape(functools.partial(decode.init, MODEL, shape=SHAPE), *arguments(hot[:8])[:2])
-    assert state.tokens.shape == (8, 56) and state.cache.layers[1][0].shape == (8, 56, 2, 8)
+    assert state.tokens.shape == (8, 56) and state.cache.layers[1].shape == (2, 8, 56, 2, 8)
 
 
 # What must not matter.
@@ -420,7 +426,7 @@ def test_devices_do_not_matter(compilations):
 def test_rows_of_padding_do_nothing(compilations):
     state = final_state(CASES["fixed"][:3])
     assert (state.row.phase == Phase.DONE).all()
-    padding = jax.tree.map(lambda x: x[3:], state)
+    padding = rows_of(state, slice(3, None))
     assert (
         not padding.cache.filled.any() and not padding.row.forwards.any() and not padding.row.iterations.any()
     )
@@ -470,7 +476,7 @@ def assert_same_state(ours: decode.DecodeState, theirs: decode.DecodeState, atol
     np.testing.assert_array_equal(ours.cache.filled, filled)
     np.testing.assert_array_equal(ours.tokens[filled], theirs.tokens[filled])
     for a, b in zip(jax.tree.leaves(ours.cache.layers), jax.tree.leaves(theirs.cache.layers), strict=True):
-        np.testing.assert_allclose(a[filled], b[filled], rtol=0, atol=atol)
+        np.testing.assert_allclose(a[:, filled], b[:, filled], rtol=0, atol=atol)
     for a, b in zip(
         jax.tree.leaves((ours.row, ours.trace)), jax.tree.leaves((theirs.row, theirs.trace)), strict=True
     ):
@@ -508,7 +514,7 @@ def test_committed_entries_never_change(states):
         for a, b in zip(
             jax.tree.leaves(after.cache.layers), jax.tree.leaves(before.cache.layers), strict=True
         ):
-            np.testing.assert_array_equal(a[filled], b[filled])
+            np.testing.assert_array_equal(a[:, filled], b[:, filled])
 
 
 def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states):
@@ -522,7 +528,10 @@ def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states)
         together = apply(fed.tokens, fed.positions, state.cache.layers, fed.mask)
         for row in np.flatnonzero(several):
             prompt, config = eventful[row]
-            cache, row_state = jax.tree.map(lambda x, row=row: x[row], (state.cache, state.row))
+            cache, row_state = (
+                state.cache.rows(slice(row, row + 1)),
+                jax.tree.map(lambda x, row=row: x[row], state.row),
+            )
             start = len(prompt) + int(row_state.block) * config.block_len
             for m in np.flatnonzero(row_state.open):
                 first = start + m * config.slot_size
@@ -535,14 +544,17 @@ def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states)
                     continue
                 # Padded to one width, so that all slot sizes share a compilation.
                 padded = np.resize(at, 16)
-                mine = np.arange(len(cache.filled)) - first
-                sees = cache.filled | ((mine >= 0) & (mine < row_state.cached[m]))
+                mine = np.arange(cache.filled.shape[1]) - first
+                sees = cache.filled[0] | ((mine >= 0) & (mine < row_state.cached[m]))
                 among = np.tril(np.ones((16, 16), bool)) & (np.arange(16) < at.size)
                 mask = np.concatenate([np.broadcast_to(sees, (16, sees.size)), among], axis=1)[None]
-                layers = jax.tree.map(lambda x: x[None], cache.layers)
-                alone = apply(fed.tokens[row][padded][None], fed.positions[row][padded][None], layers, mask)
-                for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-                    np.testing.assert_allclose(a[0, : at.size], b[row][at], rtol=0, atol=5e-5)
+                alone = apply(
+                    fed.tokens[row][padded][None], fed.positions[row][padded][None], cache.layers, mask
+                )
+                count = at.size
+                np.testing.assert_allclose(alone[0][0, :count], together[0][row][at], rtol=0, atol=5e-5)
+                for a, b in zip(alone[1], together[1], strict=True):
+                    np.testing.assert_allclose(a[:, 0, :count], b[:, row][:, at], rtol=0, atol=5e-5)
                 compared += 1
     assert compared > 3
 
@@ -563,14 +575,14 @@ def test_predictions_ahead_of_need_save_passes_and_change_nothing_else(compilati
             ):
                 if plain.margin < CLOSE_CALL:
                     continue
-                after = jax.tree.map(lambda x, i=i: x[i], again)
+                after = rows_of(again, i)
                 filled = before.cache.filled
                 np.testing.assert_array_equal(after.cache.filled, filled)
                 np.testing.assert_array_equal(after.tokens[filled], before.tokens[filled])
                 for a, b in zip(
                     jax.tree.leaves(after.cache.layers), jax.tree.leaves(before.cache.layers), strict=True
                 ):
-                    np.testing.assert_allclose(a[filled], b[filled], rtol=0, atol=5e-5)
+                    np.testing.assert_allclose(a[:, filled], b[:, filled], rtol=0, atol=5e-5)
                 for field in ("block", "planned", "iterative", "rounds", "committed"):
                     np.testing.assert_array_equal(
                         getattr(after.trace, field), getattr(before.trace, field), field
@@ -602,8 +614,8 @@ def test_a_trace_is_replayed_whatever_the_logits_say(eventful):
 
 
 def test_a_pass_has_a_few_sizes():
-    assert pass_sizes(24) == [24] and pass_sizes(64) == [32, 64]
-    assert pass_sizes(256) == [32, 64, 128, 256] and pass_sizes(96) == [48, 96]
+    assert pass_sizes(24, 32) == [24] and pass_sizes(64, 32) == [32, 64] and pass_sizes(96, 32) == [48, 96]
+    assert pass_sizes(256, 32) == [32, 64, 128, 256] and pass_sizes(256, 64) == [64, 128, 256]
 
 
 def test_a_row_may_be_taken_in_while_others_are_under_way(eventful):

@@ -143,7 +143,7 @@ def first_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, sha
         mask=jnp.tril(jnp.ones((P + 1, P + 1), bool)) & visible[:, None],
         method="hidden",
     )
-    of_prompt = jax.tree.map(lambda kv: kv[:, :P], fresh)
+    of_prompt = jax.tree.map(lambda kv: kv[:, :, :P], fresh)
     state = state.replace(cache=state.cache.commit(of_prompt, places, real))
     read_at = jnp.where(requests.from_mask, P, requests.prompt_len - 1)
     x = jnp.take_along_axis(x, read_at[:, None, None], axis=1)
