@@ -90,7 +90,7 @@ def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> L
       BadInput: there is no decoding such requests.
     """
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=-1), topology.devices())
-    decoder = Transformer(model, jnp.bfloat16, jnp.bfloat16)
+    decoder = Transformer(model, jnp.bfloat16, jnp.bfloat16, joined=True)
     nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxed = jax.eval_shape(decoder.init, jax.random.key(0), nothing, nothing)["params"]
     params = sharding.with_shardings(sharding.unbox(boxed), sharding.layout(boxed, mesh).shardings)
