@@ -17,7 +17,8 @@ import numpy as np
 
 from refusion_jax import decode, sharding
 from refusion_jax.baselines import ar
-from refusion_jax.model import ModelConfig, Transformer
+from refusion_jax.loader import boxed_params, decoding_model
+from refusion_jax.model_config import ModelConfig
 from refusion_jax.replay import Course, replay
 from refusion_jax.requests import DecodeConfig
 
@@ -153,11 +154,10 @@ def read_bandwidth(num_bytes: int = 1 << 31) -> float:
     return num_bytes / statistics.median(_timed(lambda: total(array))[0] for _ in range(10))
 
 
-def arbitrary_model(config: ModelConfig, dtype) -> tuple[Transformer, dict[str, Any]]:
+def arbitrary_model(config: ModelConfig, dtype) -> tuple[Any, dict[str, Any]]:
     """A model ready for decoding, with parameters of no meaning, on the default device."""
-    model = Transformer(config, dtype, dtype)
-    nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    abstract = sharding.unbox(jax.eval_shape(model.init, jax.random.key(0), nothing, nothing)["params"])
+    model = decoding_model(config, dtype, jax.default_backend())
+    abstract = sharding.unbox(boxed_params(model))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return model, arbitrary_params(sharding.with_shardings(abstract, jax.tree.map(lambda _: here, abstract)))
 

@@ -114,8 +114,16 @@ class Nodes(struct.PyTreeNode):
     likely: Array
 
 
+def most_fed(block: int, ahead: int) -> int:
+    """Q, the most tokens that a row feeds in one pass, for blocks of T tokens and `ahead` as in Shape.
+
+    What is needed and what is likely take no more than two blocks, and the rest only fills a pass up.
+    """
+    return max(block, min(ahead, max(SMALLEST_PASS, 2 ** math.ceil(math.log2(2 * block)))))
+
+
 def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int) -> Fed:
-    """What a row feeds; Q is the larger of T and `ahead`.
+    """What a row feeds, in the Q places of `most_fed`.
 
     Args:
       filled: bool [S], the cache's entries that all may see.
@@ -123,7 +131,7 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
       ahead: tokens up to which a pass of the row may be filled with predictions ahead of need; 0 for none.
     """
     M, T = row.pool.shape[0], row.draft.shape[0]
-    groups, size = Groups(M, T), max(T, ahead)
+    groups, size = Groups(M, T), most_fed(T, ahead)
     nodes = _nodes(row, request, groups, mask_id)
     taken = nodes.there & _taken(row, request, nodes, groups, ahead)[:, None]
     flat = taken.reshape(-1)
