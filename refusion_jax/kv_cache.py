@@ -8,6 +8,7 @@ where they stand in the text, and the bitmap says what may be attended to.
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -34,7 +35,9 @@ class KVCache(struct.PyTreeNode):
     def zeros(cls, config: ModelConfig, batch: int, length: int, dtype) -> "KVCache":
         """An empty cache of `length` positions a row."""
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        return cls((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), jnp.zeros((batch, length), bool))
+        axes = (None, "act_batch", "act_length", "act_kv_heads", None)
+        keys, values = (nn.with_logical_constraint(jnp.zeros(shape, dtype), axes) for _ in range(2))
+        return cls((keys, values), jnp.zeros((batch, length), bool))
 
     def write(self, fresh: LayerKV, positions: Array, keep: Array, row: Array | None = None) -> "KVCache":
         """Keeps some of the keys and values a forward pass returned; `filled` stays as it is.

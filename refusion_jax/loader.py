@@ -1,5 +1,6 @@
 """One way to open a model folder, whichever layout it has."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def decoding_model(config: ModelConfig, dtype: Any, platform: str) -> Transforme
     """The model of that shape as it decodes fastest on "gpu", "tpu" or "cpu"."""
     kernel = fitting_decode_kernel(platform, dtype, config.head_dim)
     return Transformer(config, dtype, dtype, kernel=kernel, joined=True)
+
+
+def decoding_scope(model: Transformer, mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
+    """Within it `model`, with parameters loaded to `mesh`, decodes on all its devices."""
+    return contextlib.nullcontext() if mesh is None else sharding.layout(boxed_params(model), mesh).scope()
 
 
 def load_params(folder: str | Path, config: ModelConfig, abstract: Any) -> dict[str, Any]:
