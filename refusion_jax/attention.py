@@ -1,9 +1,11 @@
-"""Attention: the dense reference, and the kernels that training uses instead.
+"""Attention: the dense reference, and the kernels that training and decoding use instead.
 
 Einsum letters as in model.py. Everything is causal in the order in which tokens are fed.
 """
 
 import dataclasses
+import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -11,10 +13,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
+from refusion_jax import triton_attention
+from refusion_jax.triton_attention import Visible
+
 Array = jax.Array
 LayerKV = tuple[Array, Array]  # keys (after norm and RoPE) and values, each [B, S, K, H]
 
-KERNELS = ("dense", "cudnn", "splash")
+KERNELS = ("dense", "cudnn", "splash", "triton")
 
 # Tiles of the TPU kernel: the largest that divides the length is taken.
 SPLASH_BLOCKS = (512, 256, 128)
@@ -53,7 +58,7 @@ def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) 
 
 
 def fitting_kernel(platform: str, dtype: jnp.dtype, head_dim: int, length: int) -> str:
-    """The fastest of KERNELS for a pass without a cache.
+    """The fastest of KERNELS for training, a pass without a cache.
 
     Args:
       platform: of the devices, "gpu", "tpu" or "cpu".
@@ -67,6 +72,41 @@ def fitting_kernel(platform: str, dtype: jnp.dtype, head_dim: int, length: int) 
     if platform == "tpu" and dtype == jnp.bfloat16 and whole_tiles:
         return "splash"
     return "dense"
+
+
+def fitting_decode_kernel(platform: str, dtype: jnp.dtype, head_dim: int) -> str:
+    """The fastest of KERNELS for decoding; arguments as for `fitting_kernel`."""
+    whole_tiles = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and whole_tiles:
+        return "triton"
+    return "dense"
+
+
+def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int | None, seen: Visible) -> Array:
+    """`attend` by the kernel for decoding, on the rows and key/value heads that each device holds.
+
+    Args:
+      qkv: [B, T, K, G + 2, H]; cache: [L, B, S, K, H] twice, or None; layer, seen: as there.
+
+    Returns:
+      [B, T, K, G, H].
+    """
+    # Where there is no GPU the kernel is interpreted, as tests do.
+    kernel = functools.partial(triton_attention.attend, interpret=jax.default_backend() != "gpu")
+    rules = nn.get_logical_axis_rules()
+    if not rules:
+        return kernel(qkv, cache, layer, seen)
+    rows, heads = nn.logical_to_mesh_axes(("act_batch", "act_kv_heads"), rules)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = (rows,) if isinstance(rows, str) else rows or ()
+    if qkv.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        rows = None  # too few rows to share out: each device takes them all
+    of_rows = PartitionSpec(rows)
+    by_head = PartitionSpec(rows, None, heads)
+    of_cache = None if cache is None else (PartitionSpec(None, rows, None, heads),) * 2
+    specs = (by_head, of_cache, PartitionSpec(), Visible(*[of_rows] * 4))
+    mapped = jax.shard_map(kernel, in_specs=specs, out_specs=by_head, check_vma=False)
+    return mapped(qkv, cache, jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32), seen)
 
 
 def attend_fed(q: Array, fresh: LayerKV, segments: Array | None, kernel: str, max_segments: int = 1) -> Array:

@@ -169,7 +169,7 @@ def first_step(
         method="hidden",
     )
     of_prompt, of_block = (
-        jax.tree.map(lambda kv, part=part: kv[:, part], fresh) for part in (slice(P), slice(P, None))
+        jax.tree.map(lambda kv, part=part: kv[:, :, part], fresh) for part in (slice(P), slice(P, None))
     )
     state = state.replace(cache=state.cache.commit(of_prompt, places, real))
     logits = model.apply({"params": params}, x[:, P:], method="unembed")

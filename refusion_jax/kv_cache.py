@@ -19,40 +19,49 @@ class KVCache(struct.PyTreeNode):
     """Keys and values of the committed tokens.
 
     Attributes:
-      layers: per layer (keys, values), each [B, S, K, H]; one array a layer, so that a decoder that
-        unrolls its layers reads each in place.
+      layers: keys and values of all layers, each [L, B, S, K, H]: one array, so that a commit is one
+        write, and attention reads its layer in place.
       filled: bool [B, S], which positions hold a committed token.
     """
 
-    layers: tuple[LayerKV, ...]
+    layers: LayerKV
     filled: Array
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, length: int, dtype) -> "KVCache":
         """An empty cache of `length` positions a row."""
-        shape = (batch, length, config.num_kv_heads, config.head_dim)
-        layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
-        return cls(layers, jnp.zeros((batch, length), bool))
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return cls((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), jnp.zeros((batch, length), bool))
 
-    def commit(self, fresh: tuple[LayerKV, ...], positions: Array, keep: Array) -> "KVCache":
+    def commit(self, fresh: LayerKV, positions: Array, keep: Array) -> "KVCache":
         """Keeps some of the keys and values a forward pass returned.
 
         Args:
-          fresh: per layer (keys, values), each [B, T, K, H].
+          fresh: keys and values, each [L, B, T, K, H].
           positions: int32 [B, T], where each stands in the text.
           keep: bool [B, T]; the others leave no trace.
         """
 
-        def write(buffer: Array, new: Array) -> Array:
-            return scatter_rows(buffer, positions, new, keep)
+        keys, values = (
+            _scatter(buffer, (slice(None),), positions, new, keep)
+            for buffer, new in zip(self.layers, fresh, strict=True)
+        )
+        return KVCache((keys, values), scatter_rows(self.filled, positions, jnp.ones_like(keep), keep))
 
-        layers = jax.tree.map(write, self.layers, tuple(fresh))
-        return KVCache(layers, write(self.filled, jnp.ones_like(keep)))
+    def rows(self, index) -> "KVCache":
+        """The same of some rows of the batch; a whole number drops that axis."""
+        keys, values = (x[:, index] for x in self.layers)
+        return KVCache((keys, values), self.filled[index])
 
 
 def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Array:
     """Writes new [B, T, ...] into buffer [B, S, ...] at positions [B, T] where keep [B, T] is set."""
-    rows = jnp.arange(buffer.shape[0])[:, None]
-    beyond_the_end = buffer.shape[1]
-    index = jnp.where(keep, positions, beyond_the_end)
-    return buffer.at[rows, index].set(new.astype(buffer.dtype), mode="drop")
+    return _scatter(buffer, (), positions, new, keep)
+
+
+def _scatter(buffer: Array, leading: tuple[slice, ...], positions: Array, new: Array, keep: Array) -> Array:
+    """`scatter_rows` behind leading axes that are written whole."""
+    rows = jnp.arange(positions.shape[0])[:, None]
+    beyond_the_end = buffer.shape[len(leading) + 1]
+    index = (*leading, rows, jnp.where(keep, positions, beyond_the_end))
+    return buffer.at[index].set(new.astype(buffer.dtype), mode="drop")

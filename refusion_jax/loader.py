@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusion_jax import checkpoint, hf, lora, safetensors_io, sharding, stored
+from refusion_jax import checkpoint, hf, joined, lora, safetensors_io, sharding, stored
+from refusion_jax.attention import fitting_decode_kernel
 from refusion_jax.errors import BadInput
 from refusion_jax.model import ModelConfig, Transformer
 from refusion_jax.tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +27,8 @@ def load(
       dtype: of parameters and computation; None keeps what is stored.
 
     Returns:
-      the unrolled model, its parameters, and the tokenizer.
+      the unrolled model with joined projections and the fastest attention for its devices, its parameters,
+      and the tokenizer.
 
     Raises:
       BadInput: the folder is no such folder, or something in it is missing or broken.
@@ -40,9 +42,11 @@ def load(
         raise BadInput(
             f"{folder}: mask_token_id must be below vocab_size {config.vocab_size}, found {tokenizer.mask_id}"
         )
-    params = stored_params(folder, config)
+    params = joined.join(stored_params(folder, config))
     computed = np.dtype(dtype or params["embedding"].dtype)
-    model = Transformer(config, computed, computed)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    kernel = fitting_decode_kernel(platform, computed, config.head_dim)
+    model = Transformer(config, computed, computed, kernel=kernel, joined=True)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.layout(_boxed(model), mesh).shardings)
@@ -81,4 +85,5 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
 def _boxed(model: Transformer) -> Any:
     """Abstract parameters in Linen's partitioning boxes."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+    init = model.clone(kernel="dense").init  # which has the same parameters and is soon traced
+    return jax.eval_shape(init, jax.random.key(0), tokens, tokens)["params"]

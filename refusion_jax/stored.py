@@ -81,6 +81,25 @@ def bounds(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
+def concatenate(parts: Sequence[Stored], axis: int) -> Stored:
+    """Stored arrays as one along `axis`; of each no more is read than is asked for."""
+    borders = np.cumsum([0] + [part.shape[axis] for part in parts])
+    first = parts[0]
+    shape = (*first.shape[:axis], int(borders[-1]), *first.shape[axis + 1 :])
+
+    def read(index: Index) -> np.ndarray:
+        start, stop = bounds(index, shape)[axis]
+        pieces = []
+        for part, begin, end in zip(parts, borders[:-1], borders[1:], strict=True):
+            inside = slice(max(start - int(begin), 0), min(stop, int(end)) - int(begin))
+            if inside.start < inside.stop:
+                pieces.append(part.read((*index[:axis], inside, *index[axis + 1 :])))
+        return np.concatenate(pieces, axis=axis)
+
+    where = " with ".join(part.where for part in parts)
+    return Stored(shape, np.result_type(*(part.dtype for part in parts)), read, where)
+
+
 def place(stored: Any, abstract: Any) -> Any:
     """A tree of Stored as arrays on devices; each process reads only what its devices hold.
 

@@ -18,8 +18,9 @@ import safetensors.numpy
 import tensorstore
 import tokenizers
 
-from refusion_jax import checkpoint, convert, hf, load, loader, safetensors_io
+from refusion_jax import checkpoint, convert, hf, load, safetensors_io
 from refusion_jax.errors import BadInput
+from refusion_jax.joined import join
 from refusion_jax.model import ModelConfig, stack_layers
 from refusion_jax.new_tokens import add_rows
 from refusion_jax.rope import RopeScaling
@@ -106,7 +107,7 @@ def test_types_are_kept_or_cast(tmp_path, dtype):
             wanted = hf.load_params(source, QWEN3, other)
             found = load(folder)[1]
             assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {other}
-            jax.tree.map(np.testing.assert_array_equal, found, wanted)
+            jax.tree.map(np.testing.assert_array_equal, found, join(wanted))
     assert raw_config(tmp_path / "same")["torch_dtype"] == name
 
 
@@ -114,7 +115,7 @@ def test_types_are_kept_or_cast(tmp_path, dtype):
 def test_what_training_saved_is_exported(tmp_path, scan_layers):
     """On a mesh, layers scanned or not, float32, the optimiser's state beside it."""
     source = hugging_face(tmp_path / "hf", dtype=np.float32)
-    params = loader.load(source, make_mesh(MeshConfig(2, 2, 2)))[1]
+    params = hf.load_params(source, QWEN3)
     params = stack_layers(params) if scan_layers else params
     run_folder = tmp_path / "run"
     with checkpoint.Checkpoints(run_folder, keep=1) as checkpoints:
@@ -200,7 +201,7 @@ def test_new_tokens_take_spare_rows_first(tmp_path, tied, to):
         np.testing.assert_allclose(table[260:], np.stack([mean, mean]), rtol=0, atol=1e-6, err_msg=name)
     assert tokenizer.encode("w7<|mask|>w8") == [7, 261, 8]
     # All else is as it was.
-    rest = hf.load_params(source, config)
+    rest = join(hf.load_params(source, config))
     for name in rest.keys() - {"embedding", "head"}:
         jax.tree.map(np.testing.assert_array_equal, params[name], rest[name])
 

@@ -159,6 +159,12 @@ def raw_ids(samples: Samples) -> list[int]:
     return samples.raw_ids[: samples.num_raw].tolist()
 
 
+def rows_of(state: decode.DecodeState, index) -> decode.DecodeState:
+    """The state of some rows of the batch."""
+    rest = jax.tree.map(lambda x: x[index], state.replace(cache=None))
+    return rest.replace(cache=state.cache.rows(index))
+
+
 class Whole:
     """A model as the transcription calls it: without a cache, padded to one length."""
 
@@ -177,7 +183,7 @@ class Whole:
         padded[:n, :n] = mask
         tokens, positions = (np.pad(np.asarray(x, np.int32), (0, length - n)) for x in (tokens, positions))
         logits, kv = jax.device_get(self._apply(tokens[None], positions[None], padded[None]))
-        return logits[0, :n], jax.tree.map(lambda x: x[0, :n], kv)
+        return logits[0, :n], jax.tree.map(lambda x: x[:, 0, :n], kv)
 
 
 WHOLE = Whole(MODEL, PARAMS, SHAPE.prompt + SHAPE.gen)
@@ -204,7 +210,7 @@ def run(semantics: str) -> Run:
     for batch in batches(CASES[semantics]):
         ours += sample(batch)
         state = final_state(batch)
-        states += [jax.tree.map(lambda x, row=row: x[row], state) for row in range(len(batch))]
+        states += [rows_of(state, row) for row in range(len(batch))]
     return Run(CASES[semantics], ours, states, [transcribed(case) for case in CASES[semantics]])
 
 
@@ -249,7 +255,7 @@ def test_the_transcription_reproduces_the_recordings():
         assert record["prompt"] + plain.in_text_order(len(record["prompt"]))[0] == record["x"]
         assert plain.forwards == record["n_forward"]
         kv = forward.with_kv(plain.tokens, plain.positions, as_mask(plain.sees))[1]
-        keys, values = (x.sum((-1, -2)) for x in kv[-1])
+        keys, values = (x[-1].sum((-1, -2)) for x in kv)
         at = len(record["prompt"])
         for ours, theirs in zip(plain.steps, record["steps"], strict=True):
             names = ("block", "chosen", "branch", "loops", "pos")
@@ -307,8 +313,8 @@ def test_cached_keys_and_values_are_those_of_the_pass_that_committed_them(each):
             continue
         _, kv = WHOLE.with_kv(plain.tokens, plain.positions, as_mask(plain.sees))
         for ours, theirs in zip(jax.tree.leaves(state.cache.layers), jax.tree.leaves(kv), strict=True):
-            np.testing.assert_allclose(ours[plain.positions], theirs, rtol=0, atol=5e-5, err_msg=str(case))
-            assert (ours[~state.cache.filled] == 0).all(), case
+            np.testing.assert_allclose(ours[:, plain.positions], theirs, rtol=0, atol=5e-5, err_msg=str(case))
+            assert (ours[:, ~state.cache.filled] == 0).all(), case
 
 
 def committed_places(case: Case, samples: Samples) -> list[int]:
@@ -361,7 +367,7 @@ def test_one_compilation_serves_every_request(compilations):
         sample(batch)
     assert decode.decode._cache_size() == before
     state = jax.eval_shape(functools.partial(decode.init, MODEL, shape=SHAPE), *arguments(hot[:8])[:2])
-    assert state.tokens.shape == (8, 56) and state.cache.layers[1][0].shape == (8, 56, 2, 8)
+    assert state.tokens.shape == (8, 56) and state.cache.layers[1].shape == (2, 8, 56, 2, 8)
 
 
 # What must not matter.
@@ -416,7 +422,7 @@ def test_devices_do_not_matter(compilations):
 def test_rows_of_padding_do_nothing(compilations):
     state = final_state(CASES["fixed"][:3])
     assert (state.row.phase == Phase.DONE).all()
-    padding = jax.tree.map(lambda x: x[3:], state)
+    padding = rows_of(state, slice(3, None))
     assert (
         not padding.cache.filled.any() and not padding.row.forwards.any() and not padding.row.iterations.any()
     )
@@ -466,7 +472,7 @@ def assert_same_state(ours: decode.DecodeState, theirs: decode.DecodeState, atol
     np.testing.assert_array_equal(ours.cache.filled, filled)
     np.testing.assert_array_equal(ours.tokens[filled], theirs.tokens[filled])
     for a, b in zip(jax.tree.leaves(ours.cache.layers), jax.tree.leaves(theirs.cache.layers), strict=True):
-        np.testing.assert_allclose(a[filled], b[filled], rtol=0, atol=atol)
+        np.testing.assert_allclose(a[:, filled], b[:, filled], rtol=0, atol=atol)
     for a, b in zip(
         jax.tree.leaves((ours.row, ours.trace)), jax.tree.leaves((theirs.row, theirs.trace)), strict=True
     ):
@@ -502,7 +508,7 @@ def test_committed_entries_never_change(states):
         for a, b in zip(
             jax.tree.leaves(after.cache.layers), jax.tree.leaves(before.cache.layers), strict=True
         ):
-            np.testing.assert_array_equal(a[filled], b[filled])
+            np.testing.assert_array_equal(a[:, filled], b[:, filled])
 
 
 @pytest.mark.parametrize("phase", [Phase.REFILL, Phase.RECHECK], ids=lambda phase: phase.name.lower())
@@ -520,7 +526,7 @@ def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states,
             fed.tokens, fed.positions, state.cache.layers, np.concatenate([filled, fed.mask], axis=2)
         )
         for row in np.flatnonzero(several):
-            cache = jax.tree.map(lambda x, row=row: x[row : row + 1], state.cache)
+            cache = state.cache.rows(slice(row, row + 1))
             size = eventful[row].config.slot_size
             assert fed.active[row].sum() == size * state.row.open[row].sum()
             for m in np.flatnonzero(state.row.open[row]):
@@ -532,8 +538,9 @@ def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states,
                     None
                 ]
                 alone = apply(fed.tokens[row][at][None], fed.positions[row][at][None], cache.layers, mask)
-                for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-                    np.testing.assert_allclose(a[0, :size], b[row][at[:size]], rtol=0, atol=5e-5)
+                np.testing.assert_allclose(alone[0][0, :size], together[0][row][at[:size]], rtol=0, atol=5e-5)
+                for a, b in zip(alone[1], together[1], strict=True):
+                    np.testing.assert_allclose(a[:, 0, :size], b[:, row][:, at[:size]], rtol=0, atol=5e-5)
                 compared += 1
     assert compared > 3
 

@@ -103,8 +103,11 @@ def test_decoding_does_not_bring_training_along(module):
     [
         ("errors", set()),
         ("rope", set()),
-        ("attention", set()),
-        ("model", {"rope", "attention"}),
+        ("triton_attention", set()),
+        ("attention", {"triton_attention"}),
+        ("model_config", {"rope"}),
+        ("layers", {"model_config", "rope", "attention", "triton_attention"}),
+        ("model", {"layers", "model_config", "rope", "triton_attention"}),
         ("kv_cache", {"model", "attention"}),
         ("cross_entropy", set()),
         ("diffusion", {"cross_entropy"}),
@@ -171,6 +174,7 @@ def test_only_sharding_names_mesh_axes():
 
 def test_the_model_knows_no_slots():
     """Neither by import nor by the names of its parameters and functions."""
-    identifiers = {node.id for node in ast.walk(tree("model")) if isinstance(node, ast.Name)}
-    identifiers |= {node.arg for node in ast.walk(tree("model")) if isinstance(node, ast.arg)}
+    nodes = [node for module in ("model", "layers", "model_config") for node in ast.walk(tree(module))]
+    identifiers = {node.id for node in nodes if isinstance(node, ast.Name)}
+    identifiers |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     assert not {name for name in identifiers if "slot" in name or "mesh" in name or "eos" in name}

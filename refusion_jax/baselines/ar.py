@@ -118,7 +118,7 @@ def first_pass(model, params, prompts: Array, requests: ARRequests, mask_id, eos
         mask=jnp.tril(jnp.ones((P + 1, P + 1), bool)) & visible[:, None],
         method="hidden",
     )
-    of_prompt = jax.tree.map(lambda kv: kv[:, :P], fresh)
+    of_prompt = jax.tree.map(lambda kv: kv[:, :, :P], fresh)
     cache = KVCache.zeros(model.config, B, P + gen, model.dtype).commit(of_prompt, places, real)
     read_at = jnp.where(requests.from_mask, P, requests.prompt_len - 1)
     x = jnp.take_along_axis(x, read_at[:, None, None], axis=1)
