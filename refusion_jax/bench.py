@@ -1,8 +1,10 @@
 """Measures what a machine makes of a configuration, against what its chips can do.
 
     python -m refusion_jax.bench train --config=configs/qwen3_1p7b.py --devices=1,2,4 --output=bench.json
+    python -m refusion_jax.bench decode --config=configs/qwen3_8b.py --batch_size=1,8 --output=bench.json
 
-prints a table with a row for each number of devices, and writes the same figures as JSON.
+print a table with a row for each number of devices, or each method and batch size, and write the same
+figures as JSON.
 """
 
 import argparse
@@ -14,9 +16,12 @@ from pathlib import Path
 
 import jax
 
-from refusion_jax import bench_train, config
+from refusion_jax import bench_decode, bench_train, config, sample
 from refusion_jax.errors import BadInput, command
-from refusion_jax.sample import check_output
+from refusion_jax.loader import load
+from refusion_jax.replay import read_courses
+from refusion_jax.requests import DecodeConfig
+from refusion_jax.sample import SETTINGS, check_output
 from refusion_jax.train_step import RunConfig
 
 
@@ -41,6 +46,63 @@ def train(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     return rows
 
 
+def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
+    """One row of figures for each method and batch size, printed as they come."""
+    whole = {"--batch_size": flags.batch_size, "--prompt_length": str(flags.prompt_length)}
+    whole["--repeats"] = str(flags.repeats)
+    for name, value in whole.items():
+        if not all(part.isdecimal() and int(part) > 0 for part in value.split(",")):
+            raise BadInput(f"{name}={value}: must be whole numbers above 0")
+    methods = flags.method.split(",")
+    if not set(methods) <= {"refusion", "ar"}:
+        raise BadInput(f"--method={flags.method}: must be refusion, ar or both with a comma")
+    if (flags.checkpoint is None) == (flags.config is None):
+        raise BadInput("--checkpoint and --config: give one of the two")
+    courses = read_courses(Path(flags.replay)) if flags.replay else ()
+    settings = {name: getattr(flags, name) for name in SETTINGS if name not in ("temperature", "seed")}
+    asked = DecodeConfig(bench_decode.MASK_ID, bench_decode.NEVER, **settings)
+    sample.use_compilation_cache()
+    dtype = sample.DTYPES[flags.dtype]
+    if flags.checkpoint:
+        model, params, _ = load(flags.checkpoint, dtype=dtype)
+    else:
+        shape = config.load(flags.config, overrides, RunConfig).model
+        model, params = bench_decode.arbitrary_model(shape, dtype)
+    bandwidth = bench_decode.read_bandwidth()
+    print(f"{jax.devices()[0].device_kind}, reads {bandwidth / 1e12:.2f} TB/s, jax {jax.__version__}")
+    print(bench_decode.HEADER, flush=True)
+    rows = []
+    for batch in map(int, flags.batch_size.split(",")):
+        for method in methods:
+            work = bench_decode.Work(method, batch, flags.prompt_length, asked, courses, flags.ahead)
+            row = bench_decode.measure(model, params, work, flags.repeats, bandwidth)
+            print(bench_decode.shown(row), flush=True)
+            rows.append(row | {"chip": jax.devices()[0].device_kind, "jax": jax.__version__})
+    return rows
+
+
+def add_decode(commands) -> None:
+    """The subcommand `decode`."""
+    parser = commands.add_parser(
+        "decode",
+        description="Times decoding. Without a checkpoint weights mean nothing, so does what they accept: "
+        "thresholds below 0 accept everything, those from 1 nothing, and --replay what a trained model did.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(measure=decode)
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", help="model folder")
+    add("--config", metavar="FILE", help="Python file with get_config(), whose model is filled with numbers")
+    add("--method", default="refusion,ar", metavar="NAME,…", help="decoders (default %(default)s)")
+    add("--batch_size", default="1", metavar="N,…", help="requests decoded together (default %(default)s)")
+    add("--prompt_length", type=int, default=128, metavar="N", help="tokens a prompt (default %(default)s)")
+    sample.add_setting_flags(parser, gen_length=512, slot_size=32, num_blocks=4)
+    add("--replay", metavar="FILE", help="results of `sample` with traces, whose course the rows follow")
+    add("--repeats", type=int, default=5, metavar="N", help="timed runs (default %(default)s)")
+    add("--dtype", choices=tuple(sample.DTYPES), default="bfloat16", help="default %(default)s")
+    add("--output", metavar="FILE", help="the figures as JSON")
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = config.Parser(prog="python -m refusion_jax.bench", description=__doc__.splitlines()[0])
@@ -63,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="rows of the configured data (default: full rows of random tokens, an eighth of them prompt)",
     )
     add.add_argument("--output", metavar="FILE", help="the figures as JSON")
+    add_decode(commands)
     flags, overrides = parser.parse_known_args(arguments)
     check_output("--output", flags.output)
     rows = flags.measure(flags, overrides)

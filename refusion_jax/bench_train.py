@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusion_jax import sharding, train_step
+from refusion_jax.bench_decode import arbitrary_params
 from refusion_jax.data.pipeline import batch_iterator, load_examples
 from refusion_jax.flops import peak_flops
 from refusion_jax.train import run_tokenizer
@@ -126,14 +127,5 @@ def _real_batch(run: RunConfig) -> Batch:
 
 
 def _some_state(program: Program) -> TrainState:
-    """A state whose parameters are finite and of a model's size; made faster than random ones."""
-
-    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if leaf.ndim == 1:
-            return jnp.ones(leaf.shape, leaf.dtype)
-        wave = jnp.sin(jax.lax.iota(jnp.float32, leaf.size) * 12.9898)
-        return (0.05 * wave).reshape(leaf.shape).astype(leaf.dtype)
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.base)
-    make = jax.jit(lambda: jax.tree.map(fill, program.state.base), out_shardings=shardings)
-    return jax.block_until_ready(program.start(make()))
+    """A state with parameters of no meaning."""
+    return jax.block_until_ready(program.start(arbitrary_params(program.state.base)))

@@ -69,9 +69,9 @@ def score(
         )
         for i, e in enumerate(examples)
     ]
-    shape = serving.fitting_shape(requests, batch_size)
+    shape = serving.fitting_shape(requests, batch_size, defaults.ahead)
     start = time.perf_counter()
-    serving.warm_up(model, params, requests[0].config, shape)
+    serving.warm_up(model, params, tokenizer, requests[0], shape)
     compiled = time.perf_counter()
     answers = list(serving.serve(model, params, tokenizer, requests, shape, defaults.stop))
     seconds = time.perf_counter() - compiled

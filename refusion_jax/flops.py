@@ -1,4 +1,4 @@
-"""What a training step has to compute, and what a device can: the two halves of MFU.
+"""What a training step has to compute, and what a device can: the two halves of MFU, and of decoding.
 
 The convention is the usual one, so that figures compare with others':
 
@@ -40,6 +40,26 @@ PEAK_FLOPS = {
     "TPU7x": 2307e12 / 2,
 }
 
+# Bytes a second between a JAX device and its memory; vendors' data sheets.
+MEMORY_BANDWIDTH = {
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA A100-PCIE-40GB": 1.555e12,
+    "NVIDIA A100 80GB PCIe": 1.935e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 NVL": 3.9e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA H200": 4.8e12,
+    "TPU v4": 1.228e12,
+    "TPU v5 lite": 0.819e12,
+    "TPU v5e": 0.819e12,
+    "TPU v5": 2.765e12,
+    "TPU v5p": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+    "TPU v6e": 1.64e12,
+    "TPU7x": 7.37e12 / 2,
+}
+
 
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the model, a tied embedding counted once."""
@@ -67,3 +87,15 @@ def train_flops(config: ModelConfig, lengths: Array) -> Array:
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOPs a second of a device, None for kinds not in the table."""
     return PEAK_FLOPS.get(device_kind)
+
+
+def memory_bandwidth(device_kind: str) -> float | None:
+    """Bytes a second from a device's memory, None for kinds not in the table."""
+    return MEMORY_BANDWIDTH.get(device_kind)
+
+
+def ridge_tokens(device_kind: str) -> float | None:
+    """How many tokens a forward pass in bfloat16 may feed before computing takes longer than reading the
+    weights (2 FLOPs a weight and token against 2 bytes a weight); None for kinds not in the tables."""
+    peak, bandwidth = peak_flops(device_kind), memory_bandwidth(device_kind)
+    return peak / bandwidth if peak and bandwidth else None

@@ -5,6 +5,9 @@ slots that are committed out of text order need no cropping, concatenating or so
 where they stand in the text, and the bitmap says what may be attended to.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -33,35 +36,71 @@ class KVCache(struct.PyTreeNode):
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         return cls((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), jnp.zeros((batch, length), bool))
 
-    def commit(self, fresh: LayerKV, positions: Array, keep: Array) -> "KVCache":
-        """Keeps some of the keys and values a forward pass returned.
+    def write(self, fresh: LayerKV, positions: Array, keep: Array, row: Array | None = None) -> "KVCache":
+        """Keeps some of the keys and values a forward pass returned; `filled` stays as it is.
 
         Args:
           fresh: keys and values, each [L, B, T, K, H].
           positions: int32 [B, T], where each stands in the text.
           keep: bool [B, T]; the others leave no trace.
+          row: int32 [B, T], whose each is, where that is not the B it stands in.
         """
+        rows = jnp.arange(positions.shape[0])[:, None] if row is None else row
+        index = jnp.where(keep, positions, self.filled.shape[1])  # beyond the end: dropped
 
-        keys, values = (
-            _scatter(buffer, (slice(None),), positions, new, keep)
-            for buffer, new in zip(self.layers, fresh, strict=True)
-        )
-        return KVCache((keys, values), scatter_rows(self.filled, positions, jnp.ones_like(keep), keep))
+        def put(buffer: Array, new: Array) -> Array:
+            return buffer.at[:, rows, index].set(new.astype(buffer.dtype), mode="drop")
+
+        return self.replace(layers=jax.tree.map(put, self.layers, fresh))
+
+    def fill(self, positions: Array, committed: Array) -> "KVCache":
+        """Lets entries be attended to: bool [B, T] at positions [B, T]."""
+        return self.replace(filled=scatter_rows(self.filled, positions, committed, committed))
+
+    def commit(self, fresh: LayerKV, positions: Array, keep: Array) -> "KVCache":
+        """`write` and `fill` of the same tokens."""
+        return self.write(fresh, positions, keep).fill(positions, keep)
 
     def rows(self, index) -> "KVCache":
         """The same of some rows of the batch; a whole number drops that axis."""
         keys, values = (x[:, index] for x in self.layers)
         return KVCache((keys, values), self.filled[index])
 
+    def insert(self, other: "KVCache", rows: Array) -> "KVCache":
+        """This cache with its rows `rows` int32 [A] taken over from the A rows of another of the same length;
+        a number beyond the last row takes over none."""
+
+        def put(mine: Array, theirs: Array) -> Array:
+            return mine.at[:, rows].set(theirs, mode="drop")
+
+        filled = self.filled.at[rows].set(other.filled, mode="drop")
+        return KVCache(jax.tree.map(put, self.layers, other.layers), filled)
+
 
 def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Array:
     """Writes new [B, T, ...] into buffer [B, S, ...] at positions [B, T] where keep [B, T] is set."""
-    return _scatter(buffer, (), positions, new, keep)
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    beyond_the_end = buffer.shape[1]
+    index = jnp.where(keep, positions, beyond_the_end)
+    return buffer.at[rows, index].set(new.astype(buffer.dtype), mode="drop")
 
 
-def _scatter(buffer: Array, leading: tuple[slice, ...], positions: Array, new: Array, keep: Array) -> Array:
-    """`scatter_rows` behind leading axes that are written whole."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    beyond_the_end = buffer.shape[len(leading) + 1]
-    index = (*leading, rows, jnp.where(keep, positions, beyond_the_end))
-    return buffer.at[index].set(new.astype(buffer.dtype), mode="drop")
+@functools.partial(jax.jit, donate_argnames=("state",))
+def insert_rows(state: Any, others: Any, rows: Array) -> Any:
+    """A decoder's state with its rows `rows` int32 [A] taken over from the A rows of another.
+
+    A number beyond the last row takes over none. Uses `state` up.
+    """
+
+    def put(mine: Array, theirs: Array) -> Array:
+        return mine.at[rows].set(theirs, mode="drop")
+
+    merged = jax.tree.map(put, state.replace(cache=None), others.replace(cache=None))
+    return merged.replace(cache=state.cache.insert(others.cache, rows))
+
+
+@jax.jit
+def take_rows(state: Any, rows: Array) -> Any:
+    """The rows `rows` int32 [A] of a decoder's state, keys and values left out."""
+    cache = state.cache.replace(layers=None)
+    return jax.tree.map(lambda x: x[rows], state.replace(cache=cache))

@@ -177,13 +177,12 @@ class Attention(nn.Module):
         if c.qkv_bias:
             y = y + self._bias("qkv_bias", shape[1:], axes[1:])
         y = nn.with_logical_constraint(y, ("act_batch", "act_length", "act_kv_heads", None, None))
+        is_key, is_value = (jnp.arange(groups + 2)[:, None] == i for i in (groups, groups + 1))
         z = y
         if c.qk_norm:
             q, k = (NormScale(c.head_dim, w.param_dtype, name=name)() for name in ("q_norm", "k_norm"))
-            scale = jnp.stack([q] * groups + [k, jnp.ones_like(k)]).astype(w.dtype)
-            z = _normalised(z, c.norm_eps) * scale
+            z = _normalised(z, c.norm_eps) * jnp.where(is_key, k, q).astype(w.dtype)
         z = apply_rope(z, tuple(table[..., None, :] for table in rope))
-        is_value = jnp.arange(groups + 2)[:, None] == groups + 1
         return jnp.where(is_value, y, z)
 
     def _bias(self, name: str, shape, axes) -> Array:

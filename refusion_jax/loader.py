@@ -45,12 +45,17 @@ def load(
     params = joined.join(stored_params(folder, config))
     computed = np.dtype(dtype or params["embedding"].dtype)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    kernel = fitting_decode_kernel(platform, computed, config.head_dim)
-    model = Transformer(config, computed, computed, kernel=kernel, joined=True)
+    model = decoding_model(config, computed, platform)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
     if mesh is not None:
-        abstract = sharding.with_shardings(abstract, sharding.layout(_boxed(model), mesh).shardings)
+        abstract = sharding.with_shardings(abstract, sharding.layout(boxed_params(model), mesh).shardings)
     return model, stored.place(params, abstract), tokenizer
+
+
+def decoding_model(config: ModelConfig, dtype: Any, platform: str) -> Transformer:
+    """The model of that shape as it decodes fastest on "gpu", "tpu" or "cpu"."""
+    kernel = fitting_decode_kernel(platform, dtype, config.head_dim)
+    return Transformer(config, dtype, dtype, kernel=kernel, joined=True)
 
 
 def load_params(folder: str | Path, config: ModelConfig, abstract: Any) -> dict[str, Any]:
@@ -78,11 +83,11 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     if not (folder / checkpoint.FOLDER).is_dir():
         return hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
     params = stored.unstack(lora.merge_stored(checkpoint.saved_params(folder)))
-    checkpoint.check_shapes(folder, params, sharding.unbox(_boxed(Transformer(config))))
+    checkpoint.check_shapes(folder, params, sharding.unbox(boxed_params(Transformer(config))))
     return params
 
 
-def _boxed(model: Transformer) -> Any:
+def boxed_params(model: Transformer) -> Any:
     """Abstract parameters in Linen's partitioning boxes."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = model.clone(kernel="dense").init  # which has the same parameters and is soon traced

@@ -1,5 +1,6 @@
 """Programs lowered and compiled for TPUs that are not there, and what the compiler says of them."""
 
+import dataclasses
 import math
 import re
 import time
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 from refusion_jax import collectives, sharding
 from refusion_jax.chips import Topology
 from refusion_jax.decode import decode, prepare
-from refusion_jax.model import ModelConfig, Transformer
+from refusion_jax.feed import tokens_ahead
+from refusion_jax.loader import boxed_params, decoding_model
+from refusion_jax.model_config import ModelConfig
 from refusion_jax.requests import DecodeConfig
 from refusion_jax.sharding import MeshConfig
 from refusion_jax.train_step import RunConfig, make_program
@@ -96,18 +99,20 @@ def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> L
       BadInput: there is no decoding such requests.
     """
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=-1), topology.devices())
-    decoder = Transformer(model, jnp.bfloat16, jnp.bfloat16)
-    nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(decoder.init, jax.random.key(0), nothing, nothing)["params"]
+    decoder = decoding_model(model, jnp.bfloat16, "tpu")
+    boxed = boxed_params(decoder)
     params = sharding.with_shardings(sharding.unbox(boxed), sharding.layout(boxed, mesh).shardings)
     settings = DecodeConfig(
         _MASK_ID, _MASK_ID, asked.gen_length, slot_size=asked.slot_size, num_blocks=asked.num_blocks
     )
     *inputs, shape = prepare(decoder, [[0] * asked.prompt_length] * asked.batch_size, settings)
+    kind = mesh.devices.flat[0].device_kind
+    shape = dataclasses.replace(shape, ahead=tokens_ahead(asked.batch_size, kind))
     everywhere = sharding.replicated(mesh)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)
     arguments = {"parameters": params, "requests": inputs}
-    return Lowered(decode.lower(decoder, params, *inputs, shape=shape), _bytes_each(arguments))
+    program = jax.jit(decode, static_argnames=("model", "shape"))
+    return Lowered(program.lower(decoder, params, *inputs, shape=shape), _bytes_each(arguments))
 
 
 def _bytes_each(arguments: dict[str, Any]) -> dict[str, int]:

@@ -1,167 +1,107 @@
-"""The rules of plan and infill for one row: what it feeds in each phase, and where the answer takes it.
+"""The rules of plan and infill for one row: where the answer to what it fed takes it.
 
-Everything here is a pure function of one row, to be vmapped over a batch (`score`, which sees the batch,
-excepted); where a rule is about one slot it is vmapped over the slots in turn. Written to the recordings
-of the authors' code (arXiv 2512.13586, section 3.3); `fixed` and `release` semantics differ where a
-comment says so.
+Everything here is a pure function of one row, to be vmapped over a batch; where a rule is about one slot
+it is vmapped over the slots in turn. Written to the recordings of the authors' code (arXiv 2512.13586,
+section 3.3); `fixed` and `release` semantics differ where a comment says so.
 
-M slots and T tokens are those of a block as padded.
+A pass that also fed the masks of what comes next (feed.py) carries that out at once. Slots that are
+infilled go each at its own pace, which comes to the same as the authors' rounds: what a slot accepts
+depends on it alone, and of the slots with an EOS the first counts, whichever is found first.
+
+M slots and T tokens are those of a block as padded, Q the tokens fed.
 """
 
 import functools
-from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.feed import Fed, Groups
 from refusion_jax.requests import Requests
+from refusion_jax.rows import Geometry, Phase, Row, geometry, next_plan
+from refusion_jax.scores import Scores
 
 Array = jax.Array
 
 
-class Phase(IntEnum):
-    PLAN = 0
-    VERIFY = 1
-    REFILL = 2
-    RECHECK = 3
-    DONE = 4
-
-
-class Row(struct.PyTreeNode):
-    """Where a row stands in its course; every field has a leading batch axis outside `vmap`.
+class Replay(struct.PyTreeNode):
+    """A recorded course to follow whatever the logits say.
 
     Attributes:
-      phase: int32, what the next forward pass is for.
-      block: int32, the block being decoded.
-      pool: bool [M], slots of the block not yet decoded.
-      chosen: bool [M], slots picked by the last plan.
-      open: bool [M], chosen slots being infilled; those after a slot with EOS have left.
-      confidence: float32 [M], of the last plan, -1 for slots not in the pool.
-      draft: int32 [T], the block's tokens in play.
-      accepted: int32 [M], how many leading tokens of each open slot are accepted.
-      eos_found: bool, no further block will be decoded.
-      forwards, iterations, rounds: int32, passes made, plans carried out, refills since the last plan.
+      planned: bool [I, M], the slots chosen by each plan.
+      accepted: int32 [I, T]; entry m * slot_size + r is how many tokens of slot m are accepted when verified
+        (r = 0) or after the r-th refill.
+      length: int32, plans after which decoding ends.
     """
 
-    phase: Array
-    block: Array
-    pool: Array
-    chosen: Array
-    open: Array
-    confidence: Array
-    draft: Array
+    planned: Array
     accepted: Array
-    eos_found: Array
-    forwards: Array
-    iterations: Array
-    rounds: Array
+    length: Array
 
 
-class Geometry(struct.PyTreeNode):
-    """Where the T tokens of a row's current block lie: all int32 or bool [T]."""
-
-    index: Array  # within the block
-    inside: Array  # False for the padding of a block shorter than T
-    slot: Array  # which slot of the block
-    offset: Array  # within the slot
-    position: Array  # in the text, prompt included
-
-
-def geometry(row: Row, request: Requests) -> Geometry:
-    index = jnp.arange(row.draft.shape[0])
-    slot, offset = jnp.divmod(index, request.slot_size)
-    position = request.prompt_len + row.block * request.block_len + index
-    return Geometry(index, index < request.block_len, slot, offset, position)
-
-
-class Query(struct.PyTreeNode):
-    """The tokens a row feeds: tokens, positions int32 [T], active bool [T], mask bool [T, T]."""
-
-    tokens: Array
-    positions: Array
-    active: Array
-    mask: Array
-
-
-def query(row: Row, request: Requests, mask_id: Array) -> Query:
-    """What a row's phase asks the model."""
-    at = geometry(row, request)
-    fed_slots = jnp.stack([row.pool, row.chosen, row.open, row.open, jnp.zeros_like(row.pool)])[row.phase]
-    active = at.inside & fed_slots[at.slot]
-    accepted = at.offset < row.accepted[at.slot]
-    masked = (row.phase == Phase.PLAN) | ((row.phase == Phase.REFILL) & ~accepted)
-    alone = row.phase >= Phase.REFILL
-    mask = active & (at.index <= at.index[:, None]) & (~alone | (at.slot == at.slot[:, None]))
-    return Query(jnp.where(masked, mask_id, row.draft), at.position, active, mask)
-
-
-class Scores(struct.PyTreeNode):
-    """What a row reads off its logits, each [T].
+class Answer(struct.PyTreeNode):
+    """What a row reads off its pass.
 
     Attributes:
-      draft: int32, the token a mask at this place stands for.
-      confidence: float32, its probability at this place.
-      confident: bool, that is above the slot threshold.
-      passes: bool, the token fed at this place has a probability, read from the token before it, above
+      draft: int32 [Q], the token that each token fed stands for or is followed by.
+      confidence: float32 [Q], its probability.
+      confident: bool [Q], that is above the slot threshold.
+      passes: bool [T], the block's token at this place has a probability, after the token before it, above
         the token threshold.
+      place: int32 [J, T], as in Fed.
+      replay: or None.
     """
 
     draft: Array
     confidence: Array
     confident: Array
     passes: Array
+    place: Array
+    replay: Replay | None
 
 
-def score(logits: Array, tokens: Array, row: Row, requests: Requests) -> Scores:
-    """Scores of a batch.
+class Outcome(struct.PyTreeNode):
+    """What a pass came to.
+
+    Attributes:
+      committed: bool [T], tokens of the block to commit.
+      keep: bool [Q], tokens fed whose keys and values are kept.
+      accepted: int32 [M], how many tokens of each slot are now accepted.
+      rounds: int32, refills that an infill took which is now whole.
+    """
+
+    committed: Array
+    keep: Array
+    accepted: Array
+    rounds: Array
+
+
+def read(scores: Scores, fed: Fed, row: Row, request: Requests, replay: Replay | None, dtype) -> Answer:
+    """What a row reads off the scores [Q] of what it fed.
 
     `fixed` works in float32. `release` rounds probabilities and thresholds to the dtype of the logits,
     as the authors do (quirks 1 and 2 of the recordings).
-
-    Args:
-      logits: [B, T, V].
-      tokens: int32 [B, T], as fed.
     """
-    exact = logits.astype(jnp.float32)
-    normaliser = jax.nn.logsumexp(exact, axis=-1)
 
-    def round_in_release(x: Array) -> Array:
-        release = requests.release.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(release, x.astype(logits.dtype).astype(jnp.float32), x)
+    def rounded(x: Array) -> Array:
+        return jnp.where(request.release, x.astype(dtype).astype(jnp.float32), x)
 
-    def probability(of: Array) -> Array:
-        chosen = jnp.take_along_axis(exact, of[..., None], axis=-1)[..., 0]
-        return round_in_release(jnp.exp(chosen - normaliser))
-
-    def above(p: Array, threshold: Array) -> Array:
-        return p > round_in_release(threshold)[:, None]
-
-    draft = _draft(exact, row, requests)
-    confidence = probability(draft)
-    of_next = probability(jnp.roll(tokens, -1, axis=1))
-    passes = jnp.roll(above(of_next, requests.token_threshold), 1, axis=1)
-    return Scores(draft, confidence, above(confidence, requests.slot_threshold), passes)
+    confidence = rounded(scores.confidence)
+    next_passes = rounded(scores.of_target) > rounded(request.token_threshold)
+    needed = jnp.where(row.phase == Phase.VERIFY, fed.place[Groups.JOINT], fed.place[Groups.ALONE])
+    passes = jnp.roll(_at(next_passes, needed), 1)
+    if replay is not None:
+        at = geometry(row, request)
+        first = at.slot * request.slot_size
+        passes = at.offset < replay.accepted[row.iterations][first + row.rounds[at.slot]]
+    confident = confidence > rounded(request.slot_threshold)
+    return Answer(scores.draft, confidence, confident, passes, fed.place, replay)
 
 
-def _draft(logits: Array, row: Row, requests: Requests) -> Array:
-    """int32 [B, T]: the argmax, or in the plan of a row with a temperature a Gumbel-max sample.
-
-    The noise is keyed by (seed, iteration, place in the response): it depends on the request alone.
-    """
-    hot = (requests.temperature > 0) & (row.phase == Phase.PLAN)
-
-    def noise_of_row(row: Row, request: Requests) -> Array:
-        key = jax.random.fold_in(jax.random.key(request.seed), row.iterations)
-        places = geometry(row, request).position - request.prompt_len
-        noise = jax.vmap(lambda place: jax.random.gumbel(jax.random.fold_in(key, place), logits.shape[-1:]))
-        return noise(places) * request.temperature
-
-    def sample() -> Array:
-        noise = jax.vmap(noise_of_row)(row, requests)
-        return jnp.argmax(logits + jnp.where(hot[:, None, None], noise, 0), axis=-1)
-
-    return jax.lax.cond(hot.any(), sample, lambda: jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+def _at(x: Array, place: Array) -> Array:
+    """x [Q] at places, zero where these are none of the Q."""
+    return x.at[place].get(mode="fill", fill_value=0)
 
 
 def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -> Array:
@@ -173,36 +113,23 @@ def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -
     return jax.vmap(run_of_slot)(jnp.arange(num_slots))
 
 
-# The phases. Each takes one row and returns it advanced, with the tokens to commit, bool [T].
+# The phases. Each takes one row and returns it advanced, with what comes of the pass.
 
 
-def plan(row: Row, request: Requests, scores: Scores, eos_id: Array) -> tuple[Row, Array]:
-    """Chooses the slots whose first token is drafted with confidence, or the most confident slot."""
+def plan(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
+    """Chooses slots among those fed as masks."""
     del eos_id
-    slots = jnp.arange(row.pool.shape[0])
-    first = jnp.minimum(slots * request.slot_size, scores.draft.shape[0] - 1)
-    confidence = jnp.where(row.pool, scores.confidence[first], -1.0)
-    confident = row.pool & scores.confident[first]
-    best = slots == jnp.argmax(confidence)  # the earliest of equals
-    chosen = jnp.where(confident.any(), confident, best)
-    row = row.replace(
-        phase=jnp.int32(Phase.VERIFY),
-        chosen=chosen,
-        confidence=confidence,
-        draft=scores.draft,
-        rounds=jnp.int32(0),
-    )
-    return row, jnp.zeros_like(scores.draft, bool)
+    return _choose(row, request, answer, answer.place[_groups(row).plan]), _nothing(row, answer)
 
 
-def verify(row: Row, request: Requests, scores: Scores, eos_id: Array) -> tuple[Row, Array]:
+def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Commits the chosen slots that the longest passing prefix of their drafts covers.
 
     If it covers none, every chosen slot is to be infilled on its own from its own passing prefix.
     """
-    at = geometry(row, request)
+    at, groups = geometry(row, request), _groups(row)
     drafted = at.inside & row.chosen[at.slot]
-    passes = (at.offset == 0) | scores.passes
+    passes = (at.offset == 0) | answer.passes
     prefix = drafted & (jnp.cumsum(drafted & ~passes) == 0)
 
     eos = prefix & (row.draft == eos_id)
@@ -215,87 +142,156 @@ def verify(row: Row, request: Requests, scores: Scores, eos_id: Array) -> tuple[
     whole = row.chosen & (jnp.cumsum(row.chosen) <= num_whole)
     committed = jnp.where(has_eos, drafted & (at.index <= at_eos), drafted & whole[at.slot])
     left = jnp.where(has_eos, row.pool & ~row.chosen & (slots < eos_slot), row.pool & ~whole)
+    all_whole = num_whole == jnp.sum(row.chosen)
+    group = jnp.where(all_whole, groups.plan, groups.prefix + num_whole - 1)
+    guessed = ~has_eos & (all_whole | (num_whole <= groups.prefixes))
+    done = _go_on(row, request, answer, left, has_eos, jnp.where(guessed, group, -1))
 
-    done = row.replace(pool=left, eos_found=row.eos_found | has_eos)
-    infill = row.replace(
-        phase=jnp.int32(Phase.REFILL),
-        open=row.chosen,
-        accepted=leading_runs(passes, at, request, slots.shape[0]),
-    )
+    accepted = leading_runs(passes, at, request, slots.shape[0])
+    first = row.chosen & (jnp.cumsum(row.chosen) == 1)  # it has seen nothing but itself
+    cached = jnp.where(first, accepted, 0)
+    infill = row.replace(phase=jnp.int32(Phase.INFILL), open=row.chosen, accepted=accepted, cached=cached)
+    infill = _refilled(infill, request, answer, jnp.where(first, accepted, 0))
+
     iterate = ~has_eos & (num_whole == 0)
-    return _select(iterate, infill, _next_plan(done, request)), committed & ~iterate
-
-
-def refill(row: Row, request: Requests, scores: Scores, eos_id: Array) -> tuple[Row, Array]:
-    """Drafts what is not yet accepted of every open slot; always greedy."""
-    del eos_id
-    at = geometry(row, request)
-    missing = at.inside & row.open[at.slot] & (at.offset >= row.accepted[at.slot])
-    row = row.replace(
-        phase=jnp.int32(Phase.RECHECK),
-        draft=jnp.where(missing, scores.draft, row.draft),
-        rounds=row.rounds + 1,
+    kept = jnp.where(iterate, drafted & (at.offset < cached[at.slot]), committed)
+    outcome = Outcome(
+        committed=committed & ~iterate,
+        keep=_spread(kept, answer.place[groups.JOINT], answer),
+        accepted=accepted,
+        rounds=jnp.int32(0),
     )
-    return row, jnp.zeros_like(missing)
+    return _select(iterate, infill, done), outcome
 
 
-def recheck(row: Row, request: Requests, scores: Scores, eos_id: Array) -> tuple[Row, Array]:
-    """Lets every open slot's accepted prefix grow by at least one token; commits when all are whole."""
-    at = geometry(row, request)
-    slots = jnp.arange(row.pool.shape[0])
-    fed = at.inside & row.open[at.slot]
+def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
+    """Lets the accepted prefix of every rechecked slot grow by at least one token; commits when all are
+    whole."""
+    at, groups = geometry(row, request), _groups(row)
+    slots, size = jnp.arange(row.pool.shape[0]), request.slot_size
+    mine = at.inside & row.open[at.slot]
     forced = at.offset <= row.accepted[at.slot]
-    accepted = leading_runs(forced | scores.passes, at, request, slots.shape[0])
+    run = leading_runs(forced | answer.passes, at, request, slots.shape[0])
+    accepted = jnp.where(row.drafted & (row.accepted < size), run, row.accepted)
 
     # The first slot with an accepted EOS counts as whole, and the slots after it leave.
-    eos = fed & (at.offset < accepted[at.slot]) & (row.draft == eos_id)
+    eos = mine & (at.offset < accepted[at.slot]) & (row.draft == eos_id)
     has_eos = eos.any()
-    eos_slot = jnp.where(has_eos, at.slot[jnp.argmax(eos)], slots.shape[0])
-    row = row.replace(
-        phase=jnp.int32(Phase.REFILL),
-        open=row.open & (slots <= eos_slot),
-        accepted=jnp.where(slots == eos_slot, request.slot_size, accepted),
-    )
-    complete = jnp.all(~row.open | (row.accepted == request.slot_size))
-    committed = at.inside & row.open[at.slot] & ~(has_eos & (at.index > jnp.argmax(eos)))
+    at_eos = jnp.argmax(eos)
+    eos_slot = jnp.where(has_eos, at.slot[at_eos], slots.shape[0])
+    still = row.open & (slots <= eos_slot)
+    complete = jnp.all(~still | (accepted == size) | (slots == eos_slot))
+    committed = at.inside & still[at.slot] & ~(has_eos & (at.index > at_eos))
 
     # `release` mistakes the row number among the chosen slots for the index in the pool, and so loses
     # slots before the EOS that were never generated (quirk 8 of the recordings).
     eos_rank = jnp.sum(row.chosen & (slots < eos_slot))
     before_eos = jnp.where(request.release, jnp.cumsum(row.pool) <= eos_rank, slots < eos_slot)
     left = row.pool & ~row.chosen & (~has_eos | before_eos)
-    done = row.replace(pool=left, eos_found=row.eos_found | has_eos)
-    return _select(complete, _next_plan(done, request), row), committed & complete
+    done = _go_on(row, request, answer, left, has_eos, jnp.where(has_eos, -1, groups.plan))
+
+    whole = jnp.where(slots == eos_slot, size, accepted)
+    going = row.replace(open=still, accepted=whole, cached=accepted)
+    going = _refilled(going, request, answer, jnp.where(row.drafted, accepted - row.accepted, 0))
+    outcome = Outcome(
+        committed=committed & complete,
+        keep=_spread(mine & (at.offset < accepted[at.slot]), answer.place[groups.ALONE], answer),
+        accepted=accepted,
+        rounds=jnp.max(jnp.where(still, row.rounds, 0)),
+    )
+    return _select(complete, done, going), outcome
 
 
-def rest(row: Row, request: Requests, scores: Scores, eos_id: Array) -> tuple[Row, Array]:
+def rest(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """A finished row stays as it is."""
     del request, eos_id
-    return row, jnp.zeros_like(scores.draft, bool)
+    return row, _nothing(row, answer)
 
 
-def carry_out(row: Row, request: Requests, scores: Scores, eos_id: Array) -> tuple[Row, Array]:
+def carry_out(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Carries one row through the phase its forward pass was for."""
-    phases = [plan, verify, refill, recheck, rest]
-    after, committed = jax.lax.switch(row.phase, phases, row, request, scores, eos_id)
-    return after.replace(forwards=row.forwards + (row.phase != Phase.DONE)), committed
+    after, outcome = jax.lax.switch(row.phase, [plan, verify, infill, rest], row, request, answer, eos_id)
+    return after.replace(forwards=row.forwards + (row.phase != Phase.DONE)), outcome
 
 
-def _next_plan(row: Row, request: Requests) -> Row:
-    """The row after a commit: on to the next plan, the next block, or the end."""
-    block_done = ~row.pool.any()
-    last = row.eos_found | (row.block + 1 >= request.num_blocks)
-    enter = block_done & ~last
+def _choose(row: Row, request: Requests, answer: Answer, place: Array) -> Row:
+    """A row that reads its plan off the masks at `place` [T]: the slots whose first token is drafted with
+    confidence, or the most confident slot, are to be verified."""
+    slots = jnp.arange(row.pool.shape[0])
+    first = place[jnp.minimum(slots * request.slot_size, place.shape[0] - 1)]
+    confidence = jnp.where(row.pool, _at(answer.confidence, first), -1.0)
+    confident = row.pool & _at(answer.confident, first)
+    if answer.replay is not None:
+        confident = row.pool & answer.replay.planned[row.iterations]
+    best = slots == jnp.argmax(confidence)  # the earliest of equals
     return row.replace(
-        phase=jnp.where(block_done & last, Phase.DONE, Phase.PLAN).astype(jnp.int32),
-        block=row.block + enter,
-        pool=jnp.where(enter, all_slots(request, row.pool.shape[0]), row.pool),
-        iterations=row.iterations + 1,
+        phase=jnp.int32(Phase.VERIFY),
+        chosen=jnp.where(confident.any(), confident, best),
+        confidence=confidence,
+        draft=_at(answer.draft, place),
+        rounds=jnp.zeros_like(row.rounds),
     )
 
 
-def all_slots(request: Requests, num_slots: int) -> Array:
-    return jnp.arange(num_slots) * request.slot_size < request.block_len
+def _go_on(row: Row, request: Requests, answer: Answer, left: Array, eos: Array, group: Array) -> Row:
+    """The row after a commit: on to the next plan, the next block, or the end.
+
+    Args:
+      left: bool [M], the block's slots yet to be decoded.
+      eos: bool, whether one was committed.
+      group: int32, where the next plan was fed ahead, if it was; -1 where that was for something else.
+    """
+    if answer.replay is not None:
+        ends = row.iterations + 1 >= answer.replay.length
+        left, eos = left & ~ends, eos | ends
+    eos = row.eos_found | eos
+    block, pool, more = next_plan(row, request, left, eos)
+    none = jnp.zeros_like(row.open)
+    row = row.replace(
+        phase=jnp.where(more, Phase.PLAN, Phase.DONE).astype(jnp.int32),
+        block=jnp.where(more, block, row.block),
+        pool=pool,
+        open=none,
+        drafted=none,
+        eos_found=eos,
+        iterations=row.iterations + 1,
+    )
+    place = answer.place[group]
+    fed = (group >= 0) & jnp.any(place < answer.draft.shape[0])
+    return _select(more & fed, _choose(row, request, answer, place), row)
+
+
+def _refilled(row: Row, request: Requests, answer: Answer, more: Array) -> Row:
+    """A row being infilled, with new drafts in the slots whose refill was fed.
+
+    Args:
+      more: int32 [M], how many more tokens of each slot were accepted by the pass that fed it.
+    """
+    at, groups = geometry(row, request), _groups(row)
+    more = jnp.where(more <= groups.lengths, more, -1)[at.slot]
+    place = jnp.where(more >= 0, answer.place[groups.refill + more, at.index], answer.draft.shape[0])
+    fed = at.inside & (place < answer.draft.shape[0]) & (at.offset >= row.accepted[at.slot])
+    slots = jnp.arange(row.open.shape[0])
+    drafted = row.open & jax.vmap(lambda m: jnp.any(fed & (at.slot == m)))(slots)
+    return row.replace(
+        draft=jnp.where(fed, _at(answer.draft, place), row.draft),
+        drafted=drafted,
+        rounds=row.rounds + drafted,
+    )
+
+
+def _spread(kept: Array, place: Array, answer: Answer) -> Array:
+    """bool [Q] from bool [T]."""
+    return jnp.zeros(answer.draft.shape, bool).at[place].set(kept, mode="drop")
+
+
+def _nothing(row: Row, answer: Answer) -> Outcome:
+    none = jnp.zeros(answer.draft.shape, bool)
+    return Outcome(jnp.zeros(row.draft.shape, bool), none, jnp.zeros_like(row.accepted), jnp.int32(0))
+
+
+def _groups(row: Row) -> Groups:
+    return Groups(row.pool.shape[0], row.draft.shape[0])
 
 
 def _select(condition: Array, if_true: Row, if_false: Row) -> Row:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,8 @@ class Shape:
       slots: M, slots of a block.
       iterations: entries a trace has room for.
       trace: whether one is kept.
+      ahead: tokens up to which a pass of a row is filled with predictions ahead of need (feed.py); 0 for
+        none, as the authors decode.
     """
 
     rows: int
@@ -149,6 +152,7 @@ class Shape:
     slots: int = 0
     iterations: int = 0
     trace: bool = False
+    ahead: int = 0
 
     @classmethod
     def exact(cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig]) -> "Shape":
@@ -170,16 +174,17 @@ class Shape:
         configs: Sequence[DecodeConfig],
         rows: int | None = None,
         trace: bool = False,
+        ahead: int = 0,
     ) -> "Shape":
         """A padded shape that holds all these requests, in batches of `rows` (default: one batch)."""
-        return cls.exact(prompts, configs).padded(rows, trace)
+        return cls.exact(prompts, configs).padded(rows, trace, ahead)
 
-    def padded(self, rows: int | None = None, trace: bool = False) -> "Shape":
+    def padded(self, rows: int | None = None, trace: bool = False, ahead: int = 0) -> "Shape":
         """This shape with its lengths in buckets, so that few different ones occur; prompts of up to 64
         tokens share one. `rows`: how many are decoded together, when not all."""
         prompt = bucket(max(64, self.prompt))
         rest = {name: bucket(getattr(self, name)) for name in ("gen", "block", "slots", "iterations")}
-        return Shape(rows or self.rows, prompt, **rest, trace=trace)
+        return Shape(rows or self.rows, prompt, **rest, trace=trace, ahead=ahead)
 
     def check_holds(self, needed: "Shape") -> None:
         """Raises BadInput unless requests that need the sizes `needed` fit."""
@@ -247,6 +252,23 @@ class Requests(struct.PyTreeNode):
             seed=of("seed", jnp.uint32),
         )
         return padded, requests
+
+
+class Prepared(NamedTuple):
+    """A batch ready to decode: what `begin` takes beside the model and its parameters.
+
+    Attributes:
+      prompts: int32 [B, P], padded on the right.
+      requests: of the method, [B].
+      mask_id, eos_id: int32 scalars.
+      shape: the padded sizes.
+    """
+
+    prompts: jax.Array
+    requests: Any
+    mask_id: jax.Array
+    eos_id: jax.Array
+    shape: Shape
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shape, vocab_size: int):

@@ -24,7 +24,7 @@ from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import load
 from refusion_jax.model import Transformer
-from refusion_jax.requests import DecodeConfig
+from refusion_jax.requests import MOST_BLOCK_TOKENS, DecodeConfig
 from refusion_jax.serving import Defaults, Request
 from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
 
@@ -48,6 +48,43 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="DIR", required=True, help="model folder: Hugging Face's, or written by train"
     )
     add("--method", choices=("refusion", "ar"), default="refusion", help="decoder (default %(default)s)")
+    add_setting_flags(parser)
+    add(
+        "--semantics",
+        choices=("fixed", "release"),
+        default=of.semantics,
+        help="release: the authors' code to the letter, its slips included (default %(default)s)",
+    )
+    add(
+        "--first_token",
+        choices=("next", "mask"),
+        help="where --method=ar reads the first token: off the last prompt token, or off a mask "
+        "(default: as the checkpoint's objective trained it)",
+    )
+    add(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        default=8,
+        help="requests decoded together (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of weights and computation (default bfloat16, on a CPU float32)",
+    )
+    add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
+    add(
+        "--enable_thinking",
+        choices=("true", "false"),
+        help="told to the chat template (default: not told, and Qwen3's has the model think)",
+    )
+    add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
+
+
+def add_setting_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """The flags of SETTINGS and --ahead; `defaults` in place of those of DecodeConfig."""
+    of, add = DecodeConfig(mask_id=0, eos_id=0, **defaults), parser.add_argument
     whole = {"type": int, "metavar": "N"}
     number = {"type": float, "metavar": "X"}
     of_default = "(default %(default)s)"
@@ -74,30 +111,11 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     add("--temperature", **number, default=of.temperature, help=f"of the drafts, 0 is greedy {of_default}")
     add("--seed", **whole, default=of.seed, help=f"of the drafts when temperature is above 0 {of_default}")
     add(
-        "--semantics",
-        choices=("fixed", "release"),
-        default=of.semantics,
-        help=f"release: the authors' code to the letter, its slips included {of_default}",
+        "--ahead",
+        **whole,
+        help="tokens up to which the passes of a request are filled with predictions ahead of need; 0 feeds "
+        "one phase a pass, as the authors do (default: what costs the device next to nothing)",
     )
-    add(
-        "--first_token",
-        choices=("next", "mask"),
-        help="where --method=ar reads the first token: off the last prompt token, or off a mask "
-        "(default: as the checkpoint's objective trained it)",
-    )
-    add("--batch_size", **whole, default=8, help=f"requests decoded together {of_default}")
-    add(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="of weights and computation (default bfloat16, on a CPU float32)",
-    )
-    add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
-    add(
-        "--enable_thinking",
-        choices=("true", "false"),
-        help="told to the chat template (default: not told, and Qwen3's has the model think)",
-    )
-    add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
 
 
 class Opened(NamedTuple):
@@ -113,6 +131,8 @@ def open_model(flags: argparse.Namespace) -> Opened:
     """The model and default settings that the decoding flags name."""
     if flags.batch_size < 1:
         raise BadInput(f"--batch_size must be at least 1 request, found {flags.batch_size}")
+    if flags.ahead is not None and not 0 <= flags.ahead <= MOST_BLOCK_TOKENS:
+        raise BadInput(f"--ahead must be 0 to {MOST_BLOCK_TOKENS} tokens, found {flags.ahead}")
     use_compilation_cache()
     on_cpu = jax.default_backend() == "cpu"
     dtype = DTYPES[flags.dtype or ("float32" if on_cpu else "bfloat16")]
@@ -127,7 +147,7 @@ def open_model(flags: argparse.Namespace) -> Opened:
     else:
         settings["semantics"] = flags.semantics
     template = {} if flags.enable_thinking is None else {"enable_thinking": flags.enable_thinking == "true"}
-    defaults = Defaults(flags.method, settings, flags.raw, template, tuple(flags.stop))
+    defaults = Defaults(flags.method, settings, flags.raw, template, tuple(flags.stop), flags.ahead)
     return Opened(model, params, tokenizer, defaults)
 
 
@@ -160,7 +180,7 @@ def from_file(flags: argparse.Namespace) -> int:
 
     served = iter(())
     if requests:
-        shape = serving.fitting_shape(requests, flags.batch_size)
+        shape = serving.fitting_shape(requests, flags.batch_size, defaults.ahead)
         served = serving.serve(model, params, tokenizer, requests, shape, defaults.stop)
     write_results((next(served) if answer is None else answer for answer in answers), flags.output)
     errors = [answer["error"] for answer in answers if answer is not None]
@@ -265,11 +285,11 @@ def text_request(opened: Opened, prompt: str, trace: bool = False) -> Request:
 def print_answers(opened: Opened, requests: Sequence[Request]) -> list[dict[str, Any]]:
     """Each answer on stdout and what it took on stderr; one compilation serves them all."""
     model, params, tokenizer, defaults = opened
-    shape = serving.fitting_shape(requests, 1)
+    shape = serving.fitting_shape(requests, 1, defaults.ahead)
     console = Console()
     live = console.is_terminal and defaults.method == "refusion"
     start = time.perf_counter()
-    serving.warm_up(model, params, requests[0].config, shape, streamed=live)
+    serving.warm_up(model, params, tokenizer, requests[0], shape)
     compiled = f"; compiled in {time.perf_counter() - start:.1f} s"
     answers = []
     for request in requests:

@@ -5,7 +5,9 @@ override the defaults. Settings of another method are passed over, so that one f
 request that cannot be served gets a result with `error`, and the others go on.
 """
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 from refusion_jax import decode
 from refusion_jax.baselines import ar
 from refusion_jax.errors import BadInput
+from refusion_jax.feed import tokens_ahead
+from refusion_jax.kv_cache import insert_rows, take_rows
 from refusion_jax.requests import DecodeConfig, Shape, check_prompt, shown
 from refusion_jax.samples import Samples
 from refusion_jax.tokenizer import Tokenizer
@@ -32,6 +36,7 @@ class Defaults:
       raw: a text prompt is fed as it is, without the chat template.
       template: options of the chat template, as `enable_thinking`.
       stop: the answer's text ends before the first of these.
+      ahead: as in Shape; None is what suits the device.
     """
 
     method: str
@@ -39,6 +44,7 @@ class Defaults:
     raw: bool = False
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stop: Sequence[str] = ()
+    ahead: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,42 +110,77 @@ def _encode(kind: str, value: Any, defaults: Defaults, tokenizer: Tokenizer) -> 
     return tokenizer.encode_prompt(value, raw=defaults.raw, **defaults.template)
 
 
-def fitting_shape(requests: Sequence[Request], batch_size: int) -> Shape:
-    """One padded shape for all the requests, so that one compilation serves them."""
+def fitting_shape(requests: Sequence[Request], batch_size: int, ahead: int | None = None) -> Shape:
+    """One padded shape for all the requests, so that one compilation serves them.
+
+    Args:
+      batch_size: how many are decoded together.
+      ahead: as in Shape; None is what suits the device.
+    """
     prompts, configs = [r.prompt for r in requests], [r.config for r in requests]
     exact = Shape.exact if isinstance(configs[0], DecodeConfig) else ar.exact_shape
-    return exact(prompts, configs).padded(batch_size, trace=any(r.trace for r in requests))
+    if ahead is None:
+        ahead = tokens_ahead(batch_size, jax.devices()[0].device_kind)
+    return exact(prompts, configs).padded(batch_size, any(r.trace for r in requests), ahead)
 
 
 def serve(
     model, params, tokenizer: Tokenizer, requests: Sequence[Request], shape: Shape, stop: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Results in the order of the requests, `shape.rows` decoded at a time."""
-    for start in range(0, len(requests), shape.rows):
-        batch = requests[start : start + shape.rows]
-        method = decode if isinstance(batch[0].config, DecodeConfig) else ar
-        samples = method.sample(
-            model, params, [r.prompt for r in batch], [r.config for r in batch], shape=shape
-        )
-        samples = jax.device_get(samples)
-        for row, request in enumerate(batch):
-            yield result(request, jax.tree.map(lambda x, row=row: x[row], samples), tokenizer, stop)
+    """Results in the order of the requests.
+
+    `shape.rows` are decoded at a time; as rows finish, waiting requests take their place.
+    """
+    finished: dict[int, dict[str, Any]] = {}
+    due = 0
+    for number, samples in decoded(model, params, requests, shape):
+        finished[number] = result(requests[number], samples, tokenizer, stop)
+        while due in finished:
+            yield finished.pop(due)
+            due += 1
 
 
-def warm_up(model, params, config: DecodeConfig | ar.ARConfig, shape: Shape, streamed: bool = False) -> None:
-    """Compiles what decoding at `shape` takes, by decoding one token; `streamed` as `decode.stream` does."""
-    prompts = [[config.mask_id]]
-    if isinstance(config, ar.ARConfig):
-        config = dataclasses.replace(config, gen_length=1)
-        jax.block_until_ready(ar.sample(model, params, prompts, config, shape=shape))
-        return
-    config = dataclasses.replace(config, gen_length=1, slot_size=1, num_blocks=1)
-    if streamed:
-        batch = decode.prepare(model, prompts, config, shape)
-        *_, state = decode.stream(model, params, batch)
-        jax.block_until_ready(decode.finish(state, batch))
-    else:
-        jax.block_until_ready(decode.sample(model, params, prompts, config, shape=shape))
+def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterator[tuple[int, Samples]]:
+    """(number of a request, its row of samples), as they finish."""
+    method = decode if isinstance(requests[0].config, DecodeConfig) else ar
+    # Rows are taken in and given out a few at a time: each time costs a pass over their prompts.
+    few = dataclasses.replace(shape, rows=max(1, shape.rows // 8))
+    blank = method.prepare(model, [requests[0].prompt], [requests[0].config], shape)
+    special = blank.mask_id, blank.eos_id
+    state = method.init(model, blank.prompts, blank.requests, shape=shape)
+    waiting = collections.deque(enumerate(requests))
+    running: dict[int, int] = {}  # row -> number of the request in it
+    while waiting or running:
+        free = (row for row in range(shape.rows) if row not in running)
+        while waiting and len(running) < shape.rows:
+            taken = [(row, *waiting.popleft()) for row in itertools.islice(free, min(few.rows, len(waiting)))]
+            rows, numbers, asked = zip(*taken, strict=True)
+            *inputs, _ = method.prepare(model, [r.prompt for r in asked], [r.config for r in asked], few)
+            begun = method.begin(model, params, *inputs, shape=few)
+            state = insert_rows(state, begun, _fill(rows, few.rows, shape.rows))
+            running |= zip(rows, numbers, strict=True)
+        state = method.resume(model, params, state, *special, max(0, len(running) - few.rows), shape=shape)
+        done = np.asarray(state.done)
+        ended = [row for row in running if done[row]]
+        for rows in (ended[i : i + few.rows] for i in range(0, len(ended), few.rows)):
+            part = take_rows(state, _fill(rows, few.rows, 0))
+            samples = jax.device_get(method.finish(part, blank.eos_id, few))
+            for i, row in enumerate(rows):
+                yield running.pop(row), jax.tree.map(lambda x, i=i: x[i], samples)
+
+
+def _fill(rows: Sequence[int], length: int, filler: int) -> np.ndarray:
+    """rows as int32 [length]."""
+    return np.asarray([*rows, *[filler] * (length - len(rows))], np.int32)
+
+
+def warm_up(model, params, tokenizer: Tokenizer, like: Request, shape: Shape) -> None:
+    """Compiles what decoding at `shape` takes, by decoding one token."""
+    least = {"gen_length": 1, "slot_size": 1, "num_blocks": 1}
+    fields = {field.name for field in dataclasses.fields(like.config)}
+    config = dataclasses.replace(like.config, **{k: v for k, v in least.items() if k in fields})
+    request = Request(like.id, [config.mask_id], config)
+    list(serve(model, params, tokenizer, [request], shape))
 
 
 def result(request: Request, samples: Samples, tokenizer: Tokenizer, stop: Sequence[str]) -> dict[str, Any]:
@@ -170,8 +211,9 @@ def result(request: Request, samples: Samples, tokenizer: Tokenizer, stop: Seque
 def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
     """A request's plans as JSON; positions count from the start of the prompt.
 
-    `confidences` are of the slots in the pool, by the position of their first token. Decoding left to
-    right has no plans.
+    `start` is that of the block; `confidences` are of the slots in the pool, by the position of their first
+    token; `accepted` says of each slot planned how many of its tokens were accepted when verified, and after
+    each refill. Decoding left to right has no plans.
     """
     if samples.trace is None or isinstance(request.config, ar.ARConfig):
         return []
@@ -179,15 +221,18 @@ def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
     for i in range(int(samples.num_iterations)):
         step = jax.tree.map(lambda x, i=i: x[i], samples.trace)
         start = len(request.prompt) + int(step.block) * request.config.block_len
-        pool = np.flatnonzero(step.confidence >= 0)
+        pool, planned = np.flatnonzero(step.confidence >= 0), np.flatnonzero(step.planned)
+        accepted = [step.accepted[m * size : (m + 1) * size] for m in planned]
         steps.append(
             {
                 "block": int(step.block),
-                "planned": (start + size * np.flatnonzero(step.planned)).tolist(),
+                "start": start,
+                "planned": (start + size * planned).tolist(),
                 "branch": "iterative" if step.iterative else "prefix",
                 "rounds": int(step.rounds),
                 "committed": (start + np.flatnonzero(step.committed)).tolist(),
                 "confidences": {int(start + size * m): round(float(step.confidence[m]), 6) for m in pool},
+                "accepted": [a[a > 0].tolist() for a in accepted],
                 "forwards": int(step.forwards),
             }
         )

@@ -37,7 +37,7 @@ def answer(
                 end = (int(state.row.block[0]) + 1) * block_len
                 live.update(picture(tokenizer, tokens[:end], filled[:end], ~seen[:end]), refresh=True)
                 seen = filled
-    samples = jax.device_get(decode.finish(state, batch))
+    samples = jax.device_get(decode.finish(state, batch.eos_id, shape))
     return serving.result(request, jax.tree.map(lambda x: x[0], samples), tokenizer, stop)
 
 

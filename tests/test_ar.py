@@ -81,11 +81,11 @@ def plain_loop(case: Case) -> list[int]:
 
 @pytest.fixture(scope="module")
 def compilations():
-    """How often `ar.decode` was compiled until all of CASES were decoded, before anything else here."""
-    before = ar.decode._cache_size()
+    """How often `ar.resume` was compiled until all of CASES were decoded, before anything else here."""
+    before = ar.resume._cache_size()
     for batch in CASES.values():
         sample(batch)
-    return ar.decode._cache_size() - before
+    return ar.resume._cache_size() - before
 
 
 @pytest.mark.parametrize("first_token", ["next", "mask"])
@@ -173,11 +173,11 @@ def test_temperature_draws_from_the_tempered_softmax(compilations):
 
 def test_one_compilation_serves_every_request(compilations):
     assert compilations == 1
-    before = ar.decode._cache_size()
+    before = ar.resume._cache_size()
     batch = [Case([5] * i, ARConfig(7, 9, 3 * i, 0.5 * i, i, "mask")) for i in range(1, SHAPE.rows + 1)]
     sample(batch)
     sample(batch[:2])
-    assert ar.decode._cache_size() == before
+    assert ar.resume._cache_size() == before
 
 
 def test_an_empty_prompt(compilations):

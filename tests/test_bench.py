@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from refusion_jax import bench, bench_train
+from refusion_jax import bench, bench_decode, bench_train, sample
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
 SMALL = [
@@ -41,6 +41,66 @@ def test_real_data_and_packing(tmp_path):
     assert run(*SMALL, *packed, "--real_data", "--devices=1", f"--output={file}") == 0
     (row,) = json.loads(file.read_text())
     assert 0 < row["padding"] < 0.1
+
+
+ORACLE = Path(__file__).parent / "data" / "oracle" / "tiny_a"
+DECODING = ["--gen_length=32", "--slot_size=8", "--num_blocks=2", "--repeats=1", "--dtype=float32"]
+
+
+def run_decode(*arguments: str) -> int:
+    return bench.main(["decode", *DECODING, *arguments])
+
+
+def test_decoding_of_a_shape(tmp_path, capsys):
+    """Where nothing is accepted every slot takes a verification and seven rounds; left to right, a token a
+    pass."""
+    file = tmp_path / "figures.json"
+    flags = ["--prompt_length=8", "--slot_threshold=2", "--token_threshold=2", f"--output={file}"]
+    assert run_decode(f"--config={TINY}", "--config.model.num_layers=1", *flags) == 0
+    ours, ar = json.loads(file.read_text())
+    assert (ours["method"], ar["method"]) == ("refusion", "ar")
+    assert ours["passes"] == 1 + 4 * 8 and ar["passes"] == ar["tokens"] == ours["tokens"] == 32
+    for row in (ours, ar):
+        assert row["tokens_s"] > 0 and row["limit_ms"] > 0 and row["of_limit"] < 1
+        assert row["per_pass"] == pytest.approx(row["tokens"] / row["passes"])
+    _, header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == list(bench_decode.COLUMNS) and len(lines) == 2
+
+
+def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
+    """Requests decoded by a trained model; weights of no meaning then take as many passes for as many
+    tokens."""
+    requests, results, file = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "figures.json"))
+    asked = {"gen_length": 32, "slot_size": 8, "num_blocks": 2, "token_threshold": 0.6, "trace": True}
+    prompts = [record["prompt"] for record in json.loads((ORACLE / "ar.json").read_text())["cases"][:3]]
+    lines = [json.dumps({"id": i, "prompt_ids": p} | asked) + "\n" for i, p in enumerate(prompts)]
+    requests.write_text("".join(lines))
+    folder = [f"--checkpoint={ORACLE}", f"--input={requests}", f"--output={results}", "--ahead=64"]
+    assert sample.main([*folder, "--batch_size=3"]) == 0
+    recorded = [json.loads(line) for line in results.read_text().splitlines()]
+    flags = ["--batch_size=3", "--method=refusion", f"--replay={results}", "--ahead=64", f"--output={file}"]
+    assert run_decode(f"--config={TINY}", *flags) == 0
+    (row,) = json.loads(file.read_text())
+    # No EOS spoils a plan fed ahead, and its slot is committed whole, as there is none to cut it at.
+    assert 0 <= max(result["num_forwards"] for result in recorded) - row["passes"] <= 2
+    assert 0 <= row["tokens"] - sum(result["num_tokens"] for result in recorded) < 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--checkpoint and --config: give one of the two"),
+        ([f"--config={TINY}", "--batch_size=0"], "--batch_size=0: must be whole numbers above 0"),
+        ([f"--config={TINY}", "--repeats=-1"], "--repeats=-1: must be"),
+        ([f"--config={TINY}", "--method=mdm"], "--method=mdm: must be refusion, ar or both"),
+        ([f"--config={TINY}", "--gen_length=20"], "gen_length must be a multiple"),
+        ([f"--config={TINY}", "--replay=missing.jsonl"], "--replay=missing.jsonl: cannot be read"),
+        ([f"--config={TINY}", f"--replay={TINY}"], ":1: must be a result of `sample`"),
+    ],
+)
+def test_mistakes_of_decode_are_one_line(capsys, flags, message):
+    assert run_decode(*flags) == 2
+    assert re.search(re.escape(message), capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

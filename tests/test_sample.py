@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from refusion_jax import decode, load, sample
 from refusion_jax.baselines import ar
 from refusion_jax.config import Parser
+from refusion_jax.feed import tokens_ahead
 from refusion_jax.requests import DecodeConfig, Shape
 
 ROOT = Path(__file__).parent.parent
@@ -273,7 +274,7 @@ def test_fields_of_a_result(served):
         assert result["finish_reason"] == ("eos" if 2 in raw_ids else "length")
         assert result["num_tokens"] == len(raw_ids) > 0
         assert result["tokens_per_forward"] == pytest.approx(len(raw_ids) / result["num_forwards"], abs=1e-4)
-        assert 0 < result["num_iterations"] <= result["num_forwards"] / 2
+        assert 0 < result["num_iterations"] < result["num_forwards"]
     assert {r["finish_reason"] for r in served.results if "error" not in r} == {"eos", "length"}
 
 
@@ -288,7 +289,7 @@ def test_results_are_those_of_the_library(served, opened):
         prompts.append(request.get("prompt_ids", SUM))
         configs.append(DecodeConfig(mask_id=3, eos_id=2, **DEFAULTS | own))
     # The shape of the run: no compilation of its own.
-    shape = Shape.fitting(prompts, configs, rows=4, trace=True)
+    shape = Shape.fitting(prompts, configs, rows=4, trace=True, ahead=tokens_ahead(4, "cpu"))
     for i in range(0, len(GOOD), 4):
         samples = jax.device_get(
             decode.sample(model, params, prompts[i : i + 4], configs[i : i + 4], shape=shape)
@@ -316,7 +317,7 @@ def test_recorded_requests_get_the_recorded_answers(served):
     for name, case in recordings().items():
         result = of(served, name)
         assert result["raw_ids"] == case["x"][len(case["prompt"]) :]
-        assert result["num_forwards"] == case["n_forward"]
+        assert 0 < result["num_forwards"] <= case["n_forward"]
         assert len(result["trace"]) == result["num_iterations"]
         for got, step in zip(result["trace"], case["steps"], strict=True):
             want = {name: step[name] for name in ("block", "branch")}
@@ -326,12 +327,19 @@ def test_recorded_requests_get_the_recorded_answers(served):
             assert [int(place) for place in got["confidences"]] == step["slots_left"]
 
 
+def assert_passes_add_up(result) -> None:
+    """At best every plan but the first and every refill rides along; at worst none does."""
+    steps = result["trace"]
+    least = 1 + sum(1 + step["rounds"] for step in steps)
+    assert least <= result["num_forwards"] <= sum(2 + 2 * step["rounds"] for step in steps)
+
+
 def test_a_trace_adds_up(served):
     result = of(served, "never")  # one slot a plan, one forced token a round
     assert [len(plan["planned"]) for plan in result["trace"]] == [1] * result["num_iterations"]
     places = [place for plan in result["trace"] for place in plan["committed"]]
     assert len(places) == len(set(places)) == result["num_tokens"] and min(places) == len(SUM)
-    assert sum(2 + 2 * plan["rounds"] for plan in result["trace"]) == result["num_forwards"]
+    assert_passes_add_up(result)
     assert result["trace"][-1]["forwards"] == result["num_forwards"]
 
 
@@ -439,7 +447,7 @@ def test_a_trace_file(checkpoint, opened, served, tmp_path):
     trace, answer = json.loads(path.read_text(encoding="utf-8")), of(served, "templated")
     assert {name: trace[name] for name in FIELDS - {"id"}} == {name: answer[name] for name in FIELDS - {"id"}}
     assert (trace["prompt"], trace["prompt_ids"]) == ("26+0+10", SUM)
-    assert sum(2 + 2 * plan["rounds"] for plan in trace["trace"]) == answer["num_forwards"]
+    assert_passes_add_up(answer)
     assert "".join(trace["token_texts"]) == opened[2].decode(answer["raw_ids"])
 
 

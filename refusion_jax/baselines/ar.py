@@ -11,8 +11,9 @@ from flax import struct
 from refusion_jax.errors import BadInput
 from refusion_jax.kv_cache import KVCache, scatter_rows
 from refusion_jax.model import exact_matmuls
-from refusion_jax.requests import Shape, check_common, check_pairs, column, pad_prompts, shown
+from refusion_jax.requests import Prepared, Shape, check_common, check_pairs, column, pad_prompts, shown
 from refusion_jax.samples import Samples, in_text_order
+from refusion_jax.scores import Heat, draft
 
 Array = jax.Array
 FIRST_TOKENS = ("next", "mask")
@@ -83,75 +84,94 @@ class ARState(struct.PyTreeNode):
       tokens: int32 [B, S], prompt and response by position.
       count: int32 [B], response tokens so far; each took one forward pass.
       done: bool [B].
+      requests: what each row asks for.
     """
 
     cache: KVCache
     tokens: Array
     count: Array
     done: Array
+    requests: ARRequests
 
 
-@functools.partial(jax.jit, static_argnames=("model", "gen"))
-def decode(
-    model, params, prompts: Array, requests: ARRequests, mask_id: Array, eos_id: Array, *, gen: int
+@functools.partial(jax.jit, static_argnames=("model", "shape"))
+def init(model, prompts: Array, requests: ARRequests, *, shape: Shape) -> ARState:
+    """The state before the first pass; rows that ask for nothing are done."""
+    B, P = prompts.shape
+    return ARState(
+        cache=KVCache.zeros(model.config, B, P + shape.gen, model.dtype),
+        tokens=jnp.pad(prompts, ((0, 0), (0, shape.gen))),
+        count=jnp.zeros(B, jnp.int32),
+        done=requests.gen_length == 0,
+        requests=requests,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "shape"))
+def begin(
+    model, params, prompts: Array, requests: ARRequests, mask_id: Array, eos_id: Array, *, shape: Shape
 ) -> ARState:
-    """Continues prompts int32 [B, P] by at most `gen` tokens; one forward pass a token."""
+    """A batch of prompts int32 [B, P] after its first pass, which reads the first token of each."""
     with exact_matmuls(model):
-        state = first_pass(model, params, prompts, requests, mask_id, eos_id, gen)
+        return first_pass(model, params, init(model, prompts, requests, shape=shape), mask_id, eos_id, shape)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
+def resume(
+    model, params, state: ARState, mask_id: Array, eos_id: Array, until: int = 0, *, shape: Shape
+) -> ARState:
+    """Goes on until no more than `until` rows are left running; uses `state` up."""
+    del mask_id, shape
+    with exact_matmuls(model):
         return jax.lax.while_loop(
-            lambda state: ~jnp.all(state.done),
-            lambda state: next_pass(model, params, state, requests, eos_id),
+            lambda state: jnp.sum(~state.done) > until,
+            lambda state: next_pass(model, params, state, eos_id),
             state,
         )
 
 
-def first_pass(model, params, prompts: Array, requests: ARRequests, mask_id, eos_id, gen: int) -> ARState:
+def first_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shape: Shape) -> ARState:
     """Feeds the prompts with a mask query at the end, and reads the first token off one or the other."""
-    B, P = prompts.shape
+    B, P, requests = state.tokens.shape[0], shape.prompt, state.requests
     places = jnp.broadcast_to(jnp.arange(P), (B, P))
     real = places < requests.prompt_len[:, None]
     visible = jnp.concatenate([real, jnp.ones((B, 1), bool)], axis=1)
     x, fresh = model.apply(
         {"params": params},
-        jnp.concatenate([prompts, jnp.full((B, 1), mask_id, jnp.int32)], axis=1),
+        jnp.concatenate([state.tokens[:, :P], jnp.full((B, 1), mask_id, jnp.int32)], axis=1),
         jnp.concatenate([places, requests.prompt_len[:, None]], axis=1),
         mask=jnp.tril(jnp.ones((P + 1, P + 1), bool)) & visible[:, None],
         method="hidden",
     )
     of_prompt = jax.tree.map(lambda kv: kv[:, :, :P], fresh)
-    cache = KVCache.zeros(model.config, B, P + gen, model.dtype).commit(of_prompt, places, real)
+    state = state.replace(cache=state.cache.commit(of_prompt, places, real))
     read_at = jnp.where(requests.from_mask, P, requests.prompt_len - 1)
     x = jnp.take_along_axis(x, read_at[:, None, None], axis=1)
     logits = model.apply({"params": params}, x, method="unembed")[:, 0]
-    tokens = jnp.pad(prompts, ((0, 0), (0, gen)))
-    state = ARState(cache, tokens, jnp.zeros(B, jnp.int32), requests.gen_length == 0)
-    return append(state, requests, logits, eos_id)
+    return append(state, logits, eos_id)
 
 
-def next_pass(model, params, state: ARState, requests: ARRequests, eos_id: Array) -> ARState:
+def next_pass(model, params, state: ARState, eos_id: Array) -> ARState:
     """Feeds the last token of each row and appends the next."""
-    positions = (requests.prompt_len + state.count - 1)[:, None]
+    positions = (state.requests.prompt_len + state.count - 1)[:, None]
     token = jnp.take_along_axis(state.tokens, positions, axis=1)
     itself = jnp.ones_like(positions, bool)
     mask = jnp.concatenate([state.cache.filled, itself], axis=1)[:, None]
     logits, fresh = model.apply({"params": params}, token, positions, state.cache.layers, mask)
     cache = state.cache.commit(fresh, positions, ~state.done[:, None])
-    return append(state.replace(cache=cache), requests, logits[:, 0], eos_id)
+    return append(state.replace(cache=cache), logits[:, 0], eos_id)
 
 
-def append(state: ARState, requests: ARRequests, logits: Array, eos_id: Array) -> ARState:
+def append(state: ARState, logits: Array, eos_id: Array) -> ARState:
     """Adds the token that logits [B, V] name to the rows that go on."""
-    logits = logits.astype(jnp.float32)
-
-    def noise(seed: Array, count: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), count), logits.shape[-1:])
-
-    def sampled() -> Array:
-        scaled = requests.temperature[:, None] * jax.vmap(noise)(requests.seed, state.count)
-        return jnp.argmax(logits + scaled, axis=-1)
-
-    greedy = functools.partial(jnp.argmax, logits, axis=-1)
-    token = jax.lax.cond(jnp.any(requests.temperature > 0), sampled, greedy).astype(jnp.int32)
+    requests = state.requests
+    heat = Heat(
+        temperature=requests.temperature,
+        seed=requests.seed,
+        iteration=state.count,
+        place=jnp.zeros_like(state.count),
+    )
+    token = draft(logits.astype(jnp.float32), heat)
     positions = (requests.prompt_len + state.count)[:, None]
     count = state.count + ~state.done
     return state.replace(
@@ -159,6 +179,32 @@ def append(state: ARState, requests: ARRequests, logits: Array, eos_id: Array) -
         count=count,
         done=state.done | (token == eos_id) | (count >= requests.gen_length),
     )
+
+
+def prepare(
+    model,
+    prompts: Sequence[Sequence[int]],
+    config: ARConfig | Sequence[ARConfig],
+    shape: Shape | None = None,
+) -> Prepared:
+    """Checks and pads a batch; arguments and errors as those of `sample`."""
+    configs = [config] * len(prompts) if isinstance(config, ARConfig) else list(config)
+    needed = exact_shape(prompts, configs)
+    shape = needed.padded() if shape is None else shape
+    shape.check_holds(needed)
+    for prompt, c in zip(prompts, configs, strict=True):
+        c.check_prompt(prompt)
+    padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
+    requests = ARRequests.batch(prompts, configs, shape.rows)
+    return Prepared(padded, requests, jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id), shape)
+
+
+def finish(state: ARState, eos_id: Array, shape: Shape) -> Samples:
+    """The answers in a state whose rows are done."""
+    prompt_len = state.requests.prompt_len
+    committed = jnp.arange(state.tokens.shape[1]) < (prompt_len + state.count)[:, None]
+    answers = in_text_order(state.tokens, committed, prompt_len, eos_id, gen=shape.gen)
+    return Samples(*answers, state.count, state.count)
 
 
 def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig]) -> Shape:
@@ -181,17 +227,8 @@ def sample(
       BadInput: a prompt or setting that cannot be decoded; an empty prompt has no last token to read a
         first one off, so it needs first_token "mask".
     """
-    configs = [config] * len(prompts) if isinstance(config, ARConfig) else list(config)
-    needed = exact_shape(prompts, configs)
-    shape = needed.padded() if shape is None else shape
-    shape.check_holds(needed)
-    for prompt, c in zip(prompts, configs, strict=True):
-        c.check_prompt(prompt)
-    padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
-    requests = ARRequests.batch(prompts, configs, shape.rows)
-    mask_id, eos_id = jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id)
-    state = decode(model, params, padded, requests, mask_id, eos_id, gen=shape.gen)
-    end = (requests.prompt_len + state.count)[:, None]
-    committed = jnp.arange(state.tokens.shape[1]) < end
-    answers = in_text_order(state.tokens, committed, requests.prompt_len, eos_id, gen=shape.gen)
-    return jax.tree.map(lambda x: x[: len(prompts)], Samples(*answers, state.count, state.count))
+    batch = prepare(model, prompts, config, shape)
+    *inputs, shape = batch
+    state = begin(model, params, *inputs, shape=shape)
+    state = resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape)
+    return jax.tree.map(lambda x: x[: len(prompts)], finish(state, batch.eos_id, shape))

@@ -1,0 +1,179 @@
+"""Times decoding: what a forward pass takes against reading the weights, and what comes out a second.
+
+Every setting is compiled, run once to warm up and then `repeats` times; medians are told. The limit of a
+pass is the bytes of the weights it reads, and of the keys and values of a half-filled cache, over the
+bandwidth that reading an array of 2 GB shows on the same device.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusion_jax import decode, sharding
+from refusion_jax.baselines import ar
+from refusion_jax.loader import boxed_params, decoding_model
+from refusion_jax.model_config import ModelConfig
+from refusion_jax.replay import Course, replay
+from refusion_jax.requests import DecodeConfig
+
+MASK_ID = 5  # where weights are random any will do
+NEVER = 2**31 - 1  # no token has this id
+COLUMNS = {  # name -> format
+    "method": "",
+    "batch": "d",
+    "first_ms": ".1f",
+    "pass_ms": ".2f",
+    "limit_ms": ".2f",
+    "passes": "d",
+    "tokens": ",d",
+    "per_pass": ".2f",
+    "tokens_s": ",.0f",
+    "of_limit": ".1%",
+    "compile_s": ".0f",
+    "again_s": ".1f",
+}
+HEADER = "  ".join(f"{name:>{max(len(name), 8)}}" for name in COLUMNS)
+
+
+def shown(row: dict[str, Any]) -> str:
+    """One line under HEADER."""
+    return "  ".join(f"{row[name]:>{max(len(name), 8)}{spec}}" for name, spec in COLUMNS.items())
+
+
+class Work(NamedTuple):
+    """What is timed.
+
+    Attributes:
+      method: "refusion" or "ar".
+      batch: rows decoded together.
+      prompt_length: tokens of each prompt, random.
+      config: of every row.
+      courses: to follow in the rows in turn, or none.
+      ahead: as in Shape; None is what suits the device.
+    """
+
+    method: str
+    batch: int
+    prompt_length: int
+    config: DecodeConfig
+    courses: Sequence[Course] = ()
+    ahead: int | None = None
+
+
+def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[str, Any]:
+    """Figures of one setting.
+
+    Args:
+      bandwidth: bytes a second, of `read_bandwidth`.
+
+    Returns:
+      COLUMNS and the settings: milliseconds of the first pass, prompt included, and of each later pass;
+      the limit of such a pass; passes made and tokens committed by all rows; tokens a pass of one row;
+      tokens/s of all rows, first pass included; the limit over the time a pass takes; seconds to compile
+      without and with the compilation cache.
+    """
+    begin, resume = _programs(model, params, work)
+    compile_s = _timed(lambda: resume(begin()))[0]
+    if jax.config.jax_compilation_cache_dir is not None:
+        jax.clear_caches()
+    again_s = _timed(lambda: resume(begin()))[0]
+    first, rest = [], []
+    for _ in range(repeats):
+        seconds, state = _timed(begin)
+        first.append(seconds)
+        seconds, state = _timed(lambda state=state: resume(state))
+        rest.append(seconds)
+    made = np.asarray(state.count if work.method == "ar" else state.row.forwards)
+    tokens = int(np.sum(np.asarray(state.cache.filled))) - work.batch * work.prompt_length
+    tokens += work.batch if work.method == "ar" else 0  # the last one is not fed
+    passes, first_s, rest_s = int(made.max()), statistics.median(first), statistics.median(rest)
+    pass_s = rest_s / max(passes - 1, 1)
+    limit_s = (
+        weight_bytes(model, params) + sum(x.nbytes for x in jax.tree.leaves(state.cache.layers)) / 2
+    ) / (bandwidth * len(jax.tree.leaves(params)[0].sharding.device_set))
+    return {
+        **{name: value for name, value in work._asdict().items() if name not in ("config", "courses")},
+        **dataclasses.asdict(work.config),
+        "first_ms": 1e3 * first_s,
+        "pass_ms": 1e3 * pass_s,
+        "limit_ms": 1e3 * limit_s,
+        "passes": passes,
+        "tokens": tokens,
+        "per_pass": tokens / int(made.sum()),
+        "tokens_s": tokens / (first_s + rest_s),
+        "of_limit": limit_s / pass_s,
+        "compile_s": compile_s,
+        "again_s": again_s,
+    }
+
+
+def _programs(model, params, work: Work) -> tuple[Callable, Callable]:
+    """(what makes the first pass, what makes the rest of a state)."""
+    vocab, config = model.config.vocab_size, work.config
+    random = np.random.default_rng(0)
+    prompts = random.integers(0, vocab, (work.batch, work.prompt_length)).tolist()
+    if work.method == "ar":
+        config = ar.ARConfig(config.mask_id, config.eos_id, config.gen_length, first_token="mask")
+    method = ar if work.method == "ar" else decode
+    batch = method.prepare(model, prompts, config)
+    *inputs, shape = batch
+    if work.method == "refusion":
+        if work.ahead is not None:
+            shape = dataclasses.replace(shape, ahead=work.ahead)
+        if work.courses:
+            inputs.append(replay(work.courses, config, shape))
+    return (
+        lambda: method.begin(model, params, *inputs, shape=shape),
+        lambda state: method.resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape),
+    )
+
+
+def _timed(run: Callable) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(run())
+    return time.perf_counter() - start, result
+
+
+def weight_bytes(model, params) -> int:
+    """Bytes of the parameters that every pass reads: all but an embedding that is only looked up in."""
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return total - (0 if model.config.tie_embeddings else params["embedding"].nbytes)
+
+
+def read_bandwidth(num_bytes: int = 1 << 31) -> float:
+    """Bytes a second at which the default device sums an array: a median of 10."""
+    array = jnp.ones(num_bytes // 4, jnp.float32)
+    total = jax.jit(jnp.sum)
+    jax.block_until_ready(total(array))
+    return num_bytes / statistics.median(_timed(lambda: total(array))[0] for _ in range(10))
+
+
+def arbitrary_model(config: ModelConfig, dtype) -> tuple[Any, dict[str, Any]]:
+    """A model ready for decoding, with parameters of no meaning, on the default device."""
+    model = decoding_model(config, dtype, jax.default_backend())
+    abstract = sharding.unbox(boxed_params(model))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return model, arbitrary_params(sharding.with_shardings(abstract, jax.tree.map(lambda _: here, abstract)))
+
+
+def arbitrary_params(abstract: Any) -> Any:
+    """Parameters that are finite and of a model's size; made faster than random ones.
+
+    Args:
+      abstract: tree of ShapeDtypeStruct with shardings.
+    """
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.ndim == 1:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        wave = jnp.sin(jax.lax.iota(jnp.float32, leaf.size) * 12.9898)
+        return (0.05 * wave).reshape(leaf.shape).astype(leaf.dtype)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: jax.tree.map(fill, abstract), out_shardings=shardings)()
