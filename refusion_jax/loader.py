@@ -28,8 +28,7 @@ def load(
       dtype: of parameters and computation; None keeps what is stored.
 
     Returns:
-      the unrolled model with joined projections and the fastest attention for its devices, its parameters,
-      and the tokenizer.
+      the unrolled model as it decodes fastest on its devices, its parameters, and the tokenizer.
 
     Raises:
       BadInput: the folder is no such folder, or something in it is missing or broken.
@@ -43,10 +42,12 @@ def load(
         raise BadInput(
             f"{folder}: mask_token_id must be below vocab_size {config.vocab_size}, found {tokenizer.mask_id}"
         )
-    params = joined.join(stored_params(folder, config))
+    params = stored_params(folder, config)
     computed = np.dtype(dtype or params["embedding"].dtype)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     model = decoding_model(config, computed, platform)
+    if model.joined:
+        params = joined.join(params)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.layout(boxed_params(model), mesh).shardings)
@@ -56,7 +57,9 @@ def load(
 def decoding_model(config: ModelConfig, dtype: Any, platform: str) -> Transformer:
     """The model of that shape as it decodes fastest on "gpu", "tpu" or "cpu"."""
     kernel = fitting_decode_kernel(platform, dtype, config.head_dim)
-    return Transformer(config, dtype, dtype, kernel=kernel, joined=True)
+    # The TPU compiler would lay joined matrices out anew before a loop, and hold them twice.
+    tpu = platform == "tpu"
+    return Transformer(config, dtype, dtype, kernel=kernel, joined=not tpu, cache_by_layer=tpu)
 
 
 def decoding_scope(model: Transformer, mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:

@@ -56,6 +56,7 @@ class Transformer(nn.Module):
       max_segments: most segments of a row.
       joined: the projections that read the same input are one matrix, `qkv` and `gate_up`, as `joined.join`
         makes them of the others: fewer and larger products, for decoding.
+      cache_by_layer: decoders give it a cache of an array for each layer, for TPUs; see KVCache.
     """
 
     config: ModelConfig
@@ -66,6 +67,7 @@ class Transformer(nn.Module):
     kernel: str = "dense"
     max_segments: int = 1
     joined: bool = False
+    cache_by_layer: bool = False
 
     def setup(self):
         c = self.config
@@ -159,7 +161,8 @@ class Transformer(nn.Module):
         Args:
           tokens: int32 [B, T], in the order fed.
           positions: int32 [B, T], the RoPE position of each token, in any order.
-          cache: None, or keys and values of all layers, each [L, B, S, K, H]; read in place.
+          cache: None, or keys and values of all layers, each [L, B, S, K, H]; read in place. Unrolled
+            layers take L arrays [B, S, K, H] as well.
           mask: bool, broadcastable to [B, T, S + T]; None, only without a cache, is causal.
           segments: int32 [B, T], without cache and mask: a token sees those of its own segment alone;
             segments stand one after the other in ascending order. None is one segment.
