@@ -2,10 +2,11 @@
 
     python -m refusion_jax.aot --config=configs/qwen3_8b.py --topology=v5p:4x4x8
     python -m refusion_jax.aot --config=configs/qwen3_8b.py --topology=v5e:2x2 --decode
+    python -m refusion_jax.aot --config=configs/qwen3_8b.py --topology=v5e:2x2,v6e:2x2 --decode --int8
 
 Needs libtpu (`pip install 'refusion_jax[tpu]'`) and no TPU. Prints the memory of each device, the collectives
 and the FLOPs of a step. Exits with 0 if it fits, with 3 if it does not; then it compiles a few changes, the
-cheapest first, until one fits.
+cheapest first, until one fits. Of several slices or batch sizes it makes a table.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refusion_jax import config, sharding
+from refusion_jax import aot_table, config, sharding
 from refusion_jax.chips import CHIPS, GIB, Topology
 from refusion_jax.collectives import Collective
 from refusion_jax.config import PREFIX
@@ -33,6 +34,7 @@ from refusion_jax.lowering import (
     lower_decoding,
     lower_training,
 )
+from refusion_jax.model import ModelConfig
 from refusion_jax.train_step import RunConfig
 
 DOES_NOT_FIT = 3
@@ -150,8 +152,8 @@ def describe_training(run: RunConfig, topology: Topology) -> str:
 def describe_decoding(asked: Decoding, topology: Topology) -> str:
     """What is compiled."""
     return (
-        f"sampler of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens in bfloat16 "
-        f"on {topology.name}, {topology.num_chips} chips that share each matrix product"
+        f"sampler of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens, weights in "
+        f"{asked.weights}, on {topology.name}, {topology.num_chips} chips that share each matrix product"
     )
 
 
@@ -171,7 +173,8 @@ def _parser() -> config.Parser:
         "--topology",
         metavar="NAME",
         required=True,
-        help=f"slice as GENERATION:SHAPE, like v5p:4x4x8; generations are {generations}",
+        help=f"slice as GENERATION:SHAPE, like v5p:4x4x8; with --decode several, separated by commas, make "
+        f"a table; generations are {generations}",
     )
     add("--no_suggestions", action="store_true", help="if it does not fit, do not look for what does")
     add("--decode", action="store_true", help="the sampler instead of the training step; what follows is its")
@@ -180,16 +183,40 @@ def _parser() -> config.Parser:
     add("--gen_length", **whole, default=512, help="most response tokens (default %(default)s)")
     add("--slot_size", **whole, default=32, help="tokens of a slot (default %(default)s)")
     add("--num_blocks", **whole, default=4, help="blocks decoded left to right (default %(default)s)")
-    add("--batch_size", **whole, default=8, help="requests decoded together (default %(default)s)")
+    add(
+        "--batch_size",
+        metavar="N",
+        default="8",
+        help="requests decoded together; several numbers, separated by commas, make a table "
+        "(default %(default)s)",
+    )
+    add("--int8", action="store_true", help="weights in int8 instead of bfloat16")
     return parser
 
 
-def _decoding(flags: argparse.Namespace) -> Decoding:
-    asked = Decoding(**{name: getattr(flags, name) for name in Decoding._fields})
-    for name in ("prompt_length", "batch_size"):
-        if getattr(asked, name) < 1:
-            raise BadInput(f"--{name} must be at least 1, found {getattr(asked, name)}")
-    return asked
+def _decodings(flags: argparse.Namespace) -> list[Decoding]:
+    """What the flags ask for, one for each batch size."""
+    try:
+        rows = [int(number) for number in flags.batch_size.split(",")]
+    except ValueError:
+        raise BadInput(
+            f"--batch_size must be a whole number, or several like 1,8,32; found {flags.batch_size!r}"
+        ) from None
+    for name, value in (("prompt_length", flags.prompt_length), *(("batch_size", number) for number in rows)):
+        if value < 1:
+            raise BadInput(f"--{name} must be at least 1, found {value}")
+    given = {name: getattr(flags, name) for name in Decoding._fields}
+    return [Decoding(**given | {"batch_size": number}) for number in rows]
+
+
+def _table(model: ModelConfig, topologies: Sequence[Topology], asked: Sequence[Decoding]) -> int:
+    """Prints a row for each slice and batch size; 0 if all fit."""
+    print(aot_table.heading(), flush=True)
+    fits = []
+    for row in aot_table.rows(model, topologies, asked):
+        print(row.text, flush=True)
+        fits.append(row.fits)
+    return 0 if all(fits) else DOES_NOT_FIT
 
 
 @command
@@ -198,13 +225,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     flags, overrides = parser.parse_known_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and what TPUs there are stay free
-    topology = Topology.named(flags.topology)
-    run, asked = config.load(flags.config, overrides, RunConfig), _decoding(flags)
+    topologies = [Topology.named(name) for name in flags.topology.split(",")]
+    run, (asked, *more) = config.load(flags.config, overrides, RunConfig), _decodings(flags)
+    if flags.decode and (more or len(topologies) > 1):
+        return _table(run.model, topologies, [asked, *more])
+    if len(topologies) > 1:
+        raise BadInput(f"--topology must be one slice for a training step, found {flags.topology!r}")
+    topology = topologies[0]
 
     def lower(topology: Topology, changes: list[str]) -> Lowered:
         flags, overrides = parser.parse_known_args([*arguments, *changes])
         if flags.decode:
-            return lower_decoding(run.model, topology, _decoding(flags))
+            return lower_decoding(run.model, topology, _decodings(flags)[0])
         return lower_training(config.load(flags.config, overrides, RunConfig), topology)
 
     lowered = lower(topology, [])

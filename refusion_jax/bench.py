@@ -16,9 +16,9 @@ from pathlib import Path
 
 import jax
 
-from refusion_jax import bench_decode, bench_train, config, sample
+from refusion_jax import bench_decode, bench_train, config, sample, sharding
 from refusion_jax.errors import BadInput, command
-from refusion_jax.loader import load
+from refusion_jax.loader import decoding_scope, load
 from refusion_jax.replay import read_courses
 from refusion_jax.requests import DecodeConfig
 from refusion_jax.sample import SETTINGS, check_output
@@ -63,19 +63,21 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     asked = DecodeConfig(bench_decode.MASK_ID, bench_decode.NEVER, **settings)
     sample.use_compilation_cache()
     dtype = sample.DTYPES[flags.dtype]
+    mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
     if flags.checkpoint:
-        model, params, _ = load(flags.checkpoint, dtype=dtype)
+        model, params, _ = load(flags.checkpoint, mesh, dtype)
     else:
         shape = config.load(flags.config, overrides, RunConfig).model
-        model, params = bench_decode.arbitrary_model(shape, dtype)
-    bandwidth = bench_decode.read_bandwidth()
-    print(f"{jax.devices()[0].device_kind}, reads {bandwidth / 1e12:.2f} TB/s, jax {jax.__version__}")
+        model, params = bench_decode.arbitrary_model(shape, dtype, mesh)
+    bandwidth = bench_decode.memory_bandwidth()
+    print(f"{jax.devices()[0].device_kind}, moves {bandwidth / 1e12:.2f} TB/s, jax {jax.__version__}")
     print(bench_decode.HEADER, flush=True)
     rows = []
     for batch in map(int, flags.batch_size.split(",")):
         for method in methods:
             work = bench_decode.Work(method, batch, flags.prompt_length, asked, courses, flags.ahead)
-            row = bench_decode.measure(model, params, work, flags.repeats, bandwidth)
+            with decoding_scope(model, mesh):
+                row = bench_decode.measure(model, params, work, flags.repeats, bandwidth)
             print(bench_decode.shown(row), flush=True)
             rows.append(row | {"chip": jax.devices()[0].device_kind, "jax": jax.__version__})
     return rows
@@ -100,6 +102,7 @@ def add_decode(commands) -> None:
     add("--replay", metavar="FILE", help="results of `sample` with traces, whose course the rows follow")
     add("--repeats", type=int, default=5, metavar="N", help="timed runs (default %(default)s)")
     add("--dtype", choices=tuple(sample.DTYPES), default="bfloat16", help="default %(default)s")
+    add("--tensor", type=int, default=1, metavar="N", help="devices that share each product (default 1)")
     add("--output", metavar="FILE", help="the figures as JSON")
 
 

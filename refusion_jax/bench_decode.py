@@ -2,7 +2,7 @@
 
 Every setting is compiled, run once to warm up and then `repeats` times; medians are told. The limit of a
 pass is the bytes of the weights it reads, and of the keys and values of a half-filled cache, over the
-bandwidth that reading an array of 2 GB shows on the same device.
+bandwidth that copying 2 GB shows on the same device.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[s
     """Figures of one setting.
 
     Args:
-      bandwidth: bytes a second, of `read_bandwidth`.
+      bandwidth: bytes a second, of `memory_bandwidth`.
 
     Returns:
       COLUMNS and the settings: milliseconds of the first pass, prompt included, and of each later pass;
@@ -146,20 +146,25 @@ def weight_bytes(model, params) -> int:
     return total - (0 if model.config.tie_embeddings else params["embedding"].nbytes)
 
 
-def read_bandwidth(num_bytes: int = 1 << 31) -> float:
-    """Bytes a second at which the default device sums an array: a median of 10."""
+def memory_bandwidth(num_bytes: int = 1 << 31) -> float:
+    """Bytes a second at which the default device reads an array and writes another: a median of 10."""
     array = jnp.ones(num_bytes // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
-    jax.block_until_ready(total(array))
-    return num_bytes / statistics.median(_timed(lambda: total(array))[0] for _ in range(10))
+    negated = jax.jit(jnp.negative)
+    jax.block_until_ready(negated(array))
+    return 2 * num_bytes / statistics.median(_timed(lambda: negated(array))[0] for _ in range(10))
 
 
-def arbitrary_model(config: ModelConfig, dtype) -> tuple[Any, dict[str, Any]]:
-    """A model ready for decoding, with parameters of no meaning, on the default device."""
+def arbitrary_model(config: ModelConfig, dtype, mesh=None) -> tuple[Any, dict[str, Any]]:
+    """A model ready for decoding, with parameters of no meaning, on the default device or a mesh."""
     model = decoding_model(config, dtype, jax.default_backend())
-    abstract = sharding.unbox(boxed_params(model))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return model, arbitrary_params(sharding.with_shardings(abstract, jax.tree.map(lambda _: here, abstract)))
+    boxed = boxed_params(model)
+    abstract = sharding.unbox(boxed)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, abstract)
+    else:
+        shardings = sharding.layout(boxed, mesh).shardings
+    return model, arbitrary_params(sharding.with_shardings(abstract, shardings))
 
 
 def arbitrary_params(abstract: Any) -> Any:

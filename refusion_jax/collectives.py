@@ -55,6 +55,9 @@ class _Found(NamedTuple):
     open_loop: bool
 
 
+_ByChannel = dict[str, _Found]
+
+
 def count(hlo: str) -> Traffic:
     """Counts the collectives of a compiled module.
 
@@ -63,29 +66,42 @@ def count(hlo: str) -> Traffic:
 
     The TPU compiler splits a collective that runs beside computation into several fusions, which share its
     channel and may stand in other loops: it counts once, as often as the rarest of them runs. An all-reduce
-    inside `all-reduce-scatter` is a reduce-scatter.
+    inside `all-reduce-scatter` is a reduce-scatter. Of the branches of a conditional the one that sends most
+    counts.
     """
     computations, entry = _parse(hlo)
-    found: dict[str, _Found] = {}
 
-    def visit(name: str, trips: int, open_loop: bool) -> None:
+    def visit(name: str, trips: int, open_loop: bool) -> _ByChannel:
+        found: _ByChannel = {}
         for instruction in computations.get(name, ()):
             if operation := _collective(instruction, name):
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 key = channel[1] if channel else f"{name} {instruction.name}"
-                if key not in found or trips < found[key].trips:
-                    found[key] = _Found(operation, trips, trips * _payload(instruction), open_loop)
+                _add(found, {key: _Found(operation, trips, trips * _payload(instruction), open_loop)})
             if instruction.operation == "while":
                 called = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", instruction.rest))
                 parts = (computations.get(called[part], ()) for part in ("condition", "body"))
                 turns = _trips(instruction, *parts)
-                visit(called["body"], trips * (turns or 1), open_loop or turns is None)
-            else:
-                for other in _called(instruction):
-                    visit(other, trips, open_loop)
+                _add(found, visit(called["body"], trips * (turns or 1), open_loop or turns is None))
+                continue
+            inside = [visit(other, trips, open_loop) for other in _called(instruction)]
+            if instruction.operation == "conditional":
+                inside = [
+                    max(inside, key=lambda branch: sum(one.bytes for one in branch.values()), default={})
+                ]
+            for other in inside:
+                _add(found, other)
+        return found
 
-    visit(entry, 1, False)
-    return Traffic(*(_sums(f for f in found.values() if f.open_loop is is_open) for is_open in (False, True)))
+    found = visit(entry, 1, False).values()
+    return Traffic(*(_sums(one for one in found if one.open_loop is is_open) for is_open in (False, True)))
+
+
+def _add(found: _ByChannel, others: _ByChannel) -> None:
+    """Adds to what was found; of one channel the rarest counts."""
+    for key, other in others.items():
+        if key not in found or other.trips < found[key].trips:
+            found[key] = other
 
 
 def _sums(found: Iterable[_Found]) -> list[Collective]:

@@ -69,8 +69,9 @@ def init(
     model, prompts: Array, requests: Requests, replay: Replay | None = None, *, shape: Shape
 ) -> DecodeState:
     """The state before the first pass: nothing committed; rows without blocks are done."""
+    B, length, by_layer = prompts.shape[0], shape.prompt + shape.gen, model.cache_by_layer
     return DecodeState(
-        cache=KVCache.zeros(model.config, prompts.shape[0], shape.prompt + shape.gen, model.dtype),
+        cache=KVCache.zeros(model.config, B, length, model.dtype, by_layer=by_layer),
         tokens=jnp.pad(prompts, ((0, 0), (0, shape.gen))),
         row=jax.vmap(lambda request: Row.start(request, shape.slots, shape.block))(requests),
         requests=requests,

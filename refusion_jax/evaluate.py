@@ -61,7 +61,7 @@ def score(
       batch_size: decoded together.
       trace: whether the answers carry their traces.
     """
-    model, params, tokenizer, defaults = opened
+    model, params, tokenizer, defaults, _ = opened
     examples = [task.example(index, split) for index in range(limit)]
     requests = [
         serving.parse(
@@ -70,11 +70,12 @@ def score(
         for i, e in enumerate(examples)
     ]
     shape = serving.fitting_shape(requests, batch_size, defaults.ahead)
-    start = time.perf_counter()
-    serving.warm_up(model, params, tokenizer, requests[0], shape)
-    compiled = time.perf_counter()
-    answers = list(serving.serve(model, params, tokenizer, requests, shape, defaults.stop))
-    seconds = time.perf_counter() - compiled
+    with opened.scope():
+        start = time.perf_counter()
+        serving.warm_up(model, params, tokenizer, requests[0], shape)
+        compiled = time.perf_counter()
+        answers = list(serving.serve(model, params, tokenizer, requests, shape, defaults.stop))
+        seconds = time.perf_counter() - compiled
     for answer, example in zip(answers, examples, strict=True):
         correct = task.check(example.query, answer["text"])
         answer |= {"query": example.query, "expected": example.response, "correct": correct}

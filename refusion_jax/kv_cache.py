@@ -8,6 +8,7 @@ where they stand in the text, and the bitmap says what may be attended to.
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -23,18 +24,27 @@ class KVCache(struct.PyTreeNode):
 
     Attributes:
       layers: keys and values of all layers, each [L, B, S, K, H]: one array, so that a commit is one
-        write, and attention reads its layer in place.
+        write, and attention reads its layer in place. Or each a tuple of L arrays [B, S, K, H]: of one
+        array the TPU compiler would make a copy, with heads before positions, in every pass.
       filled: bool [B, S], which positions hold a committed token.
     """
 
-    layers: LayerKV
+    layers: LayerKV | tuple[tuple[Array, ...], tuple[Array, ...]]
     filled: Array
 
     @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, length: int, dtype) -> "KVCache":
-        """An empty cache of `length` positions a row."""
+    def zeros(
+        cls, config: ModelConfig, batch: int, length: int, dtype, *, by_layer: bool = False
+    ) -> "KVCache":
+        """An empty cache of `length` positions a row, an array for each layer or one for all."""
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-        return cls((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), jnp.zeros((batch, length), bool))
+        axes = (None, "act_batch", "act_length", "act_kv_heads", None)
+
+        def empty() -> Any:
+            buffer = nn.with_logical_constraint(jnp.zeros(shape, dtype), axes)
+            return tuple(buffer) if by_layer else buffer
+
+        return cls((empty(), empty()), jnp.zeros((batch, length), bool))
 
     def write(self, fresh: LayerKV, positions: Array, keep: Array, row: Array | None = None) -> "KVCache":
         """Keeps some of the keys and values a forward pass returned; `filled` stays as it is.
@@ -49,8 +59,10 @@ class KVCache(struct.PyTreeNode):
         index = jnp.where(keep, positions, self.filled.shape[1])  # beyond the end: dropped
 
         def put(buffer: Array, new: Array) -> Array:
-            return buffer.at[:, rows, index].set(new.astype(buffer.dtype), mode="drop")
+            return buffer.at[..., rows, index, :, :].set(new.astype(buffer.dtype), mode="drop")
 
+        if isinstance(self.layers[0], tuple):
+            fresh = tuple(map(tuple, fresh))
         return self.replace(layers=jax.tree.map(put, self.layers, fresh))
 
     def fill(self, positions: Array, committed: Array) -> "KVCache":
@@ -63,15 +75,14 @@ class KVCache(struct.PyTreeNode):
 
     def rows(self, index) -> "KVCache":
         """The same of some rows of the batch; a whole number drops that axis."""
-        keys, values = (x[:, index] for x in self.layers)
-        return KVCache((keys, values), self.filled[index])
+        return KVCache(jax.tree.map(lambda x: x[..., index, :, :, :], self.layers), self.filled[index])
 
     def insert(self, other: "KVCache", rows: Array) -> "KVCache":
         """This cache with its rows `rows` int32 [A] taken over from the A rows of another of the same length;
         a number beyond the last row takes over none."""
 
         def put(mine: Array, theirs: Array) -> Array:
-            return mine.at[:, rows].set(theirs, mode="drop")
+            return mine.at[..., rows, :, :, :].set(theirs, mode="drop")
 
         filled = self.filled.at[rows].set(other.filled, mode="drop")
         return KVCache(jax.tree.map(put, self.layers, other.layers), filled)

@@ -1,5 +1,6 @@
 """One way to open a model folder, whichever layout it has."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ def load(
       int8: the layers' matrices and the head are quantised as they are read, see `quantized`.
 
     Returns:
-      the unrolled model with joined projections and the fastest attention for its devices, its parameters,
-      and the tokenizer.
+      the unrolled model as it decodes fastest on its devices, its parameters, and the tokenizer.
 
     Raises:
       BadInput: the folder is no such folder, or something in it is missing or broken.
@@ -43,11 +43,14 @@ def load(
         raise BadInput(
             f"{folder}: mask_token_id must be below vocab_size {config.vocab_size}, found {tokenizer.mask_id}"
         )
-    params = joined.join(stored_params(folder, config))
+    params = stored_params(folder, config)
     computed = np.dtype(dtype or params["embedding"].dtype)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     model = decoding_model(config, computed, platform, int8)
-    params = quantized.quantize(params) if int8 else params
+    if model.joined:
+        params = joined.join(params)
+    if int8:
+        params = quantized.quantize(params)
 
     def wanted(path: tuple, leaf: stored.Stored) -> jax.ShapeDtypeStruct:
         keep = dtype is None or (int8 and quantized.is_quantized(path))
@@ -62,7 +65,14 @@ def load(
 def decoding_model(config: ModelConfig, dtype: Any, platform: str, int8: bool = False) -> Transformer:
     """The model of that shape as it decodes fastest on "gpu", "tpu" or "cpu"."""
     kernel = fitting_decode_kernel(platform, dtype, config.head_dim)
-    return Transformer(config, dtype, dtype, kernel=kernel, joined=True, int8=int8)
+    # The TPU compiler would lay joined matrices out anew before a loop, and hold them twice.
+    tpu = platform == "tpu"
+    return Transformer(config, dtype, dtype, kernel=kernel, joined=not tpu, int8=int8, cache_by_layer=tpu)
+
+
+def decoding_scope(model: Transformer, mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
+    """Within it `model`, with parameters loaded to `mesh`, decodes on all its devices."""
+    return contextlib.nullcontext() if mesh is None else sharding.layout(boxed_params(model), mesh).scope()
 
 
 def load_params(folder: str | Path, config: ModelConfig, abstract: Any) -> dict[str, Any]:

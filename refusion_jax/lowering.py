@@ -77,6 +77,7 @@ class Decoding(NamedTuple):
     Attributes:
       prompt_length: tokens of each prompt.
       batch_size: requests decoded together.
+      int8: whether the weights are int8 instead of bfloat16.
     """
 
     prompt_length: int
@@ -84,6 +85,11 @@ class Decoding(NamedTuple):
     slot_size: int
     num_blocks: int
     batch_size: int
+    int8: bool = False
+
+    @property
+    def weights(self) -> str:
+        return "int8" if self.int8 else "bfloat16"
 
 
 def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> Lowered:

@@ -58,6 +58,7 @@ class Transformer(nn.Module):
         makes them of the others: fewer and larger products, for decoding.
       int8: the layers' matrices and the head are int8 with a scale for each output channel, as
         `quantized.quantize` makes them; activations, the embedding and the rest stay as they are.
+      cache_by_layer: decoders give it a cache of an array for each layer, for TPUs; see KVCache.
     """
 
     config: ModelConfig
@@ -69,6 +70,7 @@ class Transformer(nn.Module):
     max_segments: int = 1
     joined: bool = False
     int8: bool = False
+    cache_by_layer: bool = False
 
     def setup(self):
         c = self.config
@@ -173,7 +175,8 @@ class Transformer(nn.Module):
         Args:
           tokens: int32 [B, T], in the order fed.
           positions: int32 [B, T], the RoPE position of each token, in any order.
-          cache: None, or keys and values of all layers, each [L, B, S, K, H]; read in place.
+          cache: None, or keys and values of all layers, each [L, B, S, K, H]; read in place. Unrolled
+            layers take L arrays [B, S, K, H] as well.
           mask: bool, broadcastable to [B, T, S + T]; None, only without a cache, is causal.
           segments: int32 [B, T], without cache and mask: a token sees those of its own segment alone;
             segments stand one after the other in ascending order. None is one segment.

@@ -6,6 +6,7 @@ python -m refusion_jax.sample --checkpoint=DIR
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from refusion_jax import hf, serving, terminal
+from refusion_jax import hf, serving, sharding, terminal
 from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
-from refusion_jax.loader import load
+from refusion_jax.loader import decoding_scope, load
 from refusion_jax.model import Transformer
 from refusion_jax.requests import MOST_BLOCK_TOKENS, DecodeConfig
 from refusion_jax.serving import Defaults, Request
@@ -67,6 +68,13 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         default=8,
         help="requests decoded together (default %(default)s)",
+    )
+    add(
+        "--tensor",
+        type=int,
+        metavar="N",
+        default=1,
+        help="devices that share each matrix product (default %(default)s)",
     )
     add(
         "--dtype",
@@ -119,12 +127,17 @@ def add_setting_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
 
 
 class Opened(NamedTuple):
-    """A model ready to serve requests."""
+    """A model ready to serve requests, in `scope`."""
 
     model: Transformer
     params: Any
     tokenizer: Tokenizer
     defaults: Defaults
+    mesh: jax.sharding.Mesh | None
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """Within it decoding takes the devices that hold the parameters."""
+        return decoding_scope(self.model, self.mesh)
 
 
 def open_model(flags: argparse.Namespace) -> Opened:
@@ -136,7 +149,8 @@ def open_model(flags: argparse.Namespace) -> Opened:
     use_compilation_cache()
     on_cpu = jax.default_backend() == "cpu"
     dtype = DTYPES[flags.dtype or ("float32" if on_cpu else "bfloat16")]
-    model, params, tokenizer = load(flags.checkpoint, dtype=dtype)
+    mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
+    model, params, tokenizer = load(flags.checkpoint, mesh, dtype)
     if flags.method == "refusion" and tokenizer.mask_id is None:
         raise BadInput(f"{flags.checkpoint}: {MASK_MISSING}")
     settings = {name: getattr(flags, name) for name in SETTINGS}
@@ -148,7 +162,7 @@ def open_model(flags: argparse.Namespace) -> Opened:
         settings["semantics"] = flags.semantics
     template = {} if flags.enable_thinking is None else {"enable_thinking": flags.enable_thinking == "true"}
     defaults = Defaults(flags.method, settings, flags.raw, template, tuple(flags.stop), flags.ahead)
-    return Opened(model, params, tokenizer, defaults)
+    return Opened(model, params, tokenizer, defaults, mesh)
 
 
 def use_compilation_cache() -> None:
@@ -162,7 +176,8 @@ def from_file(flags: argparse.Namespace) -> int:
     """Serves every request of --input; 2 if some could not be served."""
     check_output("--output", flags.output)
     lines = read_lines(Path(flags.input))
-    model, params, tokenizer, defaults = open_model(flags)
+    opened = open_model(flags)
+    model, params, tokenizer, defaults, _ = opened
     answers: list[dict[str, Any] | None] = []
     requests: list[Request] = []
     for number, line in lines:
@@ -182,7 +197,8 @@ def from_file(flags: argparse.Namespace) -> int:
     if requests:
         shape = serving.fitting_shape(requests, flags.batch_size, defaults.ahead)
         served = serving.serve(model, params, tokenizer, requests, shape, defaults.stop)
-    write_results((next(served) if answer is None else answer for answer in answers), flags.output)
+    with opened.scope():
+        write_results((next(served) if answer is None else answer for answer in answers), flags.output)
     errors = [answer["error"] for answer in answers if answer is not None]
     if errors:
         raise BadInput(f"{len(errors)} of {len(answers)} requests could not be served, first {errors[0]}")
@@ -240,7 +256,8 @@ def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:
     check_output("--trace", flags.trace)
     opened = open_model(flags)
     requests = [text_request(opened, prompt, trace=bool(flags.trace)) for prompt in prompts]
-    answers = print_answers(opened, requests)
+    with opened.scope():
+        answers = print_answers(opened, requests)
     if flags.trace:
         write_trace(Path(flags.trace), opened, requests[0], prompts[0], answers[0])
     return 0
@@ -257,7 +274,8 @@ def converse(flags: argparse.Namespace) -> int:
             print(file=sys.stderr)
             return 0
         try:
-            print_answers(opened, [text_request(opened, prompt)])
+            with opened.scope():
+                print_answers(opened, [text_request(opened, prompt)])
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
 
@@ -284,7 +302,7 @@ def text_request(opened: Opened, prompt: str, trace: bool = False) -> Request:
 
 def print_answers(opened: Opened, requests: Sequence[Request]) -> list[dict[str, Any]]:
     """Each answer on stdout and what it took on stderr; one compilation serves them all."""
-    model, params, tokenizer, defaults = opened
+    model, params, tokenizer, defaults, _ = opened
     shape = serving.fitting_shape(requests, 1, defaults.ahead)
     console = Console()
     live = console.is_terminal and defaults.method == "refusion"

@@ -83,6 +83,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
 
 
+def tensor_mesh(count: int) -> Mesh:
+    """The first `count` devices, which share each matrix product: what decoding on several takes.
+
+    Raises:
+      BadInput: there are not so many.
+    """
+    there = jax.devices()
+    if not 1 <= count <= len(there):
+        raise BadInput(f"--tensor must be 1 to the {len(there)} devices there are, found {count}")
+    return make_mesh(MeshConfig(data=1, tensor=count), there[:count])
+
+
 def sizes(config: MeshConfig, count: int) -> MeshConfig:
     """`config` for `count` devices, with the size that -1 stands for.
 

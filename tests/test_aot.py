@@ -92,8 +92,19 @@ HloModule jit_step, is_scheduled=true
   ROOT %less.2 = pred[]{:T(512)} compare(%part_number, %parts), direction=LT
 }
 
+%narrow (few: bf16[4]) -> bf16[4] {
+  %few = bf16[4]{0} parameter(0)
+  ROOT %all-reduce.7 = bf16[4]{0} all-reduce(%few), channel_id=17, to_apply=%add
+}
+
+%wide (many: bf16[64]) -> bf16[64] {
+  %many = bf16[64]{0} parameter(0)
+  ROOT %all-reduce.8 = bf16[64]{0} all-reduce(%many), channel_id=18, to_apply=%add
+}
+
 %round (carry.5: (s32[], pred[8])) -> (s32[], pred[8]) {
   %carry.5 = (s32[]{:T(128)}, pred[8]{0:T(256)(4,1)}) parameter(0)
+  %width = bf16[64]{0} conditional(%carry.5, %carry.5, %carry.5), branch_computations={%narrow, %wide}
   ROOT %all-reduce.6 = (s32[]{:T(128)}, pred[8]{0:T(256)(4,1)}) all-reduce(%carry.5), channel_id=12
 }
 
@@ -128,7 +139,8 @@ def test_collectives_in_loops_count_once_a_turn():
         ),
         Collective("collective-permute", parts, parts * 2 * 3 * 4),
     ]
-    assert traffic.in_open_loops == [Collective("all-reduce", 1, 4 + 8)]
+    # One that always runs, and of two branches the one that sends more.
+    assert traffic.in_open_loops == [Collective("all-reduce", 2, 4 + 8 + 64 * 2)]
 
 
 def test_no_collectives():
@@ -227,6 +239,8 @@ def test_changes_that_save_memory():
         (["--topology=v5e:3x3"], "found 'v5e:3x3'"),
         (["--topology=v5e"], "found 'v5e'"),
         (["--topology=v5e:2x2", "--decode", "--batch_size=0"], "--batch_size must be at least 1, found 0"),
+        (["--topology=v5e:2x2", "--decode", "--batch_size=1,x"], "several like 1,8,32; found '1,x'"),
+        (["--topology=v5e:2x2,v6e:2x2"], "--topology must be one slice for a training step"),
         (["--topology=v5e:2x2", "--config.mesh.dta=4"], "did you mean --config.mesh.data?"),
         (["--topology=v5e:2x2", "--colour"], "--colour: no such flag"),
     ],
@@ -319,5 +333,27 @@ def test_the_sampler(config_file, capfd):
         *("--prompt_length=16", "--gen_length=16", "--slot_size=4", "--num_blocks=2", "--batch_size=2"),
     )
     assert code == 0, output
-    assert "sampler of 2 x (16 + 16) tokens in bfloat16 on v5e:2x2" in output
+    assert "sampler of 2 x (16 + 16) tokens, weights in bfloat16, on v5e:2x2" in output
     assert "in each turn of a loop" in output and "all-reduce" in output
+
+
+@needs_libtpu
+def test_a_table_of_samplers(config_file, capfd):
+    small = ("--batch_size=2", "--prompt_length=16", "--gen_length=16", "--slot_size=4", "--num_blocks=2")
+    # Two rows; of the second the arguments alone are too much, so that it is not compiled.
+    wide = ("--config.model.num_layers=1", "--config.model.mlp_dim=24000000")
+    code, output, _ = run_aot(
+        capfd,
+        f"--config={config_file}",
+        "--topology=v5e:2x2,v5e:1x1",
+        "--decode",
+        "--batch_size=2",
+        *small,
+        *wide,
+    )
+    assert code == aot.DOES_NOT_FIT, output
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines())
+    first, second = (dict(zip(names, row, strict=True)) for row in rows)
+    assert first["slice"] == "v5e:2x2" and first["fits"] == "yes" and "all-reduces" in first["sent in a turn"]
+    assert second["slice"] == "v5e:1x1" and second["fits"] == "no" and second["peak"] == "more"
+    assert float(first["arguments"]) < float(first["peak"]) < float(second["arguments"])

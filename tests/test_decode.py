@@ -437,6 +437,17 @@ def test_rows_of_padding_do_nothing(compilations):
 
 # The loop.
 
+
+def test_a_cache_by_layer_holds_what_one_array_does(eventful):
+    """As TPUs have it: arrays of layers one by one."""
+    ours, theirs = final_state(eventful, MODEL.clone(cache_by_layer=True)).cache, final_state(eventful).cache
+    assert len(ours.layers[0]) == CONFIG.num_layers and ours.layers[0][0].shape == theirs.layers[0].shape[1:]
+    row, whole = ours.rows(3), theirs.rows(3)
+    for by_layer, together in zip(row.layers, whole.layers, strict=True):
+        for a, b in zip(by_layer, together, strict=True):
+            np.testing.assert_allclose(a[whole.filled], b[whole.filled], rtol=0, atol=1e-6)
+
+
 apply = jax.jit(lambda *args: MODEL.apply({"params": PARAMS}, *args))
 feeds = jax.jit(decode.fed_by, static_argnames="ahead")
 one_pass = functools.partial(decode.resume, passes=1, shape=SHAPE)
@@ -618,17 +629,19 @@ def test_a_pass_has_a_few_sizes():
     assert pass_sizes(256, 32) == [32, 64, 128, 256] and pass_sizes(256, 64) == [64, 128, 256]
 
 
-def test_a_row_may_be_taken_in_while_others_are_under_way(eventful):
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_row_may_be_taken_in_while_others_are_under_way(eventful, by_layer):
     """Two rows of a running batch are replaced by requests that have made their first pass elsewhere."""
-    batch = eventful[:4]
+    batch, model = eventful[:4], MODEL.clone(cache_by_layer=by_layer)
     *inputs, mask_id, eos_id = arguments(batch)
-    state = decode.begin(MODEL, PARAMS, *inputs, mask_id, eos_id, shape=SHAPE)
-    state = decode.resume(MODEL, PARAMS, state, mask_id, eos_id, passes=3, shape=SHAPE)
+    state = decode.begin(model, PARAMS, *inputs, mask_id, eos_id, shape=SHAPE)
+    assert isinstance(state.cache.layers[0], tuple) is by_layer
+    state = decode.resume(model, PARAMS, state, mask_id, eos_id, passes=3, shape=SHAPE)
     two = dataclasses.replace(SHAPE, rows=2)
     late = decode.prepare(MODEL, [c.prompt for c in eventful[4:6]], [c.config for c in eventful[4:6]], two)
-    begun = decode.begin(MODEL, PARAMS, *late[:4], shape=two)
+    begun = decode.begin(model, PARAMS, *late[:4], shape=two)
     state = insert_rows(state, begun, np.asarray([6, 1], np.int32))
-    samples = decode.finish(decode.resume(MODEL, PARAMS, state, mask_id, eos_id, shape=SHAPE), eos_id, SHAPE)
+    samples = decode.finish(decode.resume(model, PARAMS, state, mask_id, eos_id, shape=SHAPE), eos_id, SHAPE)
     rows = [jax.tree.map(lambda x, row=row: x[row], jax.device_get(samples)) for row in range(8)]
     undisturbed = sample(eventful)
     for row, case in {0: 0, 1: 5, 2: 2, 3: 3, 6: 4}.items():

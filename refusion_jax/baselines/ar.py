@@ -98,8 +98,9 @@ class ARState(struct.PyTreeNode):
 def init(model, prompts: Array, requests: ARRequests, *, shape: Shape) -> ARState:
     """The state before the first pass; rows that ask for nothing are done."""
     B, P = prompts.shape
+    by_layer = model.cache_by_layer
     return ARState(
-        cache=KVCache.zeros(model.config, B, P + shape.gen, model.dtype),
+        cache=KVCache.zeros(model.config, B, P + shape.gen, model.dtype, by_layer=by_layer),
         tokens=jnp.pad(prompts, ((0, 0), (0, shape.gen))),
         count=jnp.zeros(B, jnp.int32),
         done=requests.gen_length == 0,
