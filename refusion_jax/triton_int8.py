@@ -17,6 +17,7 @@ MOST_TOKENS = 64  # beyond which arithmetic, not the read, takes the time
 COLUMNS = 128
 DEPTH = 128
 PROGRAMS = 256  # about twice the multiprocessors of the chip
+WARPS, STAGES = 4, 4
 
 # Four int8 in a register to four bfloat16 in two. Of each, widened to 16 bits, the low seven bits go into
 # the mantissa of 128, which gives 128 + low; the sign bit into that of -128, which gives -128 or -256. Their
@@ -57,7 +58,7 @@ def product(x: Array, matrix: Array, *, interpret: bool) -> Array:
         functools.partial(_kernel, depth=D // parts, interpret=interpret),
         grid=(columns, parts),
         out_shape=jax.ShapeDtypeStruct((parts, N, F), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="int8_product",
     )(x, matrix)
