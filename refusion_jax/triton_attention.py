@@ -7,6 +7,8 @@ joined (flash-decoding). `attention.attend` says what is computed.
 Own code, because no library reads a cache and the tokens fed along as two arrays under any mask: tokamax
 (0.0.17) wants one array of keys, which would copy the cache in every layer; cuDNN the same.
 
+Pallas deprecates its Triton backend from JAX 0.11 on; without it `kernel="dense"` is the way.
+
 Letters as in model.py. A tile is what a program holds at once: `rows` pairs of (token, query head of one
 key/value head), or KEYS keys.
 """
