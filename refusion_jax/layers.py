@@ -1,12 +1,14 @@
 """The transformer's layers: norm, attention, MLP and the block of them; letters as in model.py."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refusion_jax import triton_int8
 from refusion_jax.attention import LayerKV, attend, attend_fed, attend_visible
 from refusion_jax.model_config import ModelConfig
 from refusion_jax.rope import apply_rope
@@ -59,22 +61,52 @@ class Context(NamedTuple):
 
     def as_fed(self, y: Array) -> Array:
         """[B, T, ...] laid out as the tokens were fed."""
-        return y if self.rows is None else y[self.rows.row, self.rows.place][None]
+        if self.rows is None:
+            return y
+        return y.at[self.rows.row, self.rows.place].get(mode="clip")[None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """How the layers hold their matrices; fields as in Transformer."""
+    """How the layers hold their matrices; fields as in Transformer.
+
+    Attributes:
+      int8_kernel: products of a few tokens with an int8 matrix are `triton_int8.product`.
+    """
 
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     joined: bool = False
+    int8: bool = False
+    int8_kernel: bool = False
 
     def product(self, module: nn.Module, equation: str, x: Array, name: str, shape, axes, num_in=1) -> Array:
-        """x times the matrix `name`, which `module` declares; its first `num_in` axes are contracted."""
-        init = nn.with_logical_partitioning(lecun(num_in, len(shape) - num_in), axes)
-        matrix = module.param(name, init, shape, self.param_dtype)
-        return jnp.einsum(equation, x, matrix.astype(self.dtype))
+        """x times the matrix `name`, which `module` declares; its first `num_in` axes are summed over."""
+        if not self.int8:
+            init = nn.with_logical_partitioning(lecun(num_in, len(shape) - num_in), axes)
+            matrix = module.param(name, init, shape, self.param_dtype)
+            return jnp.einsum(equation, x, matrix.astype(self.dtype))
+        outputs, summed = shape[num_in:], shape[:num_in]
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (*axes[num_in:], *axes[:num_in]))
+        matrix = module.param(name, init, (*outputs, *summed), jnp.int8)
+        init = nn.with_logical_partitioning(nn.initializers.ones, axes[num_in:])
+        scale = module.param(f"{name}_scale", init, outputs, jnp.float32)
+        return self.int8_product(x, matrix, scale, num_in)
+
+    def int8_product(self, x: Array, matrix: Array, scale: Array, num_in: int = 1) -> Array:
+        """x [..., summed over ...] times the int8 matrix [outputs ..., summed over ...] and their scale."""
+        leading, outputs = x.shape[: x.ndim - num_in], scale.shape
+        flat = x.reshape(math.prod(leading), -1), matrix.reshape(math.prod(outputs), -1)
+        # On a mesh the compiler splits the product, which it cannot do with a kernel.
+        if self.int8_kernel and not nn.get_logical_axis_rules() and triton_int8.fits(*flat):
+            y = triton_int8.product(*flat, interpret=jax.default_backend() != "gpu")
+            y = y.reshape(*leading, *outputs)
+        else:
+            summed = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(matrix.ndim - num_in, matrix.ndim))
+            y = jax.lax.dot_general(
+                x, matrix.astype(self.dtype), (summed, ((), ())), preferred_element_type=jnp.float32
+            )
+        return (y * scale).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):

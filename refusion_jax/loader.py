@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusion_jax import checkpoint, hf, joined, lora, safetensors_io, sharding, stored
+from refusion_jax import checkpoint, hf, joined, lora, quantized, safetensors_io, sharding, stored
 from refusion_jax.attention import fitting_decode_kernel
 from refusion_jax.errors import BadInput
 from refusion_jax.model import ModelConfig, Transformer
@@ -16,7 +16,7 @@ from refusion_jax.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(
-    folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+    folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: Any = None, int8: bool = False
 ) -> tuple[Transformer, dict[str, Any], Tokenizer]:
     """A model ready for decoding.
 
@@ -26,6 +26,7 @@ def load(
       mesh: devices to spread the parameters over, each process reading what its own hold; None is the
         default device.
       dtype: of parameters and computation; None keeps what is stored.
+      int8: the layers' matrices and the head are quantised as they are read, see `quantized`.
 
     Returns:
       the unrolled model as it decodes fastest on its devices, its parameters, and the tokenizer.
@@ -45,21 +46,26 @@ def load(
     params = stored_params(folder, config)
     computed = np.dtype(dtype or params["embedding"].dtype)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    model = decoding_model(config, computed, platform)
-    if model.joined:
-        params = joined.join(params)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
+    model = decoding_model(config, computed, platform, int8)
+    params = joined.join(params) if model.joined else params
+    params = quantized.quantize(params) if int8 else params
+
+    def wanted(path: tuple, leaf: stored.Stored) -> jax.ShapeDtypeStruct:
+        keep = dtype is None or (int8 and quantized.is_quantized(path))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keep else dtype)
+
+    abstract = jax.tree_util.tree_map_with_path(wanted, params)
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.layout(boxed_params(model), mesh).shardings)
     return model, stored.place(params, abstract), tokenizer
 
 
-def decoding_model(config: ModelConfig, dtype: Any, platform: str) -> Transformer:
+def decoding_model(config: ModelConfig, dtype: Any, platform: str, int8: bool = False) -> Transformer:
     """The model of that shape as it decodes fastest on "gpu", "tpu" or "cpu"."""
     kernel = fitting_decode_kernel(platform, dtype, config.head_dim)
     # The TPU compiler would lay joined matrices out anew before a loop, and hold them twice.
     tpu = platform == "tpu"
-    return Transformer(config, dtype, dtype, kernel=kernel, joined=not tpu, cache_by_layer=tpu)
+    return Transformer(config, dtype, dtype, kernel=kernel, joined=not tpu, cache_by_layer=tpu, int8=int8)
 
 
 def decoding_scope(model: Transformer, mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:

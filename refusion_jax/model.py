@@ -57,6 +57,8 @@ class Transformer(nn.Module):
       joined: the projections that read the same input are one matrix, `qkv` and `gate_up`, as `joined.join`
         makes them of the others: fewer and larger products, for decoding.
       cache_by_layer: decoders give it a cache of an array for each layer, for TPUs; see KVCache.
+      int8: the layers' matrices and the head are int8 with a scale for each output channel, as
+        `quantized.quantize` makes them; activations, the embedding and the rest stay as they are.
     """
 
     config: ModelConfig
@@ -68,13 +70,16 @@ class Transformer(nn.Module):
     max_segments: int = 1
     joined: bool = False
     cache_by_layer: bool = False
+    int8: bool = False
 
     def setup(self):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), self.param_dtype)
-        weights = Weights(self.dtype, self.param_dtype, self.joined)
-        block, arguments = Block, (c, weights, self.kernel, self.max_segments)
+        self.weights = Weights(
+            self.dtype, self.param_dtype, self.joined, self.int8, int8_kernel=self.kernel == "triton"
+        )
+        block, arguments = Block, (c, self.weights, self.kernel, self.max_segments)
         if REMAT_POLICIES[self.remat] is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         if self.scan_layers:
@@ -90,7 +95,14 @@ class Transformer(nn.Module):
         else:
             self.layers = [block(*arguments) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.norm_eps, "embed", self.param_dtype)
-        if not c.tie_embeddings:
+        if c.tie_embeddings:
+            return
+        if self.int8:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab", "embed"))
+            self.head = self.param("head", init, (c.vocab_size, c.embed_dim), jnp.int8)
+            init = nn.with_logical_partitioning(nn.initializers.ones, ("vocab",))
+            self.head_scale = self.param("head_scale", init, (c.vocab_size,), jnp.float32)
+        else:
             init = nn.with_logical_partitioning(lecun(1, 1), ("embed", "vocab"))
             self.head = self.param("head", init, (c.embed_dim, c.vocab_size), self.param_dtype)
 
@@ -142,6 +154,8 @@ class Transformer(nn.Module):
 
     def unembed(self, x: Array) -> Array:
         """Logits [..., V] in `dtype` of final states [..., D]."""
+        if self.int8 and not self.config.tie_embeddings:
+            return self.weights.int8_product(x, self.head, self.head_scale)
         return jnp.einsum("...D,DV->...V", x, self.unembedding())
 
     def __call__(

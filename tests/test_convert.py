@@ -23,6 +23,7 @@ from refusion_jax.errors import BadInput
 from refusion_jax.joined import join
 from refusion_jax.model import ModelConfig, stack_layers
 from refusion_jax.new_tokens import add_rows
+from refusion_jax.quantized import quantize
 from refusion_jax.rope import RopeScaling
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.stored import Stored
@@ -148,6 +149,23 @@ def test_logits_are_the_same_from_either_layout_and_on_a_mesh(tmp_path):
     for other in logits[1:]:
         np.testing.assert_allclose(other, logits[0], rtol=0, atol=1e-4)
     np.testing.assert_array_equal(logits[2], logits[0])
+
+
+def test_int8_weights_are_made_as_they_are_read(tmp_path):
+    source = hugging_face(tmp_path / "hf", dtype=np.float32)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
+    positions = np.broadcast_to(np.arange(9), (2, 9))
+    wanted = quantize(join(hf.load_params(source, QWEN3)))
+    plain, params, _ = load(source)
+    exact = np.asarray(jax.jit(plain.apply)({"params": params}, tokens, positions)[0])
+    for mesh in (None, make_mesh(MeshConfig(2, 2, 2))):
+        model, params, _ = load(source, mesh, int8=True)
+        assert jax.tree.structure(params) == jax.tree.structure(wanted)
+        assert params["layers_0"]["attention"]["qkv"].dtype == jnp.int8
+        logits, _ = jax.jit(model.apply)({"params": params}, tokens, positions)
+        assert np.linalg.norm(np.asarray(logits) - exact) < 0.05 * np.linalg.norm(exact)
+    half = load(source, dtype=jnp.bfloat16, int8=True)[1]
+    assert half["embedding"].dtype == jnp.bfloat16 and half["head_scale"].dtype == jnp.float32
 
 
 def test_what_config_json_says_survives(tmp_path):
