@@ -93,13 +93,13 @@ class Decoding(NamedTuple):
 
 
 def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> Lowered:
-    """The sampler with bfloat16 parameters, every matrix product split over all devices.
+    """The sampler, every matrix product split over all devices.
 
     Raises:
       BadInput: there is no decoding such requests.
     """
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=-1), topology.devices())
-    decoder = decoding_model(model, jnp.bfloat16, "tpu")
+    decoder = decoding_model(model, jnp.bfloat16, "tpu", asked.int8)
     boxed = boxed_params(decoder)
     params = sharding.with_shardings(sharding.unbox(boxed), sharding.layout(boxed, mesh).shardings)
     settings = DecodeConfig(

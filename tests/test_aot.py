@@ -6,7 +6,7 @@ import textwrap
 import jax
 import pytest
 
-from refusion_jax import aot, chips
+from refusion_jax import aot, chips, loader
 from refusion_jax.chips import CHIPS, Topology
 from refusion_jax.collectives import Collective, count
 from refusion_jax.data.pipeline import DataConfig
@@ -259,6 +259,16 @@ def test_without_libtpu(capsys, monkeypatch):
     )
 
 
+def test_what_tpus_decode_with(monkeypatch):
+    """Matrices as they are stored and a cache by layer, of which the compiler makes no copies."""
+    folder = "tests/data/oracle/tiny_a"
+    here = loader.load(folder)[1]["layers_0"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    model, params, _ = loader.load(folder)
+    assert model.cache_by_layer and not model.joined
+    assert {"qkv"} <= here["attention"].keys() and {"q", "k", "v"} <= params["layers_0"]["attention"].keys()
+
+
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     """A model that takes the kernel, over all devices."""
@@ -330,10 +340,11 @@ def test_the_sampler(config_file, capfd):
         f"--config={config_file}",
         "--topology=v5e:2x2",
         "--decode",
+        "--int8",
         *("--prompt_length=16", "--gen_length=16", "--slot_size=4", "--num_blocks=2", "--batch_size=2"),
     )
     assert code == 0, output
-    assert "sampler of 2 x (16 + 16) tokens, weights in bfloat16, on v5e:2x2" in output
+    assert "sampler of 2 x (16 + 16) tokens, weights in int8, on v5e:2x2" in output
     assert "in each turn of a loop" in output and "all-reduce" in output
 
 
