@@ -65,10 +65,10 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     dtype = sample.DTYPES[flags.dtype]
     mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
     if flags.checkpoint:
-        model, params, _ = load(flags.checkpoint, mesh, dtype)
+        model, params, _ = load(flags.checkpoint, mesh, dtype, flags.int8)
     else:
         shape = config.load(flags.config, overrides, RunConfig).model
-        model, params = bench_decode.arbitrary_model(shape, dtype, mesh)
+        model, params = bench_decode.arbitrary_model(shape, dtype, mesh, flags.int8)
     bandwidth = bench_decode.memory_bandwidth()
     print(f"{jax.devices()[0].device_kind}, moves {bandwidth / 1e12:.2f} TB/s, jax {jax.__version__}")
     print(bench_decode.HEADER, flush=True)
@@ -102,6 +102,7 @@ def add_decode(commands) -> None:
     add("--replay", metavar="FILE", help="results of `sample` with traces, whose course the rows follow")
     add("--repeats", type=int, default=5, metavar="N", help="timed runs (default %(default)s)")
     add("--dtype", choices=tuple(sample.DTYPES), default="bfloat16", help="default %(default)s")
+    add("--int8", action="store_true", help="int8 weights, a scale for each output channel")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share each product (default 1)")
     add("--output", metavar="FILE", help="the figures as JSON")
 

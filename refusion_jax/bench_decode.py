@@ -154,9 +154,9 @@ def memory_bandwidth(num_bytes: int = 1 << 31) -> float:
     return 2 * num_bytes / statistics.median(_timed(lambda: negated(array))[0] for _ in range(10))
 
 
-def arbitrary_model(config: ModelConfig, dtype, mesh=None) -> tuple[Any, dict[str, Any]]:
+def arbitrary_model(config: ModelConfig, dtype, mesh=None, int8: bool = False) -> tuple[Any, dict[str, Any]]:
     """A model ready for decoding, with parameters of no meaning, on the default device or a mesh."""
-    model = decoding_model(config, dtype, jax.default_backend())
+    model = decoding_model(config, dtype, jax.default_backend(), int8)
     boxed = boxed_params(model)
     abstract = sharding.unbox(boxed)
     if mesh is None:
@@ -177,8 +177,8 @@ def arbitrary_params(abstract: Any) -> Any:
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf.ndim == 1:
             return jnp.ones(leaf.shape, leaf.dtype)
-        wave = jnp.sin(jax.lax.iota(jnp.float32, leaf.size) * 12.9898)
-        return (0.05 * wave).reshape(leaf.shape).astype(leaf.dtype)
+        wave = jnp.sin(jax.lax.iota(jnp.float32, leaf.size) * 12.9898).reshape(leaf.shape)
+        return (wave * (100 if leaf.dtype == jnp.int8 else 0.05)).astype(leaf.dtype)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda: jax.tree.map(fill, abstract), out_shardings=shardings)()

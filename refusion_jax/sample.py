@@ -81,6 +81,11 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DTYPES),
         help="of weights and computation (default bfloat16, on a CPU float32)",
     )
+    add(
+        "--int8",
+        action="store_true",
+        help="int8 weights, a scale for each output channel, for decoding alone",
+    )
     add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
     add(
         "--enable_thinking",
@@ -150,7 +155,7 @@ def open_model(flags: argparse.Namespace) -> Opened:
     on_cpu = jax.default_backend() == "cpu"
     dtype = DTYPES[flags.dtype or ("float32" if on_cpu else "bfloat16")]
     mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
-    model, params, tokenizer = load(flags.checkpoint, mesh, dtype)
+    model, params, tokenizer = load(flags.checkpoint, mesh, dtype, flags.int8)
     if flags.method == "refusion" and tokenizer.mask_id is None:
         raise BadInput(f"{flags.checkpoint}: {MASK_MISSING}")
     settings = {name: getattr(flags, name) for name in SETTINGS}
