@@ -277,11 +277,36 @@ def test_slot_decoding(folder):
             compare_decode(case, config, of_row.replace(cache=state.cache.rows(row)))
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_slot_decoding_ahead_of_need(folder, rows):
+    """Ids and traces in a batch of any size, in at most three passes for four of the recordings."""
+    needs(folder, "decode.json")
+    model, params = load(folder)
+    special = {name: jnp.int32(value) for name, value in special_ids(folder).items()}
+    cases = sorted(records(folder, "decode")["cases"], key=lambda case: case["n_forward"])
+    configs = [settings(case, folder) for case in cases]
+    shape = Shape.fitting([case["prompt"] for case in cases], configs, rows=rows, trace=True, ahead=64)
+    made = 0
+    for batch in in_batches(cases, rows):
+        prompts, configs = [case["prompt"] for case in batch], [settings(case, folder) for case in batch]
+        padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
+        state = jax.device_get(decode.decode(model, params, padded, requests, **special, shape=shape))
+        for row, (case, config) in enumerate(zip(batch, configs, strict=True)):
+            of_row = jax.tree.map(lambda x, row=row: x[row], state.replace(cache=None))
+            made += int(of_row.row.forwards)
+            compare_steps(case, config, of_row.replace(cache=state.cache.rows(row)))
+    assert made <= 0.75 * sum(case["n_forward"] for case in cases)
+
+
 def compare_decode(case, config: DecodeConfig, state: decode.DecodeState) -> None:
+    assert state.row.forwards == case["n_forward"], case["id"]
+    compare_steps(case, config, state)
+
+
+def compare_steps(case, config: DecodeConfig, state: decode.DecodeState) -> None:
     name, prompt_len = f"{case['id']} (min margin {case['min_margin']:.1e})", len(case["prompt"])
     places = np.flatnonzero(state.cache.filled)
     assert state.tokens[places].tolist() == case["x"], name
-    assert state.row.forwards == case["n_forward"], name
     assert state.row.iterations == len(case["steps"]), name
     keys, values = (x[-1].sum((-1, -2)) for x in state.cache.layers)
     for i, step in enumerate(case["steps"]):

@@ -475,6 +475,27 @@ def test_a_closed_terminal(checkpoint, monkeypatch):
     assert ran.code == 0 and ran.out == "> "
 
 
+# Several devices, and fewer bytes.
+
+
+@pytest.mark.parametrize("flags", [["--tensor=2"], ["--ahead=0"], ["--int8", "--ahead=32"]], ids=" ".join)
+def test_answers_whatever_decodes_them(checkpoint, served, tmp_path, flags):
+    """The tokens are the same on two devices and with passes of one phase; int8 weights round some answers
+    differently."""
+    asked, output = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+    requests = [recorded_request(*item) for item in recordings().items()]
+    asked.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    ran = command(f"--checkpoint={checkpoint}", *FLAGS, f"--input={asked}", f"--output={output}", *flags)
+    assert (ran.code, ran.err) == (0, "")
+    equal = [result["raw_ids"] == of(served, result["id"])["raw_ids"] for result in lines(output)]
+    assert len(equal) == len(requests) and (all(equal) or "--int8" in flags) and sum(equal) > len(equal) / 2
+    passes = [result["num_forwards"] for result in lines(output)]
+    if "--ahead=0" in flags:
+        assert passes == [case["n_forward"] for case in recordings().values()]
+    else:
+        assert sum(passes) < sum(case["n_forward"] for case in recordings().values())
+
+
 # Left to right.
 
 
@@ -581,6 +602,8 @@ def test_dtype(checkpoint):
         (["--temperature=-1"], "temperature must be 0 or above, found -1.0"),
         (["--seed=-1"], "seed .* found -1"),
         (["--batch_size=0"], "--batch_size must be at least 1 request, found 0"),
+        (["--ahead=-1"], "--ahead must be 0 to 4096 tokens, found -1"),
+        (["--tensor=9"], "--tensor must be 1 to the 8 devices there are, found 9"),
         (["--semantics=paper"], "--semantics: invalid choice: 'paper'"),
         (["--method=guess"], "--method: invalid choice: 'guess'"),
         (["--dtype=float8"], "--dtype: invalid choice: 'float8'"),
