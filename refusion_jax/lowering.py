@@ -156,8 +156,9 @@ def kinds(memory: Any) -> dict[str, int]:
     """What a device holds at the peak, by the compiler's account: what for -> bytes."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments, program = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
-    # temp_size_in_bytes would also count what is held at other times.
-    temporaries = memory.peak_memory_in_bytes - arguments - results - program
+    # temp_size_in_bytes would also count what is held at other times. Of a program spread over many devices
+    # not all need be there at the peak.
+    temporaries = max(0, memory.peak_memory_in_bytes - arguments - results - program)
     return {
         "arguments": arguments,
         "results beside them": results,
