@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from refusion_jax import checkpoint, hf, load, lora
+from refusion_jax import checkpoint, hf, joined, load, lora
 from refusion_jax.convert import convert
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion import DiffusionConfig
@@ -206,8 +206,8 @@ def test_who_reads_the_run_gets_the_merged_model(finished, tmp_path):
         return model.apply({"params": params}, tokens, positions)[0]
 
     model, params, _ = load(folder)
-    wanted = logits(model, lora.merge(saved))
-    assert np.abs(wanted - logits(model, saved["base"])).max() > 1e-2  # it did learn
+    wanted = logits(model, joined.join(lora.merge(saved)))
+    assert np.abs(wanted - logits(model, joined.join(saved["base"]))).max() > 1e-2  # it did learn
     np.testing.assert_allclose(logits(model, params), wanted, atol=1e-5)
     convert(folder, tmp_path / "exported")
     assert (tmp_path / "exported" / "model.safetensors").exists()

@@ -447,7 +447,7 @@ def test_a_trace_file(checkpoint, opened, served, tmp_path):
     trace, answer = json.loads(path.read_text(encoding="utf-8")), of(served, "templated")
     assert {name: trace[name] for name in FIELDS - {"id"}} == {name: answer[name] for name in FIELDS - {"id"}}
     assert (trace["prompt"], trace["prompt_ids"]) == ("26+0+10", SUM)
-    assert_passes_add_up(answer)
+    assert_passes_add_up(trace)
     assert "".join(trace["token_texts"]) == opened[2].decode(answer["raw_ids"])
 
 
@@ -565,7 +565,7 @@ def test_thinking_is_told_to_the_template(checkpoint, tmp_path):
 def open_model(folder: Path, *flags: str):
     parser = Parser()
     sample.add_decoding_flags(parser)
-    return sample.open_model(parser.parse_args([f"--checkpoint={folder}", *flags]))[-1]
+    return sample.open_model(parser.parse_args([f"--checkpoint={folder}", *flags])).defaults
 
 
 def test_dtype(checkpoint):

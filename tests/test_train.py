@@ -270,7 +270,7 @@ def test_what_a_run_leaves(finished):
     assert list(folder.glob("events.out.tfevents.*"))
     model, params, tokenizer = load(folder)
     assert model.config.mlp_dim == 32 and tokenizer.mask_id == 259
-    assert params["layers_0"]["mlp"]["up"].shape == (16, 32)
+    assert params["layers_0"]["mlp"]["gate_up"].shape == (16, 2, 32)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
