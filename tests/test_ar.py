@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import hf
+from refusion_jax import hf, serving
 from refusion_jax.baselines import ar
 from refusion_jax.baselines.ar import ARConfig
 from refusion_jax.errors import BadInput
 from refusion_jax.model import Transformer
 from refusion_jax.requests import Shape
 from refusion_jax.samples import Samples
+from refusion_jax.serving import Request
 
 FOLDER = Path(__file__).parent / "data" / "oracle" / "tiny_a"
 MODEL, PARAMS = Transformer(hf.read_config(FOLDER)), hf.load_params(FOLDER, hf.read_config(FOLDER))
@@ -223,3 +224,12 @@ def test_impossible_prompts(prompt, mask_id, message):
 def test_a_batch_has_one_mask_and_one_eos():
     with pytest.raises(BadInput, match="must share mask_id and eos_id"):
         ar.sample(MODEL, PARAMS, [[1], [1]], [ARConfig(MASK, EOS), ARConfig(MASK, NEVER)])
+
+
+def test_the_longest_requests_are_begun_first():
+    """So that fewer rows stand idle at the end; `serve` gives the results in the order of the requests."""
+    lengths = [8, 24, 16]
+    requests = [Request(i, [1, 2], ARConfig(MASK, NEVER, length)) for i, length in enumerate(lengths)]
+    shape = serving.fitting_shape(requests, batch_size=1)
+    finished = [(number, int(s.num_raw)) for number, s in serving.decoded(MODEL, PARAMS, requests, shape)]
+    assert finished == [(1, 24), (2, 16), (0, 8)]
