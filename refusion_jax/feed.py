@@ -29,7 +29,7 @@ from flax import struct
 
 from refusion_jax.flops import ridge_tokens
 from refusion_jax.requests import Requests
-from refusion_jax.rows import Geometry, Phase, Row, geometry, next_plan, own_entries
+from refusion_jax.rows import Geometry, Phase, Row, first_chosen, geometry, next_plan, own_entries
 
 Array = jax.Array
 
@@ -200,8 +200,7 @@ def _nodes(row: Row, request: Requests, groups: Groups, mask_id: Array) -> Nodes
 def _refills(row: Row, request: Requests, at: Geometry, groups: Groups) -> tuple[Array, Array]:
     """Nodes there, bool [D, T], and what they see of the tokens needed, int32 [D, T]: d more accepted."""
     infill = row.phase == Phase.INFILL
-    # Of a joint pass only the first slot chosen has seen nothing but itself.
-    first = row.chosen & (jnp.cumsum(row.chosen) == 1) & (row.phase == Phase.VERIFY)
+    first = first_chosen(row) & (row.phase == Phase.VERIFY)
     d = jnp.arange(groups.lengths + 1)[:, None]
     base = jnp.where(infill, row.accepted, 0)[at.slot]
     due = (infill & row.open & ~row.drafted)[at.slot]

@@ -19,7 +19,7 @@ from flax import struct
 
 from refusion_jax.feed import Fed, Groups
 from refusion_jax.requests import Requests
-from refusion_jax.rows import Geometry, Phase, Row, geometry, next_plan
+from refusion_jax.rows import Geometry, Phase, Row, first_chosen, geometry, next_plan
 from refusion_jax.scores import Scores
 
 Array = jax.Array
@@ -148,7 +148,7 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
     done = _go_on(row, request, answer, left, has_eos, jnp.where(guessed, group, -1))
 
     accepted = leading_runs(passes, at, request, slots.shape[0])
-    first = row.chosen & (jnp.cumsum(row.chosen) == 1)  # it has seen nothing but itself
+    first = first_chosen(row)
     cached = jnp.where(first, accepted, 0)
     infill = row.replace(phase=jnp.int32(Phase.INFILL), open=row.chosen, accepted=accepted, cached=cached)
     infill = _refilled(infill, request, answer, jnp.where(first, accepted, 0))
