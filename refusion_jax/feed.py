@@ -73,6 +73,11 @@ class Groups:
         self.count = self.prefix + prefixes
         self.lengths, self.prefixes = lengths, prefixes
 
+    @classmethod
+    def of(cls, row: Row) -> "Groups":
+        """Those of a row's block."""
+        return cls(row.pool.shape[0], row.draft.shape[0])
+
 
 class Fed(struct.PyTreeNode):
     """The tokens a row feeds, packed to the front of Q places.
@@ -130,8 +135,8 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
       mask_id: int32.
       ahead: tokens up to which a pass of the row may be filled with predictions ahead of need; 0 for none.
     """
-    M, T = row.pool.shape[0], row.draft.shape[0]
-    groups, size = Groups(M, T), most_fed(T, ahead)
+    T = row.draft.shape[0]
+    groups, size = Groups.of(row), most_fed(T, ahead)
     nodes = _nodes(row, request, groups, mask_id)
     taken = nodes.there & _taken(row, request, nodes, groups, ahead)[:, None]
     flat = taken.reshape(-1)
