@@ -39,7 +39,7 @@ SMALLEST_PASS = 32  # tokens; fewer are not cheaper
 ANY = -1  # slot: of no slot in particular
 
 
-def tokens_ahead(rows: int, device_kind: str) -> int:
+def tokens_ahead(rows: int, device_kind: str | None = None) -> int:
     """Up to how many tokens it pays to fill a pass of each row with predictions ahead of need.
 
     The rows of a batch share the tokens that cost next to nothing beside reading the weights. On devices
@@ -47,12 +47,12 @@ def tokens_ahead(rows: int, device_kind: str) -> int:
 
     Args:
       rows: decoded together.
-      device_kind: of jax.Device.
+      device_kind: of jax.Device; None is the default device's.
 
     Returns:
       a power of two, or 0 where none would be left over.
     """
-    ridge = ridge_tokens(device_kind)
+    ridge = ridge_tokens(device_kind or jax.devices()[0].device_kind)
     if ridge is None:
         return 2 * SMALLEST_PASS
     share = 2 ** round(math.log2(ridge / rows)) if rows < ridge else 0

@@ -120,7 +120,7 @@ def fitting_shape(requests: Sequence[Request], batch_size: int, ahead: int | Non
     prompts, configs = [r.prompt for r in requests], [r.config for r in requests]
     exact = Shape.exact if isinstance(configs[0], DecodeConfig) else ar.exact_shape
     if ahead is None:
-        ahead = tokens_ahead(batch_size, jax.devices()[0].device_kind)
+        ahead = tokens_ahead(batch_size)
     return exact(prompts, configs).padded(batch_size, any(r.trace for r in requests), ahead)
 
 
