@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from refusion_jax import bench_decode, bench_train, config, sample, sharding
+from refusion_jax import bench_decode, bench_table, bench_train, config, sample, sharding
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.replay import read_courses
@@ -38,10 +38,10 @@ def train(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     if flags.steps < 1:
         raise BadInput(f"--steps={flags.steps}: must be at least 1")
     rows = []
-    print(bench_train.HEADER, flush=True)
+    print(bench_table.header(bench_train.COLUMNS), flush=True)
     for count in counts:
         row = bench_train.measure(run, jax.devices()[:count], flags.steps, flags.real_data)
-        print(bench_train.shown(row), flush=True)
+        print(bench_table.line(bench_train.COLUMNS, row), flush=True)
         rows.append(row)
     return rows
 
@@ -71,14 +71,14 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
         model, params = bench_decode.arbitrary_model(shape, dtype, mesh, flags.int8)
     bandwidth = bench_decode.memory_bandwidth()
     print(f"{jax.devices()[0].device_kind}, moves {bandwidth / 1e12:.2f} TB/s, jax {jax.__version__}")
-    print(bench_decode.HEADER, flush=True)
+    print(bench_table.header(bench_decode.COLUMNS), flush=True)
     rows = []
     for batch in map(int, flags.batch_size.split(",")):
         for method in methods:
             work = bench_decode.Work(method, batch, flags.prompt_length, asked, courses, flags.ahead)
             with decoding_scope(model, mesh):
                 row = bench_decode.measure(model, params, work, flags.repeats, bandwidth)
-            print(bench_decode.shown(row), flush=True)
+            print(bench_table.line(bench_decode.COLUMNS, row), flush=True)
             rows.append(row | {"chip": jax.devices()[0].device_kind, "jax": jax.__version__})
     return rows
 
