@@ -178,13 +178,14 @@ def _parser() -> config.Parser:
     )
     add("--no_suggestions", action="store_true", help="if it does not fit, do not look for what does")
     add("--decode", action="store_true", help="the sampler instead of the training step; what follows is its")
-    whole = {"type": int, "metavar": "N"}
+    whole = {"type": config.whole_number, "metavar": "N"}
     add("--prompt_length", **whole, default=512, help="tokens of a prompt (default %(default)s)")
     add("--gen_length", **whole, default=512, help="most response tokens (default %(default)s)")
     add("--slot_size", **whole, default=32, help="tokens of a slot (default %(default)s)")
     add("--num_blocks", **whole, default=4, help="blocks decoded left to right (default %(default)s)")
     add(
         "--batch_size",
+        type=config.whole_numbers,
         metavar="N",
         default="8",
         help="requests decoded together; several numbers, separated by commas, make a table "
@@ -196,17 +197,8 @@ def _parser() -> config.Parser:
 
 def _decodings(flags: argparse.Namespace) -> list[Decoding]:
     """What the flags ask for, one for each batch size."""
-    try:
-        rows = [int(number) for number in flags.batch_size.split(",")]
-    except ValueError:
-        raise BadInput(
-            f"--batch_size must be a whole number, or several like 1,8,32; found {flags.batch_size!r}"
-        ) from None
-    for name, value in (("prompt_length", flags.prompt_length), *(("batch_size", number) for number in rows)):
-        if value < 1:
-            raise BadInput(f"--{name} must be at least 1, found {value}")
     given = {name: getattr(flags, name) for name in Decoding._fields}
-    return [Decoding(**given | {"batch_size": number}) for number in rows]
+    return [Decoding(**given | {"batch_size": number}) for number in flags.batch_size]
 
 
 def _table(model: ModelConfig, topologies: Sequence[Topology], asked: Sequence[Decoding]) -> int:

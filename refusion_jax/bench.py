@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from refusion_jax import bench_decode, bench_train, config, sample, sharding
+from refusion_jax import bench_decode, bench_table, bench_train, config, sample, sharding
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.replay import read_courses
@@ -29,30 +29,20 @@ def train(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     """One row of figures for each number of devices of --devices, printed as they come."""
     run = config.load(flags.config, overrides, RunConfig)
     there = len(jax.devices())
-    try:
-        counts = [int(part) for part in (flags.devices or str(there)).split(",")]
-    except ValueError:
-        counts = []
-    if not counts or not all(1 <= count <= there for count in counts):
-        raise BadInput(f"--devices={flags.devices}: must be numbers with commas, 1 to {there}")
-    if flags.steps < 1:
-        raise BadInput(f"--steps={flags.steps}: must be at least 1")
+    counts = flags.devices or [there]
+    if max(counts) > there:
+        raise BadInput(f"--devices must be 1 to the {there} devices there are, found {max(counts)}")
     rows = []
-    print(bench_train.HEADER, flush=True)
+    print(bench_table.header(bench_train.COLUMNS), flush=True)
     for count in counts:
         row = bench_train.measure(run, jax.devices()[:count], flags.steps, flags.real_data)
-        print(bench_train.shown(row), flush=True)
+        print(bench_table.line(bench_train.COLUMNS, row), flush=True)
         rows.append(row)
     return rows
 
 
 def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     """One row of figures for each method and batch size, printed as they come."""
-    whole = {"--batch_size": flags.batch_size, "--prompt_length": str(flags.prompt_length)}
-    whole["--repeats"] = str(flags.repeats)
-    for name, value in whole.items():
-        if not all(part.isdecimal() and int(part) > 0 for part in value.split(",")):
-            raise BadInput(f"{name}={value}: must be whole numbers above 0")
     methods = flags.method.split(",")
     if not set(methods) <= {"refusion", "ar"}:
         raise BadInput(f"--method={flags.method}: must be refusion, ar or both with a comma")
@@ -71,14 +61,14 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
         model, params = bench_decode.arbitrary_model(shape, dtype, mesh, flags.int8)
     bandwidth = bench_decode.memory_bandwidth()
     print(f"{jax.devices()[0].device_kind}, moves {bandwidth / 1e12:.2f} TB/s, jax {jax.__version__}")
-    print(bench_decode.HEADER, flush=True)
+    print(bench_table.header(bench_decode.COLUMNS), flush=True)
     rows = []
-    for batch in map(int, flags.batch_size.split(",")):
+    for batch in flags.batch_size:
         for method in methods:
             work = bench_decode.Work(method, batch, flags.prompt_length, asked, courses, flags.ahead)
             with decoding_scope(model, mesh):
                 row = bench_decode.measure(model, params, work, flags.repeats, bandwidth)
-            print(bench_decode.shown(row), flush=True)
+            print(bench_table.line(bench_decode.COLUMNS, row), flush=True)
             rows.append(row | {"chip": jax.devices()[0].device_kind, "jax": jax.__version__})
     return rows
 
@@ -92,15 +82,16 @@ def add_decode(commands) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(measure=decode)
-    add = parser.add_argument
+    add, whole = parser.add_argument, {"type": config.whole_number, "metavar": "N"}
     add("--checkpoint", metavar="DIR", help="model folder")
     add("--config", metavar="FILE", help="Python file with get_config(), whose model is filled with numbers")
     add("--method", default="refusion,ar", metavar="NAME,…", help="decoders (default %(default)s)")
-    add("--batch_size", default="1", metavar="N,…", help="requests decoded together (default %(default)s)")
-    add("--prompt_length", type=int, default=128, metavar="N", help="tokens a prompt (default %(default)s)")
+    several = {"type": config.whole_numbers, "metavar": "N,…"}
+    add("--batch_size", **several, default="1", help="requests decoded together (default %(default)s)")
+    add("--prompt_length", **whole, default=128, help="tokens a prompt (default %(default)s)")
     sample.add_setting_flags(parser, gen_length=512, slot_size=32, num_blocks=4)
     add("--replay", metavar="FILE", help="results of `sample` with traces, whose course the rows follow")
-    add("--repeats", type=int, default=5, metavar="N", help="timed runs (default %(default)s)")
+    add("--repeats", **whole, default=5, help="timed runs (default %(default)s)")
     add("--dtype", choices=tuple(sample.DTYPES), default="bfloat16", help="default %(default)s")
     add("--int8", action="store_true", help="int8 weights, a scale for each output channel")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share each product (default 1)")
@@ -121,8 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add.set_defaults(measure=train)
     add.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
-    add.add_argument("--devices", metavar="N,…", help="numbers of devices to use in turn (default all)")
-    add.add_argument("--steps", type=int, metavar="N", default=10, help="timed steps (default %(default)s)")
+    add.add_argument(
+        "--devices",
+        type=config.whole_numbers,
+        metavar="N,…",
+        help="numbers of devices to use in turn (default all)",
+    )
+    add.add_argument(
+        "--steps",
+        type=config.whole_number,
+        metavar="N",
+        default=10,
+        help="timed steps (default %(default)s)",
+    )
     add.add_argument(
         "--real_data",
         action="store_true",

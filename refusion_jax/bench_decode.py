@@ -38,12 +38,6 @@ COLUMNS = {  # name -> format
     "compile_s": ".0f",
     "again_s": ".1f",
 }
-HEADER = "  ".join(f"{name:>{max(len(name), 8)}}" for name in COLUMNS)
-
-
-def shown(row: dict[str, Any]) -> str:
-    """One line under HEADER."""
-    return "  ".join(f"{row[name]:>{max(len(name), 8)}{spec}}" for name, spec in COLUMNS.items())
 
 
 class Work(NamedTuple):

@@ -35,13 +35,6 @@ COLUMNS = {  # name -> format
     "temporary_gb": ".1f",
     "compile_s": ".0f",
 }
-HEADER = "  ".join(f"{name:>{max(len(name), 7)}}" for name in COLUMNS)
-
-
-def shown(row: dict[str, Any]) -> str:
-    """One line under HEADER; what is not known is a dash."""
-    cells = ("-" if row[name] is None else format(row[name], spec) for name, spec in COLUMNS.items())
-    return "  ".join(f"{cell:>{max(len(name), 7)}}" for name, cell in zip(COLUMNS, cells, strict=True))
 
 
 def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data: bool) -> dict[str, Any]:

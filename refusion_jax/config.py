@@ -35,6 +35,18 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
+def whole_number(text: str) -> int:
+    """The `type` of a flag that takes a whole number above 0."""
+    if not text.isdecimal() or not text.strip("0"):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The `type` of a flag that takes one of them, or several with commas between."""
+    return [whole_number(part) for part in text.split(",")]
+
+
 def load(path: str | Path, overrides: Sequence[str], run_class: type[Run]) -> Run:
     """The run described by a configuration file and `--config.section.field=value` arguments.
 

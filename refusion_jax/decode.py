@@ -229,7 +229,7 @@ def prepare(
     configs = [config] * len(prompts) if isinstance(config, DecodeConfig) else list(config)
     needed = Shape.exact(prompts, configs)
     if shape is None:
-        shape = needed.padded(ahead=tokens_ahead(needed.rows, jax.devices()[0].device_kind))
+        shape = needed.padded(ahead=tokens_ahead(needed.rows))
     shape.check_holds(needed)
     padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
     return Prepared(padded, requests, jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id), shape)

@@ -29,7 +29,7 @@ from flax import struct
 
 from refusion_jax.flops import ridge_tokens
 from refusion_jax.requests import Requests
-from refusion_jax.rows import Geometry, Phase, Row, geometry, next_plan, own_entries
+from refusion_jax.rows import Geometry, Phase, Row, first_chosen, geometry, next_plan, own_entries
 
 Array = jax.Array
 
@@ -39,7 +39,7 @@ SMALLEST_PASS = 32  # tokens; fewer are not cheaper
 ANY = -1  # slot: of no slot in particular
 
 
-def tokens_ahead(rows: int, device_kind: str) -> int:
+def tokens_ahead(rows: int, device_kind: str | None = None) -> int:
     """Up to how many tokens it pays to fill a pass of each row with predictions ahead of need.
 
     The rows of a batch share the tokens that cost next to nothing beside reading the weights. On devices
@@ -47,12 +47,12 @@ def tokens_ahead(rows: int, device_kind: str) -> int:
 
     Args:
       rows: decoded together.
-      device_kind: of jax.Device.
+      device_kind: of jax.Device; None is the default device's.
 
     Returns:
       a power of two, or 0 where none would be left over.
     """
-    ridge = ridge_tokens(device_kind)
+    ridge = ridge_tokens(device_kind or jax.devices()[0].device_kind)
     if ridge is None:
         return 2 * SMALLEST_PASS
     share = 2 ** round(math.log2(ridge / rows)) if rows < ridge else 0
@@ -72,6 +72,11 @@ class Groups:
         self.prefix = self.plan + 1  # prefix + c: the plan that follows if c + 1 of the chosen are accepted
         self.count = self.prefix + prefixes
         self.lengths, self.prefixes = lengths, prefixes
+
+    @classmethod
+    def of(cls, row: Row) -> "Groups":
+        """Those of a row's block."""
+        return cls(row.pool.shape[0], row.draft.shape[0])
 
 
 class Fed(struct.PyTreeNode):
@@ -130,8 +135,8 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
       mask_id: int32.
       ahead: tokens up to which a pass of the row may be filled with predictions ahead of need; 0 for none.
     """
-    M, T = row.pool.shape[0], row.draft.shape[0]
-    groups, size = Groups(M, T), most_fed(T, ahead)
+    T = row.draft.shape[0]
+    groups, size = Groups.of(row), most_fed(T, ahead)
     nodes = _nodes(row, request, groups, mask_id)
     taken = nodes.there & _taken(row, request, nodes, groups, ahead)[:, None]
     flat = taken.reshape(-1)
@@ -200,8 +205,7 @@ def _nodes(row: Row, request: Requests, groups: Groups, mask_id: Array) -> Nodes
 def _refills(row: Row, request: Requests, at: Geometry, groups: Groups) -> tuple[Array, Array]:
     """Nodes there, bool [D, T], and what they see of the tokens needed, int32 [D, T]: d more accepted."""
     infill = row.phase == Phase.INFILL
-    # Of a joint pass only the first slot chosen has seen nothing but itself.
-    first = row.chosen & (jnp.cumsum(row.chosen) == 1) & (row.phase == Phase.VERIFY)
+    first = first_chosen(row) & (row.phase == Phase.VERIFY)
     d = jnp.arange(groups.lengths + 1)[:, None]
     base = jnp.where(infill, row.accepted, 0)[at.slot]
     due = (infill & row.open & ~row.drafted)[at.slot]

@@ -50,13 +50,10 @@ def load(
     if model.joined:
         params = joined.join(params)
     if int8:
-        params = quantized.quantize(params)
-
-    def wanted(path: tuple, leaf: stored.Stored) -> jax.ShapeDtypeStruct:
-        keep = dtype is None or (int8 and quantized.is_quantized(path))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keep else dtype)
-
-    abstract = jax.tree_util.tree_map_with_path(wanted, params)
+        params = quantized.quantize(params, rest=dtype)
+    elif dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.layout(boxed_params(model), mesh).shardings)
     return model, stored.place(params, abstract), tokenizer

@@ -19,7 +19,7 @@ from flax import struct
 
 from refusion_jax.feed import Fed, Groups
 from refusion_jax.requests import Requests
-from refusion_jax.rows import Geometry, Phase, Row, geometry, next_plan
+from refusion_jax.rows import Geometry, Phase, Row, first_chosen, geometry, next_plan
 from refusion_jax.scores import Scores
 
 Array = jax.Array
@@ -119,7 +119,7 @@ def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -
 def plan(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Chooses slots among those fed as masks."""
     del eos_id
-    return _choose(row, request, answer, answer.place[_groups(row).plan]), _nothing(row, answer)
+    return _choose(row, request, answer, answer.place[Groups.of(row).plan]), _nothing(row, answer)
 
 
 def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
@@ -127,7 +127,7 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
 
     If it covers none, every chosen slot is to be infilled on its own from its own passing prefix.
     """
-    at, groups = geometry(row, request), _groups(row)
+    at, groups = geometry(row, request), Groups.of(row)
     drafted = at.inside & row.chosen[at.slot]
     passes = (at.offset == 0) | answer.passes
     prefix = drafted & (jnp.cumsum(drafted & ~passes) == 0)
@@ -148,7 +148,7 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
     done = _go_on(row, request, answer, left, has_eos, jnp.where(guessed, group, -1))
 
     accepted = leading_runs(passes, at, request, slots.shape[0])
-    first = row.chosen & (jnp.cumsum(row.chosen) == 1)  # it has seen nothing but itself
+    first = first_chosen(row)
     cached = jnp.where(first, accepted, 0)
     infill = row.replace(phase=jnp.int32(Phase.INFILL), open=row.chosen, accepted=accepted, cached=cached)
     infill = _refilled(infill, request, answer, jnp.where(first, accepted, 0))
@@ -167,7 +167,7 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
 def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Lets the accepted prefix of every rechecked slot grow by at least one token; commits when all are
     whole."""
-    at, groups = geometry(row, request), _groups(row)
+    at, groups = geometry(row, request), Groups.of(row)
     slots, size = jnp.arange(row.pool.shape[0]), request.slot_size
     mine = at.inside & row.open[at.slot]
     forced = at.offset <= row.accepted[at.slot]
@@ -267,7 +267,7 @@ def _refilled(row: Row, request: Requests, answer: Answer, more: Array) -> Row:
     Args:
       more: int32 [M], how many more tokens of each slot were accepted by the pass that fed it.
     """
-    at, groups = geometry(row, request), _groups(row)
+    at, groups = geometry(row, request), Groups.of(row)
     more = jnp.where(more <= groups.lengths, more, -1)[at.slot]
     place = jnp.where(more >= 0, answer.place[groups.refill + more, at.index], answer.draft.shape[0])
     fed = at.inside & (place < answer.draft.shape[0]) & (at.offset >= row.accepted[at.slot])
@@ -288,10 +288,6 @@ def _spread(kept: Array, place: Array, answer: Answer) -> Array:
 def _nothing(row: Row, answer: Answer) -> Outcome:
     none = jnp.zeros(answer.draft.shape, bool)
     return Outcome(jnp.zeros(row.draft.shape, bool), none, jnp.zeros_like(row.accepted), jnp.int32(0))
-
-
-def _groups(row: Row) -> Groups:
-    return Groups(row.pool.shape[0], row.draft.shape[0])
 
 
 def _select(condition: Array, if_true: Row, if_false: Row) -> Row:

@@ -19,12 +19,13 @@ LARGEST = 127
 MATRICES = {"q": 1, "k": 1, "v": 1, "qkv": 1, "o": 2, "gate": 1, "up": 1, "gate_up": 1, "down": 1, "head": 1}
 
 
-def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
+def quantize(params: Mapping[str, Any], rest: Any = None) -> dict[str, Any]:
     """Parameters of a model with `int8` from those of one without.
 
     Args:
       params: arrays, or Stored yet to be read, of an unrolled model, joined or not. Those of a tied head
         keep it: it is the embedding.
+      rest: dtype of what is not quantised, the norms say; None leaves it as it is.
 
     Returns:
       the same, with each matrix [summed over ..., outputs ...] as int8 `name` [outputs ..., summed over ...]
@@ -33,18 +34,13 @@ def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, leaf in params.items():
         if isinstance(leaf, Mapping):
-            found[name] = quantize(leaf)
+            found[name] = quantize(leaf, rest)
         elif name in MATRICES:
             split = _of_stored if isinstance(leaf, Stored) else _of_array
             found[name], found[f"{name}_scale"] = split(leaf, MATRICES[name])
         else:
-            found[name] = leaf
+            found[name] = leaf if rest is None else leaf.astype(rest)
     return found
-
-
-def is_quantized(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf of quantised parameters, by its path in the tree, is one of those made here."""
-    return path[-1].key.removesuffix("_scale") in MATRICES
 
 
 def _of_array(matrix: Any, num_in: int) -> tuple[jax.Array, jax.Array]:

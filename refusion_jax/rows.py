@@ -118,6 +118,11 @@ def next_plan(row: Row, request: Requests, left: Array, eos_found: Array) -> tup
     return row.block + enter, pool, ~(block_done & last)
 
 
+def first_chosen(row: Row) -> Array:
+    """bool [M]: the first slot chosen, the one whose drafts are verified having seen nothing but itself."""
+    return row.chosen & (jnp.cumsum(row.chosen) == 1)
+
+
 def own_entries(row: Row, request: Requests, length: int) -> tuple[Array, Array]:
     """The entries of the cache that one slot alone may see: accepted while it is infilled.
 

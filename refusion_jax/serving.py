@@ -120,7 +120,7 @@ def fitting_shape(requests: Sequence[Request], batch_size: int, ahead: int | Non
     prompts, configs = [r.prompt for r in requests], [r.config for r in requests]
     exact = Shape.exact if isinstance(configs[0], DecodeConfig) else ar.exact_shape
     if ahead is None:
-        ahead = tokens_ahead(batch_size, jax.devices()[0].device_kind)
+        ahead = tokens_ahead(batch_size)
     return exact(prompts, configs).padded(batch_size, any(r.trace for r in requests), ahead)
 
 
@@ -150,7 +150,8 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
     few = dataclasses.replace(shape, rows=max(1, shape.rows // 8))
     blank = method.prepare(model, [requests[0].prompt], [requests[0].config], shape)
     special = blank.mask_id, blank.eos_id
-    state = method.init(model, blank.prompts, blank.requests, shape=shape)
+    # Of as many rows as are taken in at once the state is the one they were begun in.
+    state = None if few == shape else method.init(model, blank.prompts, blank.requests, shape=shape)
     by_length = sorted(enumerate(requests), key=lambda item: -item[1].config.gen_length)
     waiting = collections.deque(by_length)
     running: dict[int, int] = {}  # row -> number of the request in it
@@ -161,7 +162,7 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
             rows, numbers, asked = zip(*taken, strict=True)
             *inputs, _ = method.prepare(model, [r.prompt for r in asked], [r.config for r in asked], few)
             begun = method.begin(model, params, *inputs, shape=few)
-            state = insert_rows(state, begun, _fill(rows, few.rows, shape.rows))
+            state = begun if few == shape else insert_rows(state, begun, _fill(rows, few.rows, shape.rows))
             running |= zip(rows, numbers, strict=True)
         state = method.resume(model, params, state, *special, max(0, len(running) - few.rows), shape=shape)
         done = np.asarray(state.done)

@@ -90,8 +90,8 @@ def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
     ("flags", "message"),
     [
         ([], "--checkpoint and --config: give one of the two"),
-        ([f"--config={TINY}", "--batch_size=0"], "--batch_size=0: must be whole numbers above 0"),
-        ([f"--config={TINY}", "--repeats=-1"], "--repeats=-1: must be"),
+        ([f"--config={TINY}", "--batch_size=0"], "--batch_size: must be a whole number above 0, found '0'"),
+        ([f"--config={TINY}", "--repeats=-1"], "--repeats: must be a whole number above 0, found '-1'"),
         ([f"--config={TINY}", "--method=mdm"], "--method=mdm: must be refusion, ar or both"),
         ([f"--config={TINY}", "--gen_length=20"], "gen_length must be a multiple"),
         ([f"--config={TINY}", "--replay=missing.jsonl"], "--replay=missing.jsonl: cannot be read"),
@@ -106,10 +106,10 @@ def test_mistakes_of_decode_are_one_line(capsys, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--devices=9"], "--devices=9: must be numbers with commas, 1 to 8"),
-        (["--devices=0"], "--devices=0: must be"),
-        (["--devices=two"], "--devices=two: must be"),
-        (["--steps=0"], "--steps=0: must be at least 1"),
+        (["--devices=9"], "--devices must be 1 to the 8 devices there are, found 9"),
+        (["--devices=0"], "--devices: must be a whole number above 0, found '0'"),
+        (["--devices=two"], "--devices: must be a whole number above 0, found 'two'"),
+        (["--steps=0"], "--steps: must be a whole number above 0, found '0'"),
         (["--config.no_such=1"], "no_such"),
         (["--output=missing/figures.json"], "--output=missing/figures.json: cannot be written"),
         (["--config.train.microbatches=3"], "train.batch_size must be a multiple of"),

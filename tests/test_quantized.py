@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import quantized, sharding, triton_int8
+from refusion_jax import sharding, triton_int8
 from refusion_jax.joined import join
 from refusion_jax.loader import boxed_params
 from refusion_jax.model import ModelConfig, Transformer
@@ -155,10 +155,7 @@ def test_where_the_kernel_does_not_fit():
 
 def test_a_model_with_the_kernel_is_one_without():
     config = ModelConfig(150, 1, 128, 4, 2, 32, 128)
-    made = quantize(join(params_of(config)))
-    made = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if quantized.is_quantized(path) else jnp.asarray(x, jnp.bfloat16), made
-    )
+    made = quantize(join(params_of(config)), rest=jnp.bfloat16)
     model = Transformer(config, jnp.bfloat16, jnp.bfloat16, kernel="triton", joined=True, int8=True)
     tokens = np.random.default_rng(3).integers(0, 150, (1, 5))
     positions = np.arange(5)[None]
