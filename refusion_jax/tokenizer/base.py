@@ -3,6 +3,7 @@ have in common."""
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ class TemplatedTokenizer(Tokenizer):
                 "messages were given but the tokenizer has no chat_template: give a plain prompt, "
                 f"or add a chat_template to {SETTINGS}"
             )
-        return self._render(messages, **{**self._token_texts(), **options})
+        return self._render(messages, **{**self._token_texts, **options})
 
     def with_token(self, role: str, text: str, index: int | None = None) -> Tokenizer:
         index = self.vocab_size if index is None else index
@@ -211,7 +212,7 @@ class TemplatedTokenizer(Tokenizer):
         return self._with_token(dataclasses.replace(self.special, **{role: index}), settings, text, index)
 
     def save(self, folder: str | Path) -> None:
-        settings = {**self._token_texts(), **self._settings}
+        settings = {**self._token_texts, **self._settings}
         for role, index in self.special.roles().items():
             settings.pop(f"{role}_token_id", None)
             # By id where the text does not say it: a mask may be a spare row of the model without text.
@@ -222,6 +223,7 @@ class TemplatedTokenizer(Tokenizer):
         write_settings(Path(folder), {**settings, **self._saved_settings()})
         self._save_vocabulary(Path(folder))
 
+    @functools.cached_property
     def _token_texts(self) -> dict[str, str]:
         """bos_token, eos_token, …: as the settings have it, and where they are silent, of the ids."""
         texts = {key: token_text(v) for key, v in self._settings.items() if key.endswith("_token")}

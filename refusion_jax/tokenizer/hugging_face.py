@@ -29,7 +29,7 @@ class HuggingFaceTokenizer(TemplatedTokenizer):
         self._backend = backend
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
