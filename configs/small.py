@@ -1,0 +1,45 @@
+r"""The model that comes with the package: the embedded tasks, trained from scratch on bytes.
+
+    python -m refusion_jax.train --config=configs/small.py --workdir=runs/small
+    python -m refusion_jax.convert runs/small refusion_jax/small --dtype=bfloat16
+
+5.5 million parameters, 11 MB in bfloat16: decodes on a laptop's CPU. Training takes about five minutes on an
+H200 and is too long for a CPU; configs/tiny.py is the one for that.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.model = ConfigDict(
+        {
+            "vocab_size": 260,
+            "num_layers": 8,
+            "embed_dim": 256,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "mlp_dim": 640,
+            "rope_theta": 1e4,
+            "tie_embeddings": True,
+        }
+    )
+    tasks = {
+        "arithmetic": {},
+        "multiplication": {"left_digits": 2, "right_digits": 2},
+        "countdown": {"numbers": 3},
+        "word_problems": {"max_steps": 4},
+        "paths": {"nodes": 7, "extra": 3, "max_steps": 3},
+        "extraction": {},
+        "json_records": {},
+        "functions": {},
+    }
+    c.data = ConfigDict(
+        {"source": "tasks", "tasks": tasks, "max_length": 1024, "packing": True, "examples_per_row": 8}
+    )
+    c.train = ConfigDict(
+        {"steps": 6000, "batch_size": 64, "save_every": 6000, "log_every": 100, "dtype": "bfloat16"}
+    )
+    c.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 200, "b2": 0.99})
+    return c
