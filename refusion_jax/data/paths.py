@@ -1,6 +1,7 @@
 """The shortest route in a small directed graph, found by breadth-first search."""
 
 import dataclasses
+import itertools
 import re
 import string
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ class Paths(Generator):
         # By distance from the start, the route's own node first. Of the nodes before it only the route's
         # leads to a node of the route, so there is no second route as short.
         levels = [[name] for name in names[: steps + 1]]
-        edges = {a[0] + b[0] for a, b in zip(levels, levels[1:], strict=False)}
+        edges = {a[0] + b[0] for a, b in itertools.pairwise(levels)}
         distance = {name: i for i, name in enumerate(names[: steps + 1])}
         for name in names[steps + 1 :]:
             distance[name] = dice.between(1, steps)
@@ -95,7 +96,7 @@ class Paths(Generator):
 
     def _accepts(self, problem: Problem, response: str) -> bool:
         route = (final_answer(response) or "").split()
-        legs = [a + b for a, b in zip(route, route[1:], strict=False)]
+        legs = [a + b for a, b in itertools.pairwise(route)]
         return (
             len(route) == len(_search(problem)[0])
             and (route[0], route[-1]) == (problem.start, problem.goal)

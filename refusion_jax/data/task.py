@@ -36,8 +36,12 @@ class Dice:
     """
 
     def __init__(self, *key: Any):
-        self._bits = np.random.Philox(key=_stable_hash(repr(key)))
+        self._bits = np.random.Philox(key=stable_hash(repr(key)))
         self._pool: list[int] = []
+
+    def raw(self, count: int) -> np.ndarray:
+        """`count` integers of 64 random bits, uint64 [count]."""
+        return self._bits.random_raw(count)
 
     def below(self, stop: int) -> int:
         """An integer of 0 … stop-1."""
@@ -154,7 +158,7 @@ class Generator(Task):
 
 def split_of(key: str) -> str:
     """The split of whatever a text stands for."""
-    place = _stable_hash(key) % 100
+    place = stable_hash(key) % 100
     for split, share in HELD_OUT.items():
         if place < share:
             return split
@@ -168,6 +172,6 @@ def final_answer(response: str) -> str | None:
     return answer.strip() if mark else None
 
 
-def _stable_hash(text: str) -> int:
+def stable_hash(text: str) -> int:
     """128 bits of a hash that, unlike `hash`, is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

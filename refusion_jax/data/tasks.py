@@ -7,10 +7,13 @@ from typing import Any
 from refusion_jax.data.arithmetic import Arithmetic
 from refusion_jax.data.countdown import Countdown
 from refusion_jax.data.extraction import Extraction
+from refusion_jax.data.functions import Functions
+from refusion_jax.data.gsm8k import Gsm8k
 from refusion_jax.data.json_records import JsonRecords
 from refusion_jax.data.multiplication import Multiplication
 from refusion_jax.data.paths import Paths
 from refusion_jax.data.task import Example, Task
+from refusion_jax.data.text import Text
 from refusion_jax.data.word_problems import WordProblems
 from refusion_jax.errors import BadInput
 
@@ -26,6 +29,9 @@ TASKS: dict[str, type[Task]] = {
         Paths,
         Extraction,
         JsonRecords,
+        Functions,
+        Gsm8k,
+        Text,
     )
 }
 
