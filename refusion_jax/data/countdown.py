@@ -34,8 +34,8 @@ class Countdown(Generator):
     """`numbers` numbers of 2 … `largest`; the target and all on the way to it are at most `largest_target`.
 
     Steps join two of the numbers at hand, which the result replaces: by + - * /, nothing negative,
-    no fractions. The response is the way by which the problem was made, which uses two numbers or
-    more, one after the other; any other way is as right.
+    no fractions. The response is the way by which the problem was made, which uses all numbers, or (of
+    three and more) all but one, one after the other; any other way is as right.
     """
 
     numbers: int = 4
@@ -53,7 +53,7 @@ class Countdown(Generator):
         while True:
             numbers = [dice.between(2, self.largest) for _ in range(self.numbers)]
             value, way = numbers[0], []
-            for number in numbers[1 : dice.between(2, self.numbers)]:
+            for number in numbers[1 : dice.between(max(2, self.numbers - 1), self.numbers)]:
                 choices = [join for join in _joins(value, number) if 2 <= join[1] <= self.largest_target]
                 if not choices:
                     break

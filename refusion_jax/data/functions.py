@@ -17,6 +17,20 @@ _FORMS = (  # opening, what stands between the steps, and whether they are told 
 )
 _EXAMPLE = ". Example: f("
 _WORDS = ("stone", "river", "apple", "tea", "lantern", "one", "notes", "soil", "train", "oil", "sea", "list")
+_PROBES = {
+    "number": [0, -17, 1234, 3, 58, -8, 96, 205],
+    "text": ["", "a e  i", "Noon Rises", "lantern one tea", "soil train oil", "sea stone list notes"],
+    "list": [
+        [],
+        [2],
+        [-9, -4, -4, 0],
+        [7, 3, 12, 3, 8, 5],
+        [15, 6, 9, 10, 4, 6, 1, 13],
+        [2, 2, 9, 14, -3, 11, 5],
+    ],
+}
+_FEWEST_OUTPUTS = 3
+_LONGEST_OUTPUT = 200  # characters
 _MOST_STEPS = 8
 _LONGEST = 5_000  # characters of a response; far beyond any solution
 
@@ -30,14 +44,14 @@ class Problem(NamedTuple):
 class Functions(Generator):
     """Functions of `min_steps` to `max_steps` steps on a list, a string or a number.
 
-    The query tells the steps, in order or from the last to the first, and one input with its
-    output. The response is the code alone. It is right if the function `f` that it defines gives,
-    in a sandbox (see there what this does and does not protect from), the reference's output for
-    hidden inputs, edge cases among them, which the problem alone decides.
+    The query tells the steps, in order or from the last to the first, and one input with its output.
+    Every step makes a difference to what comes out. The response is the code alone. It is right if
+    the function `f` that it defines gives, in a sandbox (see there what this does and does not protect
+    from), the reference's output for hidden inputs, edge cases among them, which the problem decides.
     """
 
-    min_steps: int = 2
-    max_steps: int = 4
+    min_steps: int = 3
+    max_steps: int = 5
 
     name: ClassVar[str] = "functions"
 
@@ -46,13 +60,16 @@ class Functions(Generator):
         self._require("min_steps", 1, self.max_steps)
 
     def _draw(self, dice: Dice) -> Problem:
-        takes = kind = dice.pick(_KINDS)
-        steps: list[tuple[str, Any]] = []
-        for _ in range(dice.between(self.min_steps, self.max_steps)):
-            name = dice.pick([name for name in _STEPS_OF[kind] if not steps or name != steps[-1][0]])
-            steps.append((name, dice.pick(STEPS[name].choices)))
-            kind = STEPS[name].gives
-        return Problem(takes, tuple(steps))
+        while True:
+            takes = kind = dice.pick(_KINDS)
+            steps: list[tuple[str, Any]] = []
+            for _ in range(dice.between(self.min_steps, self.max_steps)):
+                name = dice.pick(_STEPS_OF[kind])
+                steps.append((name, dice.pick(STEPS[name].choices)))
+                kind = STEPS[name].gives
+            problem = Problem(takes, tuple(steps))
+            if _all_counts(problem):
+                return problem
 
     def _key(self, problem: Problem) -> str:
         return repr(problem)
@@ -126,17 +143,29 @@ def _draw_input(kind: str, dice: Dice) -> Any:
 
 
 def _hidden_inputs(problem: Problem) -> list[Any]:
-    """Edge cases, inputs like those in queries, and one beyond them."""
+    """Edge cases and the like, and some drawn as those in queries are."""
     dice = Dice("inputs", problem)
-    like_those = [_draw_input(problem.takes, dice) for _ in range(8)]
-    match problem.takes:
-        case "number":
-            return [0, -17, 1234, *like_those, dice.between(100, 9999)]
-        case "text":
-            return ["", "a e  i", "Noon Rises", *like_those, " ".join(dice.sample(_WORDS, len(_WORDS)))]
-        case "list":
-            return [[], [2], [-9, -4, -4, 0], *like_those, [dice.between(-40, 40) for _ in range(12)]]
-    raise AssertionError(problem.takes)
+    return [*_PROBES[problem.takes], *(_draw_input(problem.takes, dice) for _ in range(6))]
+
+
+def _all_counts(problem: Problem) -> bool:
+    """Whether the probes give several outputs, none of them long, and others without any one step."""
+    states = [_PROBES[problem.takes]]
+    for name, k in problem.steps:
+        run = STEPS[name].run
+        states.append([run(value, k) for value in states[-1]])
+    outputs = [repr(output) for output in states[-1]]
+    if len(set(outputs)) < _FEWEST_OUTPUTS or max(map(len, outputs)) > _LONGEST_OUTPUT:
+        return False
+    for i, (name, _) in enumerate(problem.steps):
+        if STEPS[name].takes == STEPS[name].gives:
+            without = states[i]
+            for later, k in problem.steps[i + 1 :]:
+                run = STEPS[later].run
+                without = [run(value, k) for value in without]
+            if without == states[-1]:
+                return False
+    return True
 
 
 def _read_steps(kind: str, told: Sequence[str]) -> Problem | None:

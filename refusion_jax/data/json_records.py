@@ -57,7 +57,7 @@ class JsonRecords(Generator):
         return Problem(facts, tuple(dice.sample(keys, len(keys))))
 
     def _key(self, problem: Problem) -> str:
-        return f"{problem.schema}{sorted(json.dumps(record) for record in _records(problem))}"
+        return f"{problem.schema}{sorted(map(str, _records(problem)))}"
 
     def _word(self, problem: Problem, dice: Dice) -> str:
         keys = (f"{key.name}({', '.join(key.inner)})" if key.inner else key.name for key in problem.schema)

@@ -48,7 +48,7 @@ class Limits(NamedTuple):
     cpu_seconds: int = 1
     seconds: int = 4
     memory: int = 2**28
-    output: int = 2**16
+    output: int = 2**18
 
 
 _LIMITS = Limits()
