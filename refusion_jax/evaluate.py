@@ -76,8 +76,8 @@ def score(
         compiled = time.perf_counter()
         answers = list(serving.serve(model, params, tokenizer, requests, shape, defaults.stop))
         seconds = time.perf_counter() - compiled
-    for answer, example in zip(answers, examples, strict=True):
-        correct = task.check(example.query, answer["text"])
+    verdicts = task.check_all([(e.query, a["text"]) for e, a in zip(examples, answers, strict=True)])
+    for answer, example, correct in zip(answers, examples, verdicts, strict=True):
         answer |= {"query": example.query, "expected": example.response, "correct": correct}
     forwards = sum(answer["num_forwards"] for answer in answers)
     return Score(
@@ -87,6 +87,15 @@ def score(
         compile_seconds=compiled - start,
         answers=answers,
     )
+
+
+def require_judged(task: Task, split: str, limit: int) -> None:
+    """Raises BadInput unless `task` can judge `limit` different problems of a split."""
+    if not task.judged:
+        raise BadInput(f"--task={task.name} has no verifier; it is there to be trained on")
+    size = task.size(split)
+    if size is not None and limit > size:
+        raise BadInput(f"--limit is {limit}, but {task.name} has {size} problems in its {split} split")
 
 
 def read_settings(text: str) -> Mapping[str, Any]:
@@ -129,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.limit < 1:
         raise BadInput(f"--limit must be at least 1 problem, found {flags.limit}")
     task = make_task(flags.task, read_settings(flags.task_settings))
+    require_judged(task, flags.split, flags.limit)
     opened = sample.open_model(flags)
     scored = score(opened, task, flags.split, flags.limit, flags.batch_size)
     figures = scored.figures()

@@ -1,5 +1,6 @@
 """Sources and pipeline: what is read, dropped and refused, and batches as a function of the step."""
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -304,7 +305,9 @@ def test_a_source_with_nothing_left_is_bad_input(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "data.tasks is empty, expected some of arithmetic, extraction, word_problems"),
+        ({}, "data.tasks is empty, expected some of arithmetic, .*word_problems"),
+        ({"tasks": {"arithmetic": {"share": 0}}}, "arithmetic.share is 0, expected 1 or more turns"),
+        ({"tasks": {"arithmetic": 3}}, "arithmetic is set to 3"),
         ({"tasks": ["chess"]}, "task is 'chess'"),
         ({"tasks": {"arithmetic": {"digit": 1}}}, "arithmetic.digit is no setting"),
         ({"tasks": "arithmetic", "split": "dev"}, "split is 'dev'"),
@@ -361,6 +364,27 @@ def test_tasks_are_endless_and_take_turns():
         name = list(tasks)[place % 2]
         expected = make_task(name, tasks[name]).example(place // 2, "validation", 3)
         assert read_back(batch, row) == expected
+
+
+def test_tasks_have_as_many_turns_as_their_share():
+    tasks = {"arithmetic": {"share": 3}, "extraction": {}, "paths": {"share": 2}}
+    made = [make_task(name, {}) for name in tasks]
+    config = DataConfig(tasks=tasks, max_length=256)
+    batch = next(batch_iterator(load_examples(config, TOKENIZER), 60))
+    pairs = [read_back(batch, row) for row in range(60)]
+    turns = [next(i for i, task in enumerate(made) if task.parse(query)) for query, _ in pairs]
+    assert [turns.count(i) for i in range(3)] == [30, 10, 20]
+    assert all(turns[i : i + 6] == turns[:6] for i in range(0, 60, 6))
+    assert turns[:6] == [0, 2, 0, 1, 2, 0]  # spread out
+    for i, task in enumerate(made):
+        found = [pair for pair, turn in zip(pairs, turns, strict=True) if turn == i]
+        assert found == [task.example(number) for number in range(len(found))]
+    # Packed, a row begins with the next turn.
+    config = dataclasses.replace(config, packing=True, examples_per_row=1)
+    packed = next(batch_iterator(load_examples(config, TOKENIZER), 6))
+    rows = [packed["tokens"][row, : packed["prompt_len"][row, 0]] for row in range(6)]
+    begun = [next(i for i, task in enumerate(made) if task.parse(TOKENIZER.decode(row))) for row in rows]
+    assert begun == turns[:6]
 
 
 def test_task_examples_that_are_too_long_are_replaced():

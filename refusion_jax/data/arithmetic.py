@@ -4,7 +4,8 @@ import dataclasses
 import re
 from typing import ClassVar, NamedTuple
 
-from refusion_jax.data.task import Dice, Task, final_answer
+from refusion_jax.data.multiplication import product_steps
+from refusion_jax.data.task import Dice, Generator
 from refusion_jax.errors import BadInput
 
 _WORDINGS = ("{} = ?", "What is {}?", "Compute {}.", "Work out {}.")
@@ -20,7 +21,7 @@ class Problem(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Arithmetic(Task):
+class Arithmetic(Generator):
     """Operands are uniform in 0 … 10^digits - 1; `operations` is any of "+-*".
 
     Sums and differences are written column by column, lowest first, with the carry (or borrow) as
@@ -66,9 +67,6 @@ class Arithmetic(Task):
         answer = _RESULT[problem.operation](problem.left, problem.right)
         return f"{', '.join(steps)} #### {answer}"
 
-    def _same_answer(self, response: str, solution: str) -> bool:
-        return final_answer(response) == final_answer(solution)
-
 
 def _columns(left: int, right: int) -> list[tuple[int, int]]:
     """The digits of both numbers side by side, lowest first, the shorter filled with zeros."""
@@ -95,15 +93,5 @@ def _subtract_steps(left: int, right: int) -> list[str]:
     return steps
 
 
-def _multiply_steps(left: int, right: int) -> list[str]:
-    parts = [int(d) * 10**place for place, d in enumerate(str(right)[::-1])]
-    steps = [f"{left}*{part}={left * part}" for part in parts]
-    total = left * parts[0]
-    for part in parts[1:]:
-        steps.append(f"{total}+{left * part}={total + left * part}")
-        total += left * part
-    return steps
-
-
-_STEPS = {"+": _add_steps, "-": _subtract_steps, "*": _multiply_steps}
+_STEPS = {"+": _add_steps, "-": _subtract_steps, "*": product_steps}
 _RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}

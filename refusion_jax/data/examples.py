@@ -148,17 +148,26 @@ class FiniteExamples:
 
 
 class TaskExamples:
-    """Examples of embedded tasks that take turns; one that is too long is drawn again.
+    """Examples of tasks that take turns; one that is too long is drawn again.
 
+    `shares` says how many turns a task has in each cycle, 1 without it; `turns` is their number in all.
     `shortest` is the least number of tokens among the first of each task. See `Examples`.
     """
 
     _DRAWS = 1000
     _NEXT_DRAW = 2**40  # far beyond any place, so that no example is used for two places
 
-    def __init__(self, encoder: Encoder, tasks: Sequence[Task], split: str, seed: int):
+    def __init__(
+        self, encoder: Encoder, tasks: Sequence[Task], split: str, seed: int, shares: Sequence[int] = ()
+    ):
         self._encoder = encoder
-        self.tasks = tasks
+        shares = shares or [1] * len(tasks)
+        # A task's turns, with their number among its own, are spread evenly over the cycle.
+        turns = [
+            (task, turn, share) for task, share in zip(tasks, shares, strict=True) for turn in range(share)
+        ]
+        self._cycle = sorted(turns, key=lambda entry: (entry[1] + 0.5) / entry[2])
+        self.turns = len(turns)
         self._split = split
         self._seed = seed
         self.counts = {}
@@ -170,10 +179,11 @@ class TaskExamples:
         self.shortest = int(np.concatenate(usable).min())
 
     def __getitem__(self, place: int) -> Row:
-        turn, which = divmod(place, len(self.tasks))
-        task = self.tasks[which]
+        cycle, which = divmod(place, self.turns)
+        task, turn, share = self._cycle[which]
+        number = cycle * share + turn
         for draw in range(self._DRAWS):
-            example = task.example(turn + draw * self._NEXT_DRAW, self._split, self._seed)
+            example = task.example(number + draw * self._NEXT_DRAW, self._split, self._seed)
             (encoded,) = self._encoder.encode([example])
             if self._encoder.usable(encoded.length):
                 return self._encoder.row(encoded, place)

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
-from refusion_jax.data.task import Dice, Task
+from refusion_jax.data.task import Dice, Generator
 
 FIELDS = ("code", "city", "size", "team", "room", "boat")
 
-_NAMES = ("Ann", "Bob", "Eve", "Ian", "Joy", "Kim", "Leo", "Max", "Pam", "Tom")
+NAMES = ("Ann", "Bob", "Eve", "Ian", "Joy", "Kim", "Leo", "Max", "Pam", "Tom")
 _WORDINGS = {
     field: (
         f"{{name}} has {field} {{value}}",
@@ -42,7 +43,7 @@ class Fact(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Extraction(Task):
+class Extraction(Generator):
     """`records` people with `fields` facts each, and `distractors` facts each that are not asked for.
 
     All facts stand in random order, each in one of several wordings; the values are random letters
@@ -60,57 +61,39 @@ class Extraction(Task):
 
     def __post_init__(self):
         self._require("fields", 1, len(FIELDS))
-        self._require("records", 1, len(_NAMES))
+        self._require("records", 1, len(NAMES))
         self._require("distractors", 0, len(FIELDS) - self.fields)
         self._require("value_length", 1, 64)
 
     def _draw(self, dice: Dice) -> tuple[Fact, ...]:
-        facts = []
-        for name in dice.sample(_NAMES, self.records):
-            others = dice.sample(FIELDS[self.fields :], self.distractors)
-            for field in (*FIELDS[: self.fields], *others):
-                value = "".join(dice.pick(_ALPHABET) for _ in range(self.value_length))
-                facts.append(Fact(name, field, value))
-        return tuple(dice.sample(facts, len(facts)))
+        return draw_facts(dice, self.records, FIELDS[: self.fields], self.distractors, self.value_length)
 
     def _key(self, problem: tuple[Fact, ...]) -> str:
-        return repr(sorted(list(row.values()) for row in self._rows(problem).values()))
+        return repr(sorted(list(row.values()) for row in rows_of(problem, FIELDS[: self.fields]).values()))
 
     def _word(self, problem: tuple[Fact, ...], dice: Dice) -> str:
-        sentences = [
-            dice.pick(_WORDINGS[fact.field]).format(name=fact.name, value=fact.value) + "."
-            for fact in problem
-        ]
-        return " ".join([*sentences, dice.pick(_REQUESTS[self.records == 1])])
+        return f"{tell(problem, dice)} {dice.pick(_REQUESTS[self.records == 1])}"
 
     def parse(self, query: str) -> tuple[Fact, ...] | None:
         *sentences, request = query.split(". ")
         if request not in _REQUESTS[self.records == 1]:
             return None
-        facts = [_read_fact(sentence) for sentence in sentences]
-        if None in facts or len({(fact.name, fact.field) for fact in facts}) < len(facts):
+        facts = read_facts(sentences)
+        if facts is None:
             return None
-        rows = self._rows(tuple(facts))
+        rows = rows_of(facts, FIELDS[: self.fields])
         whole = all(len(row) == self.fields for row in rows.values())
-        return tuple(facts) if whole and len(rows) == self.records else None
-
-    def _rows(self, problem: tuple[Fact, ...]) -> dict[str, dict[str, str]]:
-        """The values asked for, by name in the order of first mention, then by field."""
-        rows: dict[str, dict[str, str]] = {fact.name: {} for fact in problem}
-        for field in FIELDS[: self.fields]:
-            for fact in problem:
-                if fact.field == field:
-                    rows[fact.name][field] = fact.value
-        return rows
+        return facts if whole and len(rows) == self.records else None
 
     def _solution(self, problem: tuple[Fact, ...]) -> str:
-        rows = self._rows(problem)
+        rows = rows_of(problem, FIELDS[: self.fields])
         if self.records == 1:
             return json.dumps(*rows.values(), separators=(",", ":"))
         header = ("name", *FIELDS[: self.fields])
         return "\n".join(",".join(line) for line in [header, *_lines(rows)])
 
-    def _same_answer(self, response: str, solution: str) -> bool:
+    def _accepts(self, problem: tuple[Fact, ...], response: str) -> bool:
+        solution = self._solution(problem)
         if self.records > 1:
             return response.strip() == solution
         try:
@@ -118,6 +101,44 @@ class Extraction(Task):
         except (ValueError, RecursionError):
             return False
         return found == json.loads(solution)
+
+
+def draw_facts(
+    dice: Dice, records: int, asked: Sequence[str], distractors: int, value_length: int
+) -> tuple[Fact, ...]:
+    """Facts in random order: of each of `records` people the fields `asked` and some others."""
+    rest = [field for field in FIELDS if field not in asked]
+    facts = []
+    for name in dice.sample(NAMES, records):
+        for field in (*asked, *dice.sample(rest, distractors)):
+            value = "".join(dice.pick(_ALPHABET) for _ in range(value_length))
+            facts.append(Fact(name, field, value))
+    return tuple(dice.sample(facts, len(facts)))
+
+
+def tell(facts: Sequence[Fact], dice: Dice) -> str:
+    """One sentence a fact, each in one of its wordings."""
+    return " ".join(
+        dice.pick(_WORDINGS[fact.field]).format(name=fact.name, value=fact.value) + "." for fact in facts
+    )
+
+
+def read_facts(sentences: Sequence[str]) -> tuple[Fact, ...] | None:
+    """The facts told by sentences (without their full stops); None if one is none, or is told twice."""
+    facts = [_read_fact(sentence) for sentence in sentences]
+    if None in facts or len({(fact.name, fact.field) for fact in facts}) < len(facts):
+        return None
+    return tuple(facts)
+
+
+def rows_of(facts: Sequence[Fact], asked: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The values asked for, by name in the order of first mention, then by field in the order of `asked`."""
+    rows: dict[str, dict[str, str]] = {fact.name: {} for fact in facts}
+    for field in asked:
+        for fact in facts:
+            if fact.field == field:
+                rows[fact.name][field] = fact.value
+    return rows
 
 
 def _read_fact(sentence: str) -> Fact | None:

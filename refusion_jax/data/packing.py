@@ -122,7 +122,7 @@ class PackedTaskExamples:
         self._row_length = row_length
         self._most = most
         # Beyond what a row can look at, and such that each row begins with the next task.
-        turns = len(examples.tasks)
+        turns = examples.turns
         self._stride = -(-most * _MISSES // turns) * turns + 1
 
     def __getitem__(self, place: int) -> Row:

@@ -29,8 +29,9 @@ _ENDLESS = 2**40  # batches: beyond any run
 class DataConfig:
     """Where examples come from and how long they may be.
 
-    source: "tasks" (embedded, endless), "jsonl" or "tfds".
-    tasks: for "tasks", their names, or the settings of each by its name; they take turns.
+    source: "tasks" (endless), "jsonl" or "tfds".
+    tasks: for "tasks", their names, or the settings of each by its name; they take turns. `share` among
+        the settings is how many turns a task has for one of the others.
     paths: for "jsonl" the files, for "tfds" the one folder of the prepared dataset.
     split: for "tasks" train, validation or test; for "tfds" a split of the dataset ("train[:90%]").
     query_field: for "jsonl" the name of a line's prompt text.
@@ -75,7 +76,8 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
     template = {} if config.enable_thinking else {"enable_thinking": False}
     encoder = Encoder(tokenizer, config.max_length, template)
     if config.source == "tasks":
-        drawn = TaskExamples(encoder, _make_tasks(config.tasks), config.split, seed)
+        tasks, shares = _make_tasks(config.tasks)
+        drawn = TaskExamples(encoder, tasks, config.split, seed, shares)
         return PackedTaskExamples(drawn, config.max_length, config.places) if config.packing else drawn
     shuffle_seed = seed if config.shuffle else None
     examples = FiniteExamples(encoder, *_open_source(config), shuffle_seed)
@@ -102,12 +104,24 @@ def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:
     raise BadInput(f"data.source is {config.source!r}, expected tasks, jsonl or tfds")
 
 
-def _make_tasks(tasks: Mapping[str, Mapping] | Sequence[str] | str) -> list[Task]:
+def _make_tasks(tasks: Mapping[str, Mapping] | Sequence[str] | str) -> tuple[list[Task], list[int]]:
+    """The tasks and their shares."""
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise BadInput(f"data.tasks is empty, expected some of {', '.join(TASKS)}")
     settings = tasks if isinstance(tasks, Mapping) else {name: {} for name in names}
-    return [make_task(name, settings[name]) for name in names]
+    made, shares = [], []
+    for name in names:
+        fields = settings[name]
+        share = 1
+        if isinstance(fields, Mapping):
+            fields = dict(fields)
+            share = fields.pop("share", 1)
+        if type(share) is not int or share < 1:
+            raise BadInput(f"{name}.share is {share!r}, expected 1 or more turns")
+        made.append(make_task(name, fields))
+        shares.append(share)
+    return made, shares
 
 
 def batch_iterator(

@@ -1,4 +1,4 @@
-"""What every embedded task shares: examples as a function of their number, splits, verification."""
+"""What every task shares: examples as a function of their number, splits, verification."""
 
 import abc
 import dataclasses
@@ -36,8 +36,12 @@ class Dice:
     """
 
     def __init__(self, *key: Any):
-        self._bits = np.random.Philox(key=_stable_hash(repr(key)))
+        self._bits = np.random.Philox(key=stable_hash(repr(key)))
         self._pool: list[int] = []
+
+    def raw(self, count: int) -> np.ndarray:
+        """`count` integers of 64 random bits, uint64 [count]."""
+        return self._bits.random_raw(count)
 
     def below(self, stop: int) -> int:
         """An integer of 0 … stop-1."""
@@ -60,6 +64,66 @@ class Dice:
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
+    """Examples by number, in splits that never meet, and a judge of answers to them.
+
+    Attributes:
+      judged: whether there is such a judge; `check` of a task without one accepts nothing.
+    """
+
+    name: ClassVar[str]
+    judged: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def example(self, index: int, split: str = "train", seed: int = 0) -> Example:
+        """Example number `index` of a split: a pure function of the arguments and the fields.
+
+        Raises BadInput for an unknown split, or if the split holds no example.
+        """
+
+    def size(self, split: str) -> int | None:
+        """How many examples a split has before they come again; None if there is no end of them."""
+        return None
+
+    def solution(self, query: str) -> str | None:
+        """A full response to a query, worked out from the query alone."""
+        problem = self.parse(query)
+        return None if problem is None else self._solution(problem)
+
+    def check(self, query: str, response: str) -> bool:
+        """Whether the response's final answer is right; never raises, whatever the texts."""
+        problem = self.parse(query)
+        return problem is not None and self._accepts(problem, response)
+
+    def check_all(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """`check` of many pairs of query and response, for tasks that do it faster at once."""
+        return [self.check(query, response) for query, response in pairs]
+
+    def check_exact(self, query: str, response: str) -> bool:
+        """Whether the response is `solution`, every step of it, character by character."""
+        return response == self.solution(query)
+
+    @abc.abstractmethod
+    def parse(self, query: str) -> Any | None:
+        """The problem that a query poses, or None if it is not one of this task's."""
+
+    @abc.abstractmethod
+    def _solution(self, problem: Any) -> str | None: ...
+
+    def _accepts(self, problem: Any, response: str) -> bool:
+        return final_answer(response) == final_answer(self._solution(problem))
+
+    def _require_split(self, split: str) -> None:
+        if split not in SPLITS:
+            raise BadInput(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+
+    def _require(self, field: str, low: int, high: int) -> None:
+        value = getattr(self, field)
+        if type(value) is not int or not low <= value <= high:
+            raise BadInput(f"{self.name}.{field} is {value!r}, expected {low} to {high}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator(Task):
     """A generator of problems with an exact verifier; its fields set the difficulty.
 
     A problem is what has to be solved, apart from how it is worded. Its key alone decides which
@@ -67,15 +131,8 @@ class Task(abc.ABC):
     difficulty.
     """
 
-    name: ClassVar[str]
-
     def example(self, index: int, split: str = "train", seed: int = 0) -> Example:
-        """Example number `index` of a split: a pure function of the arguments and the fields.
-
-        Raises BadInput for an unknown split, or if the split holds no problem of this difficulty.
-        """
-        if split not in SPLITS:
-            raise BadInput(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        self._require_split(split)
         dice = Dice(self, split, seed, index)
         for _ in range(_MAX_DRAWS):
             problem = self._draw(dice)
@@ -84,30 +141,7 @@ class Task(abc.ABC):
         raise BadInput(f"{self}: no problem of the {split} split in {_MAX_DRAWS} draws; make it more varied")
 
     def split_of(self, problem: Any) -> str:
-        place = _stable_hash(f"{self.name}:{self._key(problem)}") % 100
-        for split, share in HELD_OUT.items():
-            if place < share:
-                return split
-            place -= share
-        return "train"
-
-    def solution(self, query: str) -> str | None:
-        """The full response to a query, worked out from the query alone."""
-        problem = self.parse(query)
-        return None if problem is None else self._solution(problem)
-
-    def check(self, query: str, response: str) -> bool:
-        """Whether the response's final answer is right; never raises, whatever the texts."""
-        solution = self.solution(query)
-        return solution is not None and self._same_answer(response, solution)
-
-    def check_exact(self, query: str, response: str) -> bool:
-        """Whether the response is the full solution, every step of it, character by character."""
-        return response == self.solution(query)
-
-    @abc.abstractmethod
-    def parse(self, query: str) -> Any | None:
-        """The problem that a query poses, or None if it is not one of this task's."""
+        return split_of(f"{self.name}:{self._key(problem)}")
 
     @abc.abstractmethod
     def _draw(self, dice: Dice) -> Any:
@@ -121,16 +155,15 @@ class Task(abc.ABC):
     def _word(self, problem: Any, dice: Dice) -> str:
         """A query that poses the problem, in one of several wordings."""
 
-    @abc.abstractmethod
-    def _solution(self, problem: Any) -> str: ...
 
-    @abc.abstractmethod
-    def _same_answer(self, response: str, solution: str) -> bool: ...
-
-    def _require(self, field: str, low: int, high: int) -> None:
-        value = getattr(self, field)
-        if type(value) is not int or not low <= value <= high:
-            raise BadInput(f"{self.name}.{field} is {value!r}, expected {low} to {high}")
+def split_of(key: str) -> str:
+    """The split of whatever a text stands for."""
+    place = stable_hash(key) % 100
+    for split, share in HELD_OUT.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
 
 
 def final_answer(response: str) -> str | None:
@@ -139,6 +172,6 @@ def final_answer(response: str) -> str | None:
     return answer.strip() if mark else None
 
 
-def _stable_hash(text: str) -> int:
+def stable_hash(text: str) -> int:
     """128 bits of a hash that, unlike `hash`, is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

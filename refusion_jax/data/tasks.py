@@ -1,21 +1,38 @@
-"""The embedded tasks by name."""
+"""The tasks by name."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from refusion_jax.data.arithmetic import Arithmetic
+from refusion_jax.data.countdown import Countdown
 from refusion_jax.data.extraction import Extraction
+from refusion_jax.data.functions import Functions
+from refusion_jax.data.gsm8k import Gsm8k
+from refusion_jax.data.json_records import JsonRecords
+from refusion_jax.data.multiplication import Multiplication
+from refusion_jax.data.paths import Paths
 from refusion_jax.data.task import Example, Task
+from refusion_jax.data.text import Text
 from refusion_jax.data.word_problems import WordProblems
 from refusion_jax.errors import BadInput
 
 __all__ = ["TASKS", "Example", "Task", "make_task"]
 
 TASKS: dict[str, type[Task]] = {
-    "arithmetic": Arithmetic,
-    "extraction": Extraction,
-    "word_problems": WordProblems,
+    task.name: task
+    for task in (
+        Arithmetic,
+        Multiplication,
+        Countdown,
+        WordProblems,
+        Paths,
+        Extraction,
+        JsonRecords,
+        Functions,
+        Gsm8k,
+        Text,
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""Word problems in plain English, two to five steps of arithmetic each."""
+"""Word problems in plain English, two to six steps of arithmetic each."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
-from refusion_jax.data.task import Dice, Task, final_answer
+from refusion_jax.data.task import Dice, Generator
 
 _NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas")
 _ITEMS = ("apples", "books", "coins", "cards", "eggs", "marbles", "pens", "shells", "stamps")
@@ -38,7 +38,7 @@ _GAPS = {
 }
 
 
-_MOST_STEPS = 5
+_MOST_STEPS = 6
 
 
 class Problem(NamedTuple):
@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class WordProblems(Task):
+class WordProblems(Generator):
     """Stories of `min_steps` to `max_steps` steps, no number on the way above `largest`.
 
     Either one person's number changes step by step, or each person's number is told relative to the
@@ -126,9 +126,6 @@ class WordProblems(Task):
                 lines.append(f"{answer}+{value}={answer + value}")
                 answer += value
         return f"{', '.join(lines)} #### {answer}"
-
-    def _same_answer(self, response: str, solution: str) -> bool:
-        return final_answer(response) == final_answer(solution)
 
 
 def _apply(value: int, sign: str, number: int) -> int:
