@@ -35,7 +35,7 @@ from refusion_jax.lowering import (
     lower_training,
 )
 from refusion_jax.model import ModelConfig
-from refusion_jax.train_step import RunConfig
+from refusion_jax.train_step import RunConfig, objective_of
 
 DOES_NOT_FIT = 3
 MOST_COMPILED = 6  # changes; each takes as long as the first program
@@ -138,7 +138,10 @@ def first_that_fits(changes: Iterable[Change], lower: Callable[[Topology, list[s
 def describe_training(run: RunConfig, topology: Topology) -> str:
     """What is compiled, and the arithmetic of a step."""
     rows, length = run.train.batch_size, run.data.max_length
-    flops = float(train_flops(run.model, jnp.full(rows, length)))
+    total_len = jnp.full(rows, length)
+    # An eighth of it prompt, as `bench train` has it; only what bd3 computes depends on that.
+    work = objective_of(run, mask_id=None).work(total_len // 8, total_len)
+    flops = float(train_flops(run.model, *work))
     devices = topology.devices()
     seconds = flops / (len(devices) * peak_flops(devices[0].device_kind))
     mesh = dataclasses.asdict(sharding.sizes(run.mesh, topology.num_devices))

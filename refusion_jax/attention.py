@@ -1,6 +1,7 @@
 """Attention: the dense reference, and the kernels that training and decoding use instead.
 
-Einsum letters as in model.py. Everything is causal in the order in which tokens are fed.
+Einsum letters as in model.py. Without a mask attention is causal in the order in which tokens are fed, or
+of all tokens with all.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) 
     if mask is None:
         if cache is not None:
             raise ValueError("attention to a cache needs a mask")
-        mask = jnp.tril(jnp.ones((T, T), bool))[None]
+        mask = fed_mask(T, None, causal=True)
     parts = [fresh] if cache is None else [cache, fresh]
     scores = [jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) for k, _ in parts]
     borders = [k.shape[1] for k, _ in parts[:-1]]
@@ -109,8 +110,23 @@ def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int | None,
     return mapped(qkv, cache, jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32), seen)
 
 
-def attend_fed(q: Array, fresh: LayerKV, segments: Array | None, kernel: str, max_segments: int = 1) -> Array:
-    """Causal attention among the tokens fed.
+def fed_mask(length: int, segments: Array | None, causal: bool) -> Array:
+    """Who sees whom among the tokens fed, bool [1 or B, T, T]; arguments as of `attend_fed`."""
+    mask = jnp.ones((1, length, length), bool)
+    if causal:
+        mask = jnp.tril(mask)
+    return mask if segments is None else mask & (segments[:, :, None] == segments[:, None, :])
+
+
+def attend_fed(
+    q: Array,
+    fresh: LayerKV,
+    segments: Array | None,
+    kernel: str,
+    max_segments: int = 1,
+    causal: bool = True,
+) -> Array:
+    """Attention among the tokens fed.
 
     Args:
       q: [B, T, N, H].
@@ -119,26 +135,23 @@ def attend_fed(q: Array, fresh: LayerKV, segments: Array | None, kernel: str, ma
         segment.
       kernel: one of KERNELS.
       max_segments: more than the largest entry of `segments`.
+      causal: a token sees none that are fed after it.
 
     Returns:
       [B, T, N, H].
     """
     if kernel == "cudnn":
-        return _cudnn(q, fresh, segments, max_segments)
+        return _cudnn(q, fresh, segments, max_segments, causal)
     if kernel == "splash":
-        return _splash(q, fresh, segments)
+        return _splash(q, fresh, segments, causal)
     assert kernel == "dense", kernel
-    if segments is None:
-        return attend(q, fresh, None, None)
-    T = q.shape[1]
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    return attend(q, fresh, None, causal & (segments[:, :, None] == segments[:, None, :]))
+    return attend(q, fresh, None, fed_mask(q.shape[1], segments, causal))
 
 
-def _cudnn(q: Array, fresh: LayerKV, segments: Array | None, max_segments: int) -> Array:
+def _cudnn(q: Array, fresh: LayerKV, segments: Array | None, max_segments: int, causal: bool) -> Array:
     """cuDNN's flash attention. Segments are laid out one after the other, so none attends to another."""
     if segments is None:
-        return jax.nn.dot_product_attention(q, *fresh, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, *fresh, is_causal=causal, implementation="cudnn")
     # jax.nn has no argument for segments yet; the function below it does.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
@@ -156,11 +169,11 @@ def _cudnn(q: Array, fresh: LayerKV, segments: Array | None, max_segments: int) 
         q_offsets=offsets,
         kv_offsets=offsets,
         scale=q.shape[-1] ** -0.5,
-        mask_type=MaskType.PADDING_CAUSAL,
+        mask_type=MaskType.PADDING_CAUSAL if causal else MaskType.PADDING,
     )
 
 
-def _splash(q: Array, fresh: LayerKV, segments: Array | None) -> Array:
+def _splash(q: Array, fresh: LayerKV, segments: Array | None, causal: bool) -> Array:
     """`attend_fed` by the TPU kernel, which forms no T x T scores and skips the tiles no token may see.
 
     T must be a multiple of the smallest of SPLASH_BLOCKS.
@@ -180,7 +193,7 @@ def _splash(q: Array, fresh: LayerKV, segments: Array | None) -> Array:
         segments = jnp.zeros((B, T), jnp.int32)
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        kernel = _splash_kernel(q.shape[2], T)
+        kernel = _splash_kernel(q.shape[2], T, causal)
         q, k, v = (x.swapaxes(1, 2) for x in (q * H**-0.5, k, v))
         return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments)).swapaxes(1, 2)
 
@@ -190,10 +203,11 @@ def _splash(q: Array, fresh: LayerKV, segments: Array | None) -> Array:
     return jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)(q, k, v, segments)
 
 
-def _splash_kernel(heads: int, length: int):
-    """The causal kernel for queries [heads, length, H]."""
+def _splash_kernel(heads: int, length: int, causal: bool):
+    """The kernel for queries [heads, length, H]."""
     block = next(block for block in SPLASH_BLOCKS if length % block == 0)
     names = [field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block_")]
-    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+    of_head = splash.CausalMask if causal else splash.FullMask
+    mask = splash.MultiHeadMask([of_head((length, length))] * heads)
     blocks = splash.BlockSizes(**dict.fromkeys(names, block))
     return splash.make_splash_mha_single_device(mask, block_sizes=blocks)

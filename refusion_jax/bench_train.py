@@ -18,7 +18,7 @@ from refusion_jax import sharding, train_step
 from refusion_jax.bench_decode import arbitrary_params
 from refusion_jax.data.pipeline import batch_iterator, load_examples
 from refusion_jax.flops import peak_flops
-from refusion_jax.train import run_tokenizer
+from refusion_jax.train import mask_id, run_tokenizer
 from refusion_jax.train_step import Batch, Program, RunConfig, TrainState
 
 WARM_UP = 3
@@ -51,8 +51,8 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
     rows = run.train.batch_size * len(devices)
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows))
     mesh = sharding.make_mesh(run.mesh, devices)
-    mask_id = run_tokenizer(run).need_mask() if real_data else MASK_ID
-    program = train_step.make_program(run, mesh, mask_id)
+    mask = mask_id(run, run_tokenizer(run)) if real_data else MASK_ID
+    program = train_step.make_program(run, mesh, mask)
     batch = jax.device_put(_real_batch(run) if real_data else _random_batch(run, program.batch), program.rows)
     start = time.perf_counter()
     step = program.step.lower(program.state, program.batch).compile()
@@ -88,8 +88,9 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
 
 def _noise_seconds(run: RunConfig, mesh: Any, batch: Batch, steps: int) -> float:
     """What drawing the noise and rearranging the tokens takes alone: a median."""
+    objective = train_step.objective_of(run, MASK_ID)
     noise = jax.jit(
-        lambda step, batch: train_step.noised_batch(run, step, batch, MASK_ID),
+        lambda step, batch: objective.noise(train_step.noise_key(run, step), batch),
         out_shardings=sharding.batch_sharding(mesh),
     )
     seconds = []

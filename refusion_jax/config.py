@@ -1,8 +1,8 @@
 """Run configurations: a Python file, `--config.a.b=value` overrides, frozen dataclasses.
 
 A configuration file has `get_config()`, which returns an `ml_collections.ConfigDict` of sections. Each
-section becomes one frozen dataclass, a field of the run's dataclass; a field that the file leaves out has
-the dataclass's default. Nothing beyond this module sees a ConfigDict.
+section becomes one frozen dataclass, a field of the run's dataclass, which may have plain fields besides; a
+field that the file leaves out has the dataclass's default. Nothing beyond this module sees a ConfigDict.
 """
 
 import argparse
@@ -48,29 +48,28 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def load(path: str | Path, overrides: Sequence[str], run_class: type[Run]) -> Run:
-    """The run described by a configuration file and `--config.section.field=value` arguments.
+    """The run described by a configuration file and `--config.section.field=value` arguments, or
+    `--config.field=value` for a field outside sections.
 
     Args:
       path: a Python file with `get_config()`.
       overrides: arguments as given. A value is read as Python literal of the field's type; text needs no
         quotes.
-      run_class: a dataclass whose fields are dataclasses, the sections.
+      run_class: a dataclass; those of its fields that are dataclasses are the sections.
 
     Raises:
       BadInput: the file cannot be used; a section, field or value is unknown, missing or of a wrong type.
     """
     config = _run_file(Path(path))
-    sections = typing.get_type_hints(run_class)
     with config.unlocked():
-        for name, section_class in sections.items():
+        for name, section_class in _sections(run_class).items():
             section = config[name] = config.get(name, ml_collections.ConfigDict())
             if not isinstance(section, ml_collections.ConfigDict):
                 raise BadInput(f"{path}: section {name} must be a ConfigDict, found {section!r}")
-            for field in dataclasses.fields(section_class):
-                if field.name not in section and (default := _default(field)) is not dataclasses.MISSING:
-                    section[field.name] = default
+            _fill_up(section, section_class)
+        _fill_up(config, run_class)
     for override in overrides:
-        _override(config, override, sections)
+        _override(config, override, run_class)
     return build(run_class, config.to_dict(), str(path))
 
 
@@ -79,20 +78,21 @@ def build(run_class: type[Run], values: Mapping[str, Any], source: str) -> Run:
 
     Args:
       run_class: as in `load`.
-      values: section -> field -> value.
+      values: section -> field -> value, and field -> value.
       source: the file, for messages.
 
     Raises:
       BadInput: a section or field is unknown, missing or wrong.
     """
-    sections = typing.get_type_hints(run_class)
+    known = typing.get_type_hints(run_class)
     for name in values:
-        if name not in sections:
-            raise BadInput(f"{source}: unknown section {name}{_did_you_mean(name, sections)}")
-    built = {}
-    for name, section_class in sections.items():
-        built[name] = _build_section(section_class, values.get(name) or {}, f"{source}: {name}")
-    return run_class(**built)
+        if name not in known:
+            raise BadInput(f"{source}: unknown section {name}{_did_you_mean(name, known)}")
+    built = {
+        name: _build(section_class, values.get(name) or {}, f"{source}: {name}.")
+        for name, section_class in _sections(run_class).items()
+    }
+    return _build(run_class, {**values, **built}, f"{source}: ")
 
 
 def as_dict(run: Any) -> dict[str, Any]:
@@ -109,14 +109,30 @@ def as_dict(run: Any) -> dict[str, Any]:
 def help_text(run_class: type) -> str:
     """One line for each field that an override can set: type, meaning, default."""
     lines = ["overrides (default; a file's own values come first, then these):"]
-    for name, section_class in typing.get_type_hints(run_class).items():
-        about, hints = _field_docs(section_class), typing.get_type_hints(section_class)
-        for field in dataclasses.fields(section_class):
+    sections = _sections(run_class)
+    for prefix, owner in [("", run_class), *((f"{name}.", found) for name, found in sections.items())]:
+        about, hints = _field_docs(owner), typing.get_type_hints(owner)
+        for field in dataclasses.fields(owner):
+            if owner is run_class and field.name in sections:
+                continue
             default = _default(field)
             shown = "required" if default is dataclasses.MISSING else f"default {default!r}"
             text = about.get(field.name, "").removesuffix(".")
-            lines.append(f"  {PREFIX}{name}.{field.name}={_type_name(hints[field.name])}  {text} ({shown})")
+            lines.append(f"  {PREFIX}{prefix}{field.name}={_type_name(hints[field.name])}  {text} ({shown})")
     return "\n".join(lines)
+
+
+def _sections(run_class: type) -> dict[str, type]:
+    """The fields of a run that are sections, and the dataclass of each."""
+    hints = typing.get_type_hints(run_class)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
+def _fill_up(values: ml_collections.ConfigDict, owner: type) -> None:
+    """Gives the fields of a dataclass that are left out their defaults."""
+    for field in dataclasses.fields(owner):
+        if field.name not in values and (default := _default(field)) is not dataclasses.MISSING:
+            values[field.name] = default
 
 
 def _run_file(path: Path) -> ml_collections.ConfigDict:
@@ -140,25 +156,26 @@ def _run_file(path: Path) -> ml_collections.ConfigDict:
     return config
 
 
-def _override(config: ml_collections.ConfigDict, argument: str, sections: Mapping[str, type]) -> None:
-    """Sets the one field that `argument`, `--config.section.field=value`, names."""
+def _override(config: ml_collections.ConfigDict, argument: str, run_class: type) -> None:
+    """Sets the one field that `argument`, `--config.section.field=value` or `--config.field=value`, names."""
     key, equals, text = argument.removeprefix(PREFIX).partition("=")
     flag = f"{PREFIX}{key}"
     if not argument.startswith(PREFIX) or not equals:
         raise BadInput(
             f"{argument}: no such flag; a field of the configuration is {PREFIX}section.field=value"
         )
-    fields = {
+    sections, hints = _sections(run_class), typing.get_type_hints(run_class)
+    fields = {name: hint for name, hint in hints.items() if name not in sections} | {
         f"{name}.{field}": hint
         for name, section_class in sections.items()
         for field, hint in typing.get_type_hints(section_class).items()
     }
     if key not in fields:
         raise BadInput(f"{flag}: no such field{_did_you_mean(key, fields, PREFIX)}")
-    name, field = key.split(".")
-    section = config[name]
-    with section.unlocked(), section.ignore_type():
-        section[field] = _parse(text, fields[key], flag)
+    name, _, field = key.rpartition(".")
+    owner = config[name] if name else config
+    with owner.unlocked(), owner.ignore_type():
+        owner[field] = _parse(text, fields[key], flag)
 
 
 def _parse(text: str, hint: Any, flag: str) -> Any:
@@ -175,23 +192,24 @@ def _parse(text: str, hint: Any, flag: str) -> Any:
     raise BadInput(f"{flag}: must be {_type_name(hint)}, found {text!r}")
 
 
-def _build_section(section_class: type, values: Mapping[str, Any], place: str) -> Any:
-    hints = typing.get_type_hints(section_class)
+def _build(owner: type, values: Mapping[str, Any], place: str) -> Any:
+    """The dataclass `owner` of values; `place` stands before a field's name in messages."""
+    hints = typing.get_type_hints(owner)
     for field, value in values.items():
         if field not in hints:
-            raise BadInput(f"{place}.{field}: no such field{_did_you_mean(field, hints)}")
+            raise BadInput(f"{place}{field}: no such field{_did_you_mean(field, hints)}")
         if not _fits(value, hints[field]):
-            raise BadInput(f"{place}.{field}: must be {_type_name(hints[field])}, found {value!r}")
-    for field in dataclasses.fields(section_class):
+            raise BadInput(f"{place}{field}: must be {_type_name(hints[field])}, found {value!r}")
+    for field in dataclasses.fields(owner):
         if field.name not in values and _default(field) is dataclasses.MISSING:
-            raise BadInput(f"{place}.{field.name}: is missing")
+            raise BadInput(f"{place}{field.name}: is missing")
     values = {field: _cast(value, hints[field]) for field, value in values.items()}
     try:
-        return section_class(**values)
+        return owner(**values)
     except BadInput:
         raise
     except ValueError as error:
-        raise BadInput(f"{place}.{error}") from None
+        raise BadInput(f"{place}{error}") from None
 
 
 def _default(field: dataclasses.Field) -> Any:

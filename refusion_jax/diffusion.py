@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax import segments
 from refusion_jax.cross_entropy import weighted_cross_entropy
 
 Array = jax.Array
@@ -43,20 +44,24 @@ class DiffusionConfig:
 
     Attributes:
       slot_sizes: an example's slot size W is drawn uniformly from these.
-      eps: smallest masking probability of a slot (release).
+      eps: smallest masking probability: of a slot (release), of a token (mdm, bd3).
       normalisation: "release" or "paper", see the module's equations.
       diffusion_weight: lambda, the weight of the diffusion part.
+      block_len: response tokens of a block; of the objective bd3 alone.
     """
 
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
     eps: float = 1e-3
     normalisation: str = "release"
     diffusion_weight: float = 1.0
+    block_len: int = 32
 
     def __post_init__(self):
         object.__setattr__(self, "slot_sizes", tuple(self.slot_sizes))
         if not self.slot_sizes or min(self.slot_sizes) < 1:
             raise ValueError(f"slot_sizes must be one or more positive lengths, got {self.slot_sizes}")
+        if self.block_len < 1:
+            raise ValueError(f"block_len must be at least 1, got {self.block_len}")
         if not 0 <= self.eps < 1:
             raise ValueError(f"eps must be in [0, 1), got {self.eps}")
         if self.normalisation not in NORMALISATIONS:
@@ -99,6 +104,7 @@ class Noised(struct.PyTreeNode):
       ar_count: float32 [B], what the row adds to the divisor of the AR part.
       has_response: float32 [B], its examples that have a response: what it adds to that of the diffusion
         part.
+      blocks: int32 [B, T], the block of its example that each is of; None where there are no blocks.
     """
 
     tokens: Array
@@ -109,6 +115,7 @@ class Noised(struct.PyTreeNode):
     diffusion_weights: Array
     ar_count: Array
     has_response: Array
+    blocks: Array | None = None
 
 
 def draw(key: Array, example: Array, response_len: Array, max_slots: int, config: DiffusionConfig) -> Draw:
@@ -132,8 +139,8 @@ def draw(key: Array, example: Array, response_len: Array, max_slots: int, config
         t = jax.vmap(jax.random.uniform)(time_key)
         p = (1 - config.eps) * t + config.eps
         num_slots = _ceil_div(response_len, slot_size)
-        first = _first(num_slots)
-        owner = _owner(first, max_slots)
+        first = segments.first(num_slots)
+        owner = segments.owners(first, max_slots)
         slot = jnp.arange(max_slots) - first[owner]  # its number within the example
         u = uniform(mask_key[owner], slot)
         if config.normalisation == "release":
@@ -144,7 +151,7 @@ def draw(key: Array, example: Array, response_len: Array, max_slots: int, config
             masked = _rank(owner, u) - first[owner] < num_masked[owner]
         return Draw(slot_size, p, masked, _rank(owner, uniform(order_key[owner], slot)))
 
-    drawn = jax.vmap(one)(_columns(example), _columns(response_len))
+    drawn = jax.vmap(one)(segments.columns(example), segments.columns(response_len))
     shaped = {name: getattr(drawn, name).reshape(example.shape) for name in ("slot_size", "mask_probability")}
     return drawn.replace(**shaped)
 
@@ -164,22 +171,22 @@ def rearrange(
     """
 
     def one(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw) -> Noised:
-        places = prompt_len.shape[0]
-        response_len = total_len - prompt_len
-        start, index = _first(total_len), jnp.arange(tokens.shape[0])
-        owner = _owner(start, tokens.shape[0])
-        position = index - start[owner]
-        real, in_prompt = position < total_len[owner], position < prompt_len[owner]
+        places, response_len = prompt_len.shape[0], total_len - prompt_len
+        at = segments.places(prompt_len, total_len, tokens.shape[0])
+        owner, position = at.owner, at.position
+        in_prompt = position < prompt_len[owner]
         slot_size = draw.slot_size[owner]
-        slot, offset = jnp.divmod(jnp.clip(position - prompt_len[owner], 0), slot_size)
-        slot += _first(_ceil_div(response_len, draw.slot_size))[owner]  # from its example's to the row's
-        masked = real & ~in_prompt & draw.slot_masked[slot]
-        clean = real & ~in_prompt & ~masked
+        slot, offset = jnp.divmod(at.offset, slot_size)
+        num_slots = _ceil_div(response_len, draw.slot_size)
+        slot += segments.first(num_slots)[owner]  # from its example's to the row's
+        masked = at.response & draw.slot_masked[slot]
+        clean = at.response & ~masked
         # One sort: by example, by groups in the order fed, clean tokens by (rank, offset), others as they
         # stand.
         group = jnp.select([in_prompt, clean, masked], [0, 1, 2], 3)
         within = jnp.where(clean, draw.slot_rank[slot] * slot_size + offset, position)
         stride = draw.slot_rank.shape[0] * slot_size + tokens.shape[0]
+        index = jnp.arange(tokens.shape[0])
         source = jax.lax.sort((owner, group * stride + within, index), num_keys=2)[-1]
 
         last_of_slot = (offset == slot_size - 1) | (position == total_len[owner] - 1)
@@ -196,8 +203,8 @@ def rearrange(
             diffusion_scale = 1 / _number(masked, owner, places)
         return Noised(
             tokens=fed[source],
-            positions=position[source].astype(jnp.int32),
-            segments=jnp.where(real, owner, places).astype(jnp.int32),  # ascending: as before the sort
+            positions=position[source],
+            segments=at.segments,  # ascending: as before the sort
             targets=targets[source],
             ar_weights=(labelled * ar_scale[owner])[source].astype(jnp.float32),
             diffusion_weights=(masked * diffusion_scale[owner])[source].astype(jnp.float32),
@@ -205,8 +212,9 @@ def rearrange(
             has_response=has_response,
         )
 
-    of_examples = {name: _columns(getattr(draw, name)) for name in ("slot_size", "mask_probability")}
-    return jax.vmap(one)(tokens, _columns(prompt_len), _columns(total_len), draw.replace(**of_examples))
+    of_examples = {name: segments.columns(getattr(draw, name)) for name in ("slot_size", "mask_probability")}
+    lengths = segments.columns(prompt_len), segments.columns(total_len)
+    return jax.vmap(one)(tokens, *lengths, draw.replace(**of_examples))
 
 
 def divisors(noised: Noised) -> tuple[Array, Array]:
@@ -274,27 +282,8 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
     return -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
 
 
-def _columns(x: Array) -> Array:
-    """[B, E] of [B, E], or of [B] where E is 1."""
-    return x.reshape(x.shape[0], -1)
-
-
 def _ceil_div(x: Array, y: Array) -> Array:
     return -(-x // y)
-
-
-def _first(lengths: Array) -> Array:
-    """Where each of the runs of `lengths` [E] begins that stand one after the other."""
-    return jnp.cumsum(lengths) - lengths
-
-
-def _owner(first: Array, count: int) -> Array:
-    """int32 [count]: in which run, of those that begin at ascending `first` [E], each of 0 … count - 1 is.
-
-    What lies beyond the runs counts as of the last one.
-    """
-    # Compared with all of them: E is small, and that is one fused operation where a search is a loop.
-    return jnp.searchsorted(first, jnp.arange(count), side="right", method="compare_all") - 1
 
 
 def _number(chosen: Array, owner: Array, places: int) -> Array:

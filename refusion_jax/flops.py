@@ -2,13 +2,15 @@
 
 The convention is the usual one, so that figures compare with others':
 
-  FLOPs of a step = sum over its examples, of l tokens each, of  6 P l + 6 L N H l^2
+  FLOPs of a step = sum over its examples, of l tokens each, of  6 P l + 12 L N H a
 
 P is every parameter once, forward (2) and backward (4); it counts norms and, in an untied model, the
-embedding, though a lookup multiplies nothing. The second term is attention: forward, scores and their
-product with the values take 2 x 2 l^2 N H a layer, of which causality leaves half; backward twice that.
-Padding is not computed for, and l is the example's length, not the row's; what rematerialisation computes
-again does not count either. So it is work that had to be done, whoever did it.
+embedding, though a lookup multiplies nothing. The second term is attention, a being the pairs of a query and
+a key it may see: forward, scores and their product with the values take 2 x 2 a N H a layer; backward twice
+that. Causal attention has l^2 / 2 pairs, bidirectional (mdm) l^2. Of bd3 l counts the response twice, which
+is fed twice, and a what its mask lets through. Padding is not computed for, and l is the example's length,
+not the row's; what rematerialisation computes again does not count either. So it is work that had to be done,
+whoever did it.
 """
 
 import jax
@@ -72,16 +74,16 @@ def num_parameters(config: ModelConfig) -> int:
     return tables + c.num_layers * layer + c.embed_dim
 
 
-def train_flops(config: ModelConfig, lengths: Array) -> Array:
+def train_flops(config: ModelConfig, lengths: Array, pairs: Array) -> Array:
     """FLOPs of one training step, float32 []; see the module's formula.
 
     Args:
       config: the model's shape.
-      lengths: [B] or [B, places of a row], tokens of each example, prompt and response; 0 for none.
+      lengths: l, [B] or [B, places of a row], tokens fed of each example; 0 for none.
+      pairs: a, likewise.
     """
-    lengths = jnp.asarray(lengths, jnp.float32)
-    attention = 6 * config.num_layers * config.num_heads * config.head_dim
-    return 6.0 * num_parameters(config) * jnp.sum(lengths) + attention * jnp.sum(jnp.square(lengths))
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim
+    return 6.0 * num_parameters(config) * jnp.sum(lengths) + attention * jnp.sum(pairs)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -149,6 +149,7 @@ class Attention(nn.Module):
     weights: Weights
     kernel: str
     max_segments: int
+    causal: bool
 
     @nn.compact
     def __call__(self, x: Array, rope, layer: Array | int | None, context: Context):
@@ -168,7 +169,7 @@ class Attention(nn.Module):
                 y = context.as_fed(attend_visible(context.by_row(qkv), cache, layer, mask))
                 y = y.reshape(q.shape)
             elif cache is None and mask is None:
-                y = attend_fed(q, (k, v), context.segments, self.kernel, self.max_segments)
+                y = attend_fed(q, (k, v), context.segments, self.kernel, self.max_segments, self.causal)
             else:
                 of_layer = None if cache is None else (cache[0][layer], cache[1][layer])
                 q, *fresh = (context.by_row(part) for part in (q, k, v))
@@ -248,12 +249,14 @@ class Block(nn.Module):
     weights: Weights
     kernel: str
     max_segments: int
+    causal: bool
 
     @nn.compact
     def __call__(self, x: Array, rope, layer: Array | int | None, context: Context):
         c, w = self.config, self.weights
         y = RMSNorm(c.norm_eps, "embed", w.param_dtype, name="attention_norm")(x)
-        y, kv = Attention(c, w, self.kernel, self.max_segments, name="attention")(y, rope, layer, context)
+        attention = Attention(c, w, self.kernel, self.max_segments, self.causal, name="attention")
+        y, kv = attention(y, rope, layer, context)
         x = nn.with_logical_constraint(x + y, ("act_batch", "act_length", "act_embed"))
         y = RMSNorm(c.norm_eps, "embed", w.param_dtype, name="mlp_norm")(x)
         y = MLP(c, w, name="mlp")(y)

@@ -1,8 +1,8 @@
-"""The causal transformer: one Linen block with switches for Qwen3, Qwen2.5 and Llama.
+"""The transformer: one Linen block with switches for Qwen3, Qwen2.5 and Llama.
 
 The model knows no slots, mesh, tokenizer or sampling. It is a pure function of parameters, tokens,
-their position ids, an optional cache and an attention mask. Attention is causal in the order in which
-tokens are fed, whatever their positions are: positions enter through RoPE alone, which is what lets
+their position ids, an optional cache and an attention mask. Without a mask attention is causal in the order
+in which tokens are fed, whatever their positions are: positions enter through RoPE alone, which is what lets
 ReFusion permute slots (arXiv 2512.13586, section 3).
 
 Einsum letters, everywhere in this package:
@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.attention import fed_mask
 from refusion_jax.layers import Block, Context, Ragged, RMSNorm, Weights, lecun
 from refusion_jax.model_config import ModelConfig
 from refusion_jax.rope import rope_tables
@@ -58,6 +59,7 @@ class Transformer(nn.Module):
         makes them of the others: fewer and larger products, for decoding.
       int8: the layers' matrices and the head are int8 with a scale for each output channel, as
         `quantized.quantize` makes them; activations, the embedding and the rest stay as they are.
+      causal: a pass without a mask is causal in the order fed; otherwise each token sees all.
       cache_by_layer: decoders give it a cache of an array for each layer, for TPUs; see KVCache.
     """
 
@@ -70,6 +72,7 @@ class Transformer(nn.Module):
     max_segments: int = 1
     joined: bool = False
     int8: bool = False
+    causal: bool = True
     cache_by_layer: bool = False
 
     def setup(self):
@@ -79,7 +82,7 @@ class Transformer(nn.Module):
         self.weights = Weights(
             self.dtype, self.param_dtype, self.joined, self.int8, int8_kernel=self.kernel == "triton"
         )
-        block, arguments = Block, (c, self.weights, self.kernel, self.max_segments)
+        block, arguments = Block, (c, self.weights, self.kernel, self.max_segments, self.causal)
         if REMAT_POLICIES[self.remat] is not None:
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         if self.scan_layers:
@@ -142,9 +145,7 @@ class Transformer(nn.Module):
         if mask is None:
             if cache is not None:
                 raise ValueError("attention to a cache needs a mask")
-            mask = jnp.tril(jnp.ones((T, T), bool))[None]
-            if segments is not None:
-                mask = mask & (segments[:, :, None] == segments[:, None, :])
+            mask = fed_mask(T, segments, self.causal)
         mask = jnp.broadcast_to(mask, (B, T, mask.shape[2]))
         return visible(mask, self.config.num_heads // self.config.num_kv_heads)
 
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
           positions: int32 [B, T], the RoPE position of each token, in any order.
           cache: None, or keys and values of all layers, each [L, B, S, K, H]; read in place. Unrolled
             layers take L arrays [B, S, K, H] as well.
-          mask: bool, broadcastable to [B, T, S + T]; None, only without a cache, is causal.
+          mask: bool, broadcastable to [B, T, S + T]; None, only without a cache, is as `causal` says.
           segments: int32 [B, T], without cache and mask: a token sees those of its own segment alone;
             segments stand one after the other in ascending order. None is one segment.
           rows: of rows of different lengths; then tokens and positions are [1, N], and B and T of cache

@@ -35,13 +35,17 @@ from refusion_jax.wall_time import WallTime
 
 CONFIG_FILE = "config.yaml"
 
-# In these a run that goes on must be what it was: they shape its state and number its batches.
+# In these and its objective a run that goes on must be what it was: they shape its state and number its
+# batches.
 FIXED = {
     "model": [field.name for field in dataclasses.fields(ModelConfig)],
     "data": [field.name for field in dataclasses.fields(DataConfig)],
     "train": ["batch_size", "seed", "scan_layers"],
     "lora": [field.name for field in dataclasses.fields(LoraConfig)],
 }
+
+# What runs did that do not speak of it, from before there was a choice.
+UNSAID = {"data": {"eos_multiple": 1, "eos_extra_blocks": 0}, "lora": {"rank": 0}}
 
 
 def train(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) -> int:
@@ -62,7 +66,7 @@ def train(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) 
     check_wandb(run.train.wandb_project)
     tokenizer = run_tokenizer(run)
     mesh = sharding.make_mesh(run.mesh)
-    program = make_program(run, mesh, tokenizer.need_mask())
+    program = make_program(run, mesh, mask_id(run, tokenizer))
     examples = load_examples(run.data, tokenizer, run.train.seed)
     group, groups = sharding.row_group(mesh)
     batches = batch_iterator(examples, run.train.batch_size, group, groups)
@@ -205,6 +209,11 @@ def run_tokenizer(run: RunConfig) -> Tokenizer:
     return tokenizer
 
 
+def mask_id(run: RunConfig, tokenizer: Tokenizer) -> int | None:
+    """The mask token of a run, None if its objective needs none; BadInput when it is missing."""
+    return None if run.objective == "ar" else tokenizer.need_mask()
+
+
 def _open_folder(workdir: str | Path) -> Path:
     """The run's folder, made if there is none; BadInput if it cannot be one."""
     if "://" in str(workdir):
@@ -226,28 +235,32 @@ def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     os.replace(temporary, folder / CONFIG_FILE)
     tokenizer.save(folder)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
-    hf.write_config(folder, run.model, ids | {"objective": "refusion"})
+    trained = {"objective": run.objective}
+    if run.objective == "bd3":
+        trained["block_len"] = run.diffusion.block_len
+    hf.write_config(folder, run.model, ids | trained)
 
 
 def _check_same_run(folder: Path, run: RunConfig) -> None:
-    """Raises BadInput naming the first field of FIXED in which `run` is not the run in the folder."""
+    """Raises BadInput naming the first field in which `run` is not the run in the folder."""
     path = folder / CONFIG_FILE
     try:
-        # Runs from before there was low-rank adaptation say nothing of it.
-        stored = {"lora": {"rank": 0}} | yaml.safe_load(path.read_text(encoding="utf-8"))
-        stored = {section: dict(stored[section]) for section in FIXED}
+        stored = {"objective": "refusion", "lora": {}} | yaml.safe_load(path.read_text(encoding="utf-8"))
+        sections = {section: UNSAID.get(section, {}) | stored[section] for section in FIXED}
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         raise BadInput(f"{path}: is not the configuration of the run whose checkpoints are here") from None
     wanted = config.as_dict(run)
+    both = {"objective": (wanted["objective"], stored["objective"])}
     for section, fields in FIXED.items():
         for field in fields:
             new = wanted[section][field]
-            old = stored[section].get(field, new)
-            if old != new:
-                raise BadInput(
-                    f"{section}.{field}: is {new!r}, the run in {folder} has {old!r}; "
-                    "change it back or choose another --workdir"
-                )
+            both[f"{section}.{field}"] = new, sections[section].get(field, new)
+    for name, (new, old) in both.items():
+        if old != new:
+            raise BadInput(
+                f"{name}: is {new!r}, the run in {folder} has {old!r}; "
+                "change it back or choose another --workdir"
+            )
 
 
 @command

@@ -1,13 +1,13 @@
 """One training step as a compiled function of (state, batch), and the configuration it follows.
 
-    draw, rearrange (whole batch) -> microbatches: model, loss, gradients -> sum -> AdamW
+    noise (whole batch) -> microbatches: model, loss, gradients -> sum -> AdamW
 
 Its randomness is a function of (seed, step, example), so a run that was interrupted, or moved to another
 mesh, draws what it would have drawn.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +24,11 @@ from refusion_jax.errors import BadInput
 from refusion_jax.flops import train_flops
 from refusion_jax.lora import LoraConfig
 from refusion_jax.model import REMAT_POLICIES, ModelConfig, Transformer
+from refusion_jax.objectives import OBJECTIVES, Batch, Objective, make_objective
 from refusion_jax.optimizer import OptimizerConfig
 from refusion_jax.sharding import Layout, MeshConfig
 
 Array = jax.Array
-# tokens [B, T], prompt_len, total_len and index [B], or [B, E] of rows that hold up to E examples; int32
-Batch = Mapping[str, Array]
 
 # Of the step, by platform; measured on one H200 (docs/training.md).
 COMPILER_OPTIONS = {
@@ -86,7 +85,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The sections of a configuration file."""
+    """A configuration file: its sections, and what stands above them.
+
+    Attributes:
+      objective: what the model is trained to do, "refusion", or one of the baselines "ar", "mdm" and "bd3".
+    """
 
     model: ModelConfig
     data: DataConfig
@@ -95,8 +98,17 @@ class RunConfig:
     optimizer: OptimizerConfig
     mesh: MeshConfig
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    objective: str = "refusion"
 
     def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise BadInput(f"objective: must be one of {', '.join(OBJECTIVES)}, found {self.objective!r}")
+        filled, block_len = self.data.eos_multiple, self.diffusion.block_len
+        if self.objective == "bd3" and filled != 1 and filled % block_len:
+            raise BadInput(
+                f"data.eos_multiple: must be 1 or a multiple of diffusion.block_len, {block_len}, "
+                f"found {filled}"
+            )
         if self.lora.rank and not self.train.init_from:
             raise BadInput(
                 f"lora.rank: is {self.lora.rank}, which needs train.init_from, the model to adapt; found none"
@@ -137,8 +149,13 @@ class Program(NamedTuple):
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
-def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
-    """Plans a run on a mesh; computes and compiles nothing yet.
+def objective_of(run: RunConfig, mask_id: int | None) -> Objective:
+    """What a run trains for; `mask_id` may be None where that needs no mask token."""
+    return make_objective(run.objective, run.diffusion, run.data.places, mask_id)
+
+
+def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
+    """Plans a run on a mesh; computes and compiles nothing yet. `mask_id` as in `objective_of`.
 
     Raises:
       BadInput: the batch cannot be split evenly over microbatches and devices.
@@ -154,6 +171,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         raise BadInput(f"train.loss_chunks must divide {lengths}, got {run.train.loss_chunks}")
     dtype = DTYPES[run.train.dtype]
     platform = mesh.devices.flat[0].platform
+    objective = objective_of(run, mask_id)
     model = Transformer(
         run.model,
         dtype,
@@ -162,6 +180,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         run.train.remat,
         kernel=fitting_kernel(platform, dtype, run.model.head_dim, run.data.max_length),
         max_segments=run.data.places + 1,  # and one of padding
+        causal=objective.causal,
     )
     optimizer = run.optimizer.transformation(run.train.steps)
 
@@ -184,7 +203,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int) -> Program:
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
         start=jax.jit(start, in_shardings=(shardings.base,), out_shardings=shardings, donate_argnums=0),
         step=jax.jit(
-            make_train_step(run, model, optimizer, layout, mask_id),
+            make_train_step(run, model, optimizer, layout, objective),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
@@ -198,7 +217,7 @@ def make_train_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
     layout: Layout,
-    mask_id: int,
+    objective: Objective,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The function (state, batch) -> (next state, metrics) of one update.
 
@@ -219,9 +238,8 @@ def make_train_step(
 
         def loss(params: Any, part: Noised) -> tuple[Array, dict[str, Array]]:
             variables = {"params": params}
-            segments = part.segments if run.data.packing else None
             states, _ = model.apply(
-                variables, part.tokens, part.positions, segments=segments, method="hidden"
+                variables, part.tokens, part.positions, **objective.seen(part), method="hidden"
             )
             head = model.apply(variables, method="unembedding")
             weight, chunks = run.diffusion.diffusion_weight, run.train.loss_chunks
@@ -246,7 +264,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         with layout.scope():
-            noised = noised_batch(run, state.step, batch, mask_id)
+            noised = objective.noise(noise_key(run, state.step), batch)
             grads, losses = gradients(state.params, state.frozen, noised)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         tokens = jnp.sum(batch["total_len"])
@@ -255,7 +273,7 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "tokens": tokens,
             "padding": (batch["tokens"].size - tokens) / batch["tokens"].size,
-            "flops": train_flops(run.model, batch["total_len"]),
+            "flops": train_flops(run.model, *objective.work(batch["prompt_len"], batch["total_len"])),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
@@ -279,13 +297,9 @@ def _abstract_batch(run: RunConfig, rows: NamedSharding) -> Batch:
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name, shape in shapes.items()}
 
 
-def noised_batch(run: RunConfig, step: Array, batch: Batch, mask_id: int) -> Noised:
-    """A batch as the update that follows `step` updates feeds it."""
-    tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
-    key = jax.random.fold_in(_keys(run)[1], step)
-    max_slots = run.diffusion.max_slots(tokens.shape[1], run.data.places)
-    draw = diffusion.draw(key, batch["index"], total_len - prompt_len, max_slots, run.diffusion)
-    return diffusion.rearrange(tokens, prompt_len, total_len, draw, mask_id, run.diffusion)
+def noise_key(run: RunConfig, step: Array) -> Array:
+    """The key of the noise of the update that follows `step` updates."""
+    return jax.random.fold_in(_keys(run)[1], step)
 
 
 def _keys(run: RunConfig) -> Array:

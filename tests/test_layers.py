@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = "refusion_jax"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
-TRAIN_SIDE = {"train", "train_step"}
+TRAIN_SIDE = {"train", "train_step", "objectives"}
 DECODE_SIDE = {"decode", "phases", "serving", "sample"}
 
 
@@ -108,10 +108,14 @@ def test_decoding_does_not_bring_training_along(module):
         ("attention", {"triton_attention"}),
         ("model_config", {"rope"}),
         ("layers", {"model_config", "rope", "attention", "triton_attention", "triton_int8"}),
-        ("model", {"layers", "model_config", "rope", "triton_attention"}),
+        ("model", {"attention", "layers", "model_config", "rope", "triton_attention"}),
         ("kv_cache", {"model", "attention"}),
         ("cross_entropy", set()),
-        ("diffusion", {"cross_entropy"}),
+        ("segments", set()),
+        ("diffusion", {"cross_entropy", "segments"}),
+        ("baselines.ar_objective", {"diffusion", "segments"}),
+        ("baselines.mdm_objective", {"diffusion", "segments"}),
+        ("baselines.bd3_objective", {"baselines.mdm_objective", "diffusion", "segments"}),
         ("lora", {"stored"}),
     ],
     ids=str,

@@ -30,9 +30,9 @@ def random_inputs(rows: int, length: int, heads: int, kv_heads: int, head_dim: i
     return qkv, weights, segments
 
 
-def value_and_gradients(kernel: str, qkv, weights, segments):
+def value_and_gradients(kernel: str, qkv, weights, segments, causal=True):
     def value(q, k, v):
-        out = attend_fed(q, (k, v), segments, kernel)
+        out = attend_fed(q, (k, v), segments, kernel, causal=causal)
         return jnp.sum(out * weights), out
 
     (_, out), gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(*qkv)
@@ -44,12 +44,13 @@ def assert_agree(found, wanted):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("segmented", [True, False])
-def test_grouped_queries_and_segments(interpreted, segmented):
+def test_grouped_queries_and_segments(interpreted, segmented, causal):
     qkv, weights, segments = random_inputs(2, 256, 4, 2, 64)
     segments = segments if segmented else None
-    found = jax.jit(functools.partial(value_and_gradients, "splash"))(qkv, weights, segments)
-    assert_agree(found, value_and_gradients("dense", qkv, weights, segments))
+    found = jax.jit(functools.partial(value_and_gradients, "splash", causal=causal))(qkv, weights, segments)
+    assert_agree(found, value_and_gradients("dense", qkv, weights, segments, causal))
 
 
 @pytest.mark.parametrize(

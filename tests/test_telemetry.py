@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from refusion_jax import flops, metrics, profiling, train, wall_time
+from refusion_jax.diffusion import DiffusionConfig
 from refusion_jax.model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +60,15 @@ def test_parameters_are_those_of_the_model(config):
     assert flops.num_parameters(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def work_of(lengths, name="refusion", prompt_len=0) -> float:
+    """FLOPs of a step of the tiny model over examples of those lengths, by an objective."""
+    objective = make_objective(name, DiffusionConfig(block_len=8), 1, mask_id=0)
+    lengths = np.asarray(lengths)
+    return float(
+        flops.train_flops(ModelConfig.tiny(), *objective.work(np.minimum(prompt_len, lengths), lengths))
+    )
+
+
 def test_work_of_a_step():
     """Against the sum over layers and query positions, written out."""
     config = ModelConfig.tiny()
@@ -67,20 +77,32 @@ def test_work_of_a_step():
         work += 6 * 140_160 * length
         pairs = length * length / 2  # of a query and a key it may see, as the convention counts them
         work += config.num_layers * 3 * (2 + 2) * pairs * config.num_heads * config.head_dim
-    assert float(flops.train_flops(config, [5, 1, 92])) == pytest.approx(work, rel=1e-6)
+    assert work_of([5, 1, 92]) == work_of([5, 1, 92], "ar") == pytest.approx(work, rel=1e-6)
     packed = [[5, 1], [92, 0]]  # two rows with places for two
-    assert float(flops.train_flops(config, packed)) == pytest.approx(work, rel=1e-6)
+    assert work_of(packed) == pytest.approx(work, rel=1e-6)
+
+
+@pytest.mark.parametrize("response", [0, 3, 8, 24, 29])
+def test_work_of_the_other_objectives(response):
+    """Pairs as the masks have them, but that causality leaves half of a square, as the convention counts."""
+    config, prompt = ModelConfig.tiny(), 7
+    a_pair = 12 * config.num_layers * config.num_heads * config.head_dim
+    length = prompt + response
+    assert work_of([length], "mdm") == pytest.approx(6 * 140_160 * length + a_pair * length**2, rel=1e-6)
+    of_each = [prompt + min(response, i // 8 * 8 + 8) for i in range(response)]
+    pairs = prompt**2 / 2 + 2 * sum(of_each)
+    wanted = 6 * 140_160 * (length + response) + a_pair * pairs
+    assert work_of([length], "bd3", prompt) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_work_of_a_known_measurement():
     """14,544 tokens a second of a 1.7B model, 4096 tokens a row, are 17.2 % of an H200."""
-    work = float(flops.train_flops(ModelConfig.qwen3_1p7b(), [4096] * 4))
+    work = float(flops.train_flops(ModelConfig.qwen3_1p7b(), jnp.full(4, 4096.0), jnp.full(4, 4096.0**2 / 2)))
     assert work / (4 * 4096) * 14_544 / flops.peak_flops("NVIDIA H200") == pytest.approx(0.172, abs=1e-3)
 
 
 def test_a_packed_row_is_less_work_than_one_long_example():
-    config = ModelConfig.tiny()
-    assert flops.train_flops(config, [40, 40]) < flops.train_flops(config, [80])
+    assert work_of([40, 40]) < work_of([80])
 
 
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "TPU v3", ""])

@@ -97,7 +97,7 @@ def test_with_vocab_and_merges_the_settings_ask_for_bos(tmp_path, asked):
 
 def test_training_data_begins_as_prompts_do(tmp_path):
     tokenizer = load_tokenizer(folder_of(tmp_path, ["<|im_start|>"]))
-    (encoded,) = Encoder(tokenizer, 32).encode([Example("hi", "ho")])
+    (encoded,) = Encoder(tokenizer, 32).encode([Example("hi", "ho")], [0])
     assert encoded.prompt == tokenizer.encode_prompt("hi") != tokenizer.encode("hi")
     assert encoded.response == [*tokenizer.encode("ho"), tokenizer.eos_id]
 
@@ -106,7 +106,7 @@ def test_training_data_is_told_of_thinking(tmp_path):
     template = "{{ messages[0].content }}{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
     tokenizer = load_tokenizer(folder_of(tmp_path, chat_template=template))
     for options, text in (({}, "hi"), ({"enable_thinking": False}, "hiFalse")):
-        (encoded,) = Encoder(tokenizer, 32, options).encode([Example("hi", "ho")])
+        (encoded,) = Encoder(tokenizer, 32, options).encode([Example("hi", "ho")], [0])
         assert encoded.prompt == tokenizer.encode(text)
 
 

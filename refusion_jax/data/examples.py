@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -45,22 +45,38 @@ class Encoded(NamedTuple):
 class Encoder:
     """Examples to token ids and rows of `max_length`; knows which examples can be used.
 
-    `template` are options of the chat template.
+    `template` are options of the chat template, `eos_multiple` and `eos_extra_blocks` as in DataConfig.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, template: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_length: int,
+        template: Mapping[str, Any] | None = None,
+        eos_multiple: int = 1,
+        eos_extra_blocks: int = 0,
+    ):
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._template = dict(template or {})
+        self._eos_multiple = eos_multiple
+        self._eos_extra_blocks = eos_extra_blocks
 
-    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+    def encode(self, examples: Sequence[Example], numbers: Sequence[int]) -> list[Encoded]:
+        """Ids of examples; the number of each decides how far it is filled up."""
         prompts = self._tokenizer.encode_prompts([example.query for example in examples], **self._template)
         responses = self._tokenizer.encode_batch([example.response for example in examples])
-        eos = [self._tokenizer.eos_id]
         return [
-            Encoded(prompt, response + eos) if example.response.strip() else Encoded([], [])
-            for example, prompt, response in zip(examples, prompts, responses, strict=True)
+            Encoded(prompt, self._ended(response, number)) if example.response.strip() else Encoded([], [])
+            for example, prompt, response, number in zip(examples, prompts, responses, numbers, strict=True)
         ]
+
+    def _ended(self, response: list[int], number: int) -> list[int]:
+        """The response with its EOS, and those that fill it up."""
+        blocks = len(response) // self._eos_multiple + 1
+        if self._eos_extra_blocks:
+            blocks += hash32(f"eos {number}") % (self._eos_extra_blocks + 1)
+        return response + [self._tokenizer.eos_id] * (blocks * self._eos_multiple - len(response))
 
     def usable(self, length: int | np.ndarray) -> bool | np.ndarray:
         return (length > 0) & (length <= self._max_length)
@@ -125,7 +141,7 @@ class FiniteExamples:
         # known without a look at all those before it, which sharding and resuming rely on.
         lengths = np.concatenate(
             [
-                _lengths(encoder, [source[i] for i in range(start, min(start + _SCAN, len(source)))])
+                _lengths(encoder, source.__getitem__, range(start, min(start + _SCAN, len(source))))
                 for start in range(0, len(source), _SCAN)
             ]
         )
@@ -143,7 +159,7 @@ class FiniteExamples:
     def example(self, epoch: int, which: int) -> Row:
         """The usable example `which`, of 0 … len - 1, as it is in an epoch."""
         number = int(self._kept[which])
-        (encoded,) = self._encoder.encode([self._source[number]])
+        (encoded,) = self._encoder.encode([self._source[number]], [number])
         return self._encoder.row(encoded, epoch * len(self._source) + number)
 
 
@@ -173,7 +189,7 @@ class TaskExamples:
         self.counts = {}
         usable = []
         for task in tasks:
-            lengths = _lengths(encoder, [task.example(i, split, seed) for i in range(_SCAN)])
+            lengths = _lengths(encoder, lambda i, task=task: task.example(i, split, seed), range(_SCAN))
             self.counts[task.name] = encoder.count(lengths, str(task))
             usable.append(lengths[encoder.usable(lengths)])
         self.shortest = int(np.concatenate(usable).min())
@@ -184,14 +200,15 @@ class TaskExamples:
         number = cycle * share + turn
         for draw in range(self._DRAWS):
             example = task.example(number + draw * self._NEXT_DRAW, self._split, self._seed)
-            (encoded,) = self._encoder.encode([example])
+            (encoded,) = self._encoder.encode([example], [place])
             if self._encoder.usable(encoded.length):
                 return self._encoder.row(encoded, place)
         raise BadInput(f"{task}: {self._DRAWS} examples in a row are longer than data.max_length")
 
 
-def _lengths(encoder: Encoder, examples: Sequence[Example]) -> np.ndarray:
-    return np.array([encoded.length for encoded in encoder.encode(examples)])
+def _lengths(encoder: Encoder, example: Callable[[int], Example], numbers: Sequence[int]) -> np.ndarray:
+    encoded = encoder.encode([example(number) for number in numbers], numbers)
+    return np.array([one.length for one in encoded])
 
 
 def endless_order(count: int, shuffle_seed: int | None) -> grain.MapDataset:

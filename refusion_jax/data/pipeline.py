@@ -41,6 +41,9 @@ class DataConfig:
     packing: several examples share a row, as many as fit, without seeing each other; otherwise one.
     examples_per_row: the most that may share one; 0 is one for every 32 tokens of it. On GPUs attention
         costs more with more places, filled or not: little above what rows hold is best.
+    eos_multiple: responses are filled up with EOS to a multiple of so many tokens; 1 is the one EOS alone.
+        Losses are on all of them, so that a decoder of fixed lengths learns to fill what is left.
+    eos_extra_blocks: up to so many times eos_multiple further EOS, drawn for each example.
     enable_thinking: false tells the chat template so; true leaves it to the template, as sampling does.
     shuffle: a new order for each epoch of a finite source, instead of the order of the source.
     """
@@ -54,6 +57,8 @@ class DataConfig:
     max_length: int = 256
     packing: bool = False
     examples_per_row: int = 0
+    eos_multiple: int = 1
+    eos_extra_blocks: int = 0
     enable_thinking: bool = True
     shuffle: bool = True
 
@@ -73,8 +78,11 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
         raise BadInput(f"data.max_length is {config.max_length!r}, expected 2 or more tokens")
     if type(config.examples_per_row) is not int or config.examples_per_row < 0:
         raise BadInput(f"data.examples_per_row is {config.examples_per_row!r}, expected 1 or more, or 0")
+    for name, least in (("eos_multiple", 1), ("eos_extra_blocks", 0)):
+        if getattr(config, name) < least:
+            raise BadInput(f"data.{name} is {getattr(config, name)}, expected {least} or more")
     template = {} if config.enable_thinking else {"enable_thinking": False}
-    encoder = Encoder(tokenizer, config.max_length, template)
+    encoder = Encoder(tokenizer, config.max_length, template, config.eos_multiple, config.eos_extra_blocks)
     if config.source == "tasks":
         tasks, shares = _make_tasks(config.tasks)
         drawn = TaskExamples(encoder, tasks, config.split, seed, shares)
