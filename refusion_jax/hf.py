@@ -25,6 +25,9 @@ from refusion_jax.stored import Stored, place
 FAMILIES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
+# What a config.json of ours may say of the training; decoding methods have the same names.
+OBJECTIVES = ("refusion", "ar", "mdm", "bd3")
+
 # Fields of a config.json that the ones we write replace, or that name Python files, which stay behind.
 LEFT_OUT = (
     "rope_parameters",
@@ -232,15 +235,31 @@ def write_config(folder: str | Path, config: ModelConfig, extra: Mapping[str, An
     (Path(folder) / "config.json").write_text(text, encoding="utf-8")
 
 
-def first_token(folder: str | Path) -> str:
-    """Where left-to-right decoding of a model reads its first token: "mask" or "next".
+def objective(folder: str | Path) -> str:
+    """What a model was trained for, one of OBJECTIVES, by its config.json.
 
-    What its config.json says of the objective decides; where it says nothing, a model with a mask token
-    was trained as ReFusion models are.
+    Where that says nothing, a model with a mask token was trained as ReFusion models are.
+
+    Raises:
+      BadInput: there is no config.json, or it names something else.
     """
-    raw = read_json(Path(folder) / "config.json")
-    by_objective = {"refusion": "mask", "ar": "next"}
-    return by_objective.get(raw.get("objective"), "next" if raw.get("mask_token_id") is None else "mask")
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    found = raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
+    if found not in OBJECTIVES:
+        raise BadInput(f"{path}: objective must be one of {', '.join(OBJECTIVES)}, found {found!r}")
+    return found
+
+
+def first_token(folder: str | Path) -> str:
+    """Where left-to-right decoding of a model reads its first token: "next" where it was trained for that,
+    else "mask"."""
+    return "next" if objective(folder) == "ar" else "mask"
+
+
+def block_len(folder: str | Path) -> int | None:
+    """Tokens of a block of a model trained by block diffusion; None where its config.json does not say."""
+    return read_json(Path(folder) / "config.json").get("block_len")
 
 
 def from_tensors(config: ModelConfig, tensors: Mapping[str, Stored], source: str | Path) -> dict[str, Any]:
