@@ -111,7 +111,7 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     config = method.config(mask_id=mask_id, eos_id=tokenizer.eos_id, **settings)
     prompt = _encode(given[0], raw[given[0]], defaults, tokenizer)
     check_prompt(prompt, vocab_size)
-    method.decoder.exact_shape([prompt], [config])
+    method.decoder.exact_shape([prompt], [config])  # refuses a prompt that the method cannot continue
     return Request(raw["id"], prompt, config, trace)
 
 

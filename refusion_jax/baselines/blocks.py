@@ -125,13 +125,17 @@ class BlockState(struct.PyTreeNode):
     requests: BlockRequests
 
     @classmethod
-    def start(cls, model, prompts: Array, requests: BlockRequests, shape: Shape) -> Self:
-        """The state before the first pass; rows without blocks are done."""
+    def start(
+        cls, model, prompts: Array, requests: BlockRequests, shape: Shape, *, cached: bool = True
+    ) -> Self:
+        """The state before the first pass, with or without room in the cache; rows without blocks are done."""
         B, S = prompts.shape[0], shape.prompt + shape.gen
         none = jnp.zeros(B, jnp.int32)
         done = requests.num_blocks == 0
         return cls(
-            cache=KVCache.zeros(model.config, B, S, model.dtype, by_layer=model.cache_by_layer),
+            cache=KVCache.zeros(
+                model.config, B, S if cached else 0, model.dtype, by_layer=model.cache_by_layer
+            ),
             tokens=jnp.pad(prompts, ((0, 0), (0, shape.gen))),
             committed_in=jnp.zeros((B, S), jnp.int32),
             block=none,

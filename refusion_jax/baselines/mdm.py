@@ -99,7 +99,7 @@ def prepare(
 @functools.partial(jax.jit, static_argnames=("model", "shape"))
 def init(model, prompts: Array, requests: MDMRequests, *, shape: Shape) -> BlockState:
     """The state before the first pass."""
-    return BlockState.start(model, prompts, requests, shape)
+    return BlockState.start(model, prompts, requests, shape, cached=any_kept(shape))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "shape"))
@@ -131,8 +131,8 @@ def resume(
         return read_block(model, params, state, states, mask_id, eos_id)
 
     def body(state: BlockState) -> BlockState:
-        """A pass in which rows may begin a block and keep what they feed, then those in which none does: these
-        only read the cache, which stays where it is."""
+        """A pass in which rows may begin a block and keep what they feed, then all passes in which none does:
+        these only read the cache, which stays where it is."""
         state, states = pass_beginning(model, params, state, mask_id, shape)
         state = read_block(model, params, state, states, mask_id, eos_id)
         return jax.lax.while_loop(lambda state: go_on(state) & ~jnp.any(keeps(state)), within_blocks, state)
