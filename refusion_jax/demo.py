@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = {}
     for method in DECODING:
         opened = open_model(folder, method)
-        scored = evaluate.score(opened, task, "test", PROBLEMS, BATCH_SIZE, trace=method == "refusion")
+        (scored,) = evaluate.score(opened, [task], "test", PROBLEMS, BATCH_SIZE, trace=method == "refusion")
         figures[method] = scored.figures()
         console.print(
             f"{method:>8}: {scored.accuracy:.1%} of {PROBLEMS} held-out problems right, "

@@ -168,8 +168,16 @@ def open_model(flags: argparse.Namespace) -> Opened:
 
 
 def asked_method(flags: argparse.Namespace) -> str:
-    """How to decode: --method, or what the checkpoint was trained for."""
-    return flags.method or hf.objective(flags.checkpoint)
+    """How to decode: --method, or what the checkpoint was trained for.
+
+    Raises:
+      BadInput: the checkpoint was trained for something else, or cannot be read.
+    """
+    method = flags.method or hf.objective(flags.checkpoint)
+    if method not in METHODS:
+        where = f"{flags.checkpoint}/config.json: objective"
+        raise BadInput(f"{where} must be one of {', '.join(METHODS)}, found {method!r}")
+    return method
 
 
 def asked_settings(flags: argparse.Namespace, method: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class BlockState(struct.PyTreeNode):
     def start(
         cls, model, prompts: Array, requests: BlockRequests, shape: Shape, *, cached: bool = True
     ) -> Self:
-        """The state before the first pass, with or without room in the cache; rows without blocks are done."""
+        """The state before the first pass, with or without a cache; rows without blocks are done."""
         B, S = prompts.shape[0], shape.prompt + shape.gen
         none = jnp.zeros(B, jnp.int32)
         done = requests.num_blocks == 0
