@@ -20,9 +20,11 @@ from refusion_jax import bench_decode, bench_table, bench_train, config, sample,
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.replay import read_courses
-from refusion_jax.requests import DecodeConfig
-from refusion_jax.sample import SETTINGS, check_output
+from refusion_jax.sample import check_output
+from refusion_jax.serving import METHODS, Config
 from refusion_jax.train_step import RunConfig
+
+DECODING = {"gen_length": 512, "slot_size": 32, "num_blocks": 4}  # where flags say nothing
 
 
 def train(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
@@ -44,13 +46,12 @@ def train(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
 def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     """One row of figures for each method and batch size, printed as they come."""
     methods = flags.method.split(",")
-    if not set(methods) <= {"refusion", "ar"}:
-        raise BadInput(f"--method={flags.method}: must be refusion, ar or both with a comma")
+    if not set(methods) <= set(METHODS):
+        raise BadInput(f"--method={flags.method}: must be of {', '.join(METHODS)}, several with commas")
     if (flags.checkpoint is None) == (flags.config is None):
         raise BadInput("--checkpoint and --config: give one of the two")
     courses = read_courses(Path(flags.replay)) if flags.replay else ()
-    settings = {name: getattr(flags, name) for name in SETTINGS if name not in ("temperature", "seed")}
-    asked = DecodeConfig(bench_decode.MASK_ID, bench_decode.NEVER, **settings)
+    asked = {method: asked_config(flags, method) for method in methods}
     sample.use_compilation_cache()
     dtype = sample.DTYPES[flags.dtype]
     mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
@@ -65,7 +66,7 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     rows = []
     for batch in flags.batch_size:
         for method in methods:
-            work = bench_decode.Work(method, batch, flags.prompt_length, asked, courses, flags.ahead)
+            work = bench_decode.Work(method, batch, flags.prompt_length, asked[method], courses, flags.ahead)
             with decoding_scope(model, mesh):
                 row = bench_decode.measure(model, params, work, flags.repeats, bandwidth)
             print(bench_table.line(bench_decode.COLUMNS, row), flush=True)
@@ -73,12 +74,21 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     return rows
 
 
+def asked_config(flags: argparse.Namespace, method: str) -> Config:
+    """How a method decodes: by those of the flags that it knows."""
+    known, given = METHODS[method].settings, sample.given_settings(flags)
+    settings = {name: value for name, value in (DECODING | given).items() if name in known}
+    return METHODS[method].config(bench_decode.MASK_ID, bench_decode.NEVER, **settings)
+
+
 def add_decode(commands) -> None:
     """The subcommand `decode`."""
     parser = commands.add_parser(
         "decode",
         description="Times decoding. Without a checkpoint weights mean nothing, so does what they accept: "
-        "thresholds below 0 accept everything, those from 1 nothing, and --replay what a trained model did.",
+        "thresholds below 0 accept everything, those from 1 nothing (of mdm and bd3 nothing beyond "
+        "tokens_per_step), and --replay what a trained model did. A method passes over flags it does not "
+        f"know. Here the defaults are {', '.join(f'{name} {value}' for name, value in DECODING.items())}.",
         allow_abbrev=False,
     )
     parser.set_defaults(measure=decode)
@@ -89,7 +99,7 @@ def add_decode(commands) -> None:
     several = {"type": config.whole_numbers, "metavar": "N,…"}
     add("--batch_size", **several, default="1", help="requests decoded together (default %(default)s)")
     add("--prompt_length", **whole, default=128, help="tokens a prompt (default %(default)s)")
-    sample.add_setting_flags(parser, gen_length=512, slot_size=32, num_blocks=4)
+    sample.add_setting_flags(parser)
     add("--replay", metavar="FILE", help="results of `sample` with traces, whose course the rows follow")
     add("--repeats", **whole, default=5, help="timed runs (default %(default)s)")
     add("--dtype", choices=tuple(sample.DTYPES), default="bfloat16", help="default %(default)s")

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusion_jax import decode, sharding
-from refusion_jax.baselines import ar
+from refusion_jax import sharding
 from refusion_jax.loader import boxed_params, decoding_model
 from refusion_jax.model_config import ModelConfig
 from refusion_jax.replay import Course, replay
-from refusion_jax.requests import DecodeConfig
+from refusion_jax.serving import METHODS, Config
 
 MASK_ID = 5  # where weights are random any will do
 NEVER = 2**31 - 1  # no token has this id
@@ -44,18 +43,18 @@ class Work(NamedTuple):
     """What is timed.
 
     Attributes:
-      method: "refusion" or "ar".
+      method: one of serving.METHODS.
       batch: rows decoded together.
       prompt_length: tokens of each prompt, random.
       config: of every row.
-      courses: to follow in the rows in turn, or none.
+      courses: for refusion to follow in the rows in turn, or none.
       ahead: as in Shape; None is what suits the device.
     """
 
     method: str
     batch: int
     prompt_length: int
-    config: DecodeConfig
+    config: Config
     courses: Sequence[Course] = ()
     ahead: int | None = None
 
@@ -72,12 +71,12 @@ def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[s
       tokens/s of all rows, first pass included; the limit over the time a pass takes; seconds to compile
       without and with the compilation cache.
     """
-    begin, resume = _programs(model, params, work)
-    compile_s = _timed(lambda: resume(begin()))[0]
+    programs = _programs(model, params, work)
+    compile_s = _timed(lambda: programs.resume(programs.begin()))[0]
     if jax.config.jax_compilation_cache_dir is not None:
         jax.clear_caches()
-    again_s = _timed(lambda: resume(begin()))[0]
-    runs = [_run_once(begin, resume, work) for _ in range(repeats)]
+    again_s = _timed(lambda: programs.resume(programs.begin()))[0]
+    runs = [_run_once(programs, work) for _ in range(repeats)]
     first_s, rest_s = (statistics.median(seconds) for seconds in zip(*[run[:2] for run in runs], strict=True))
     *_, made, tokens, cache_bytes = runs[0]
     passes = int(made.max())
@@ -100,38 +99,43 @@ def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[s
     }
 
 
-def _programs(model, params, work: Work) -> tuple[Callable, Callable]:
-    """(what makes the first pass, what makes the rest of a state)."""
+class _Programs(NamedTuple):
+    """What makes the first pass of a batch, what makes the rest of its state, and what reads its answers."""
+
+    begin: Callable
+    resume: Callable
+    finish: Callable
+
+
+def _programs(model, params, work: Work) -> _Programs:
     vocab, config = model.config.vocab_size, work.config
     random = np.random.default_rng(0)
     prompts = random.integers(0, vocab, (work.batch, work.prompt_length)).tolist()
-    if work.method == "ar":
-        config = ar.ARConfig(config.mask_id, config.eos_id, config.gen_length, first_token="mask")
-    method = ar if work.method == "ar" else decode
-    batch = method.prepare(model, prompts, config)
+    decoder = METHODS[work.method].decoder
+    batch = decoder.prepare(model, prompts, config)
     *inputs, shape = batch
     if work.method == "refusion":
         if work.ahead is not None:
             shape = dataclasses.replace(shape, ahead=work.ahead)
         if work.courses:
             inputs.append(replay(work.courses, config, shape))
-    return (
-        lambda: method.begin(model, params, *inputs, shape=shape),
-        lambda state: method.resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape),
+    return _Programs(
+        lambda: decoder.begin(model, params, *inputs, shape=shape),
+        lambda state: decoder.resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape),
+        lambda state: decoder.finish(state, batch.eos_id, shape),
     )
 
 
-def _run_once(begin: Callable, resume: Callable, work: Work) -> tuple[float, float, np.ndarray, int, int]:
+def _run_once(programs: _Programs, work: Work) -> tuple[float, float, np.ndarray, int, int]:
     """(seconds of the first pass, of the rest, passes of each row, tokens of all, bytes of the cache).
 
     What a run leaves is let go before the next, as when answers are read one after the other: then the
     arrays of each lie where those of the last lay, and the device's recorded programs need no new addresses.
     """
-    first_s, state = _timed(begin)
-    rest_s, state = _timed(lambda: resume(state))
-    made = np.asarray(state.count if work.method == "ar" else state.row.forwards)
-    tokens = int(np.sum(np.asarray(state.cache.filled))) - work.batch * work.prompt_length
-    tokens += work.batch if work.method == "ar" else 0  # the last one is not fed
+    first_s, state = _timed(programs.begin)
+    rest_s, state = _timed(lambda: programs.resume(state))
+    samples = jax.device_get(programs.finish(state))
+    made, tokens = samples.num_forwards[: work.batch], int(samples.num_raw.sum())
     return first_s, rest_s, made, tokens, sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
 
 

@@ -38,6 +38,8 @@ from refusion_jax.trace import Trace, record
 Array = jax.Array
 MANY = 2**31 - 1
 
+exact_shape = Shape.exact
+
 
 class DecodeState(struct.PyTreeNode):
     """Everything the loop carries; rows B are independent of each other.
@@ -227,7 +229,7 @@ def prepare(
     if model.scan_layers:
         raise ValueError("decoding needs an unrolled model: scan_layers=False and unstack_layers(params)")
     configs = [config] * len(prompts) if isinstance(config, DecodeConfig) else list(config)
-    needed = Shape.exact(prompts, configs)
+    needed = exact_shape(prompts, configs)
     if shape is None:
         shape = needed.padded(ahead=tokens_ahead(needed.rows))
     shape.check_holds(needed)

@@ -26,8 +26,8 @@ from refusion_jax.errors import BadInput, command
 PROBLEMS = 200
 BATCH_SIZE = 50
 COLOURS = ("green", "yellow", "cyan", "magenta", "red", "blue")
-# How the demo decodes: whole answers in one block of four slots.
-DECODING = ["--gen_length=32", "--slot_size=8", "--num_blocks=1"]
+# How the demo decodes: refusion whole answers in one block of four slots.
+DECODING = {"refusion": ["--gen_length=32", "--slot_size=8", "--num_blocks=1"], "ar": ["--gen_length=32"]}
 
 
 def trained_task(folder: Path) -> Task:
@@ -49,7 +49,9 @@ def open_model(folder: Path, method: str) -> sample.Opened:
     """The checkpoint with the decoding flags of the demo."""
     parser = argparse.ArgumentParser()
     sample.add_decoding_flags(parser)
-    return sample.open_model(parser.parse_args([f"--checkpoint={folder}", f"--method={method}", *DECODING]))
+    return sample.open_model(
+        parser.parse_args([f"--checkpoint={folder}", f"--method={method}", *DECODING[method]])
+    )
 
 
 def show(console: Console, answer: Mapping[str, Any], prompt_len: int) -> None:
@@ -83,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task = trained_task(folder)
     console = Console(soft_wrap=True)
     figures = {}
-    for method in ("refusion", "ar"):
+    for method in DECODING:
         opened = open_model(folder, method)
-        scored = evaluate.score(opened, task, "test", PROBLEMS, BATCH_SIZE, trace=method == "refusion")
+        (scored,) = evaluate.score(opened, [task], "test", PROBLEMS, BATCH_SIZE, trace=method == "refusion")
         figures[method] = scored.figures()
         console.print(
             f"{method:>8}: {scored.accuracy:.1%} of {PROBLEMS} held-out problems right, "

@@ -1,14 +1,17 @@
-"""Scores a checkpoint on an embedded task: exact match on held-out problems, and what decoding cost.
+"""Scores a checkpoint on embedded tasks: exact match on held-out problems, and what decoding cost.
 
     python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction --task_settings='{"fields": 2}' \
         --output=runs/eval
+    python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction,arithmetic --output=runs/eval
 
 writes OUTPUT/results.json (the figures and every setting) and OUTPUT/samples.jsonl (one line a problem).
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -16,29 +19,42 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from refusion_jax import sample, serving
 from refusion_jax.config import Parser
 from refusion_jax.data.task import SPLITS, Task
-from refusion_jax.data.tasks import TASKS, make_task
+from refusion_jax.data.tasks import TASKS, Example, make_task
 from refusion_jax.errors import BadInput, command
-from refusion_jax.serving import Defaults
+from refusion_jax.serving import Request
+
+Z = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a method made of a task.
+    """What a method made of a task. Useful tokens are those of an answer and the EOS after it.
 
     Attributes:
       accuracy: share of the problems answered exactly.
+      interval: the accuracies that this one is compatible with at 95 % (Wilson's interval).
       tokens_per_forward: all committed tokens over all forward passes, a pass counted once for each row.
       seconds: to decode them all, compiling excluded.
-      compile_seconds: to compile.
-      answers: results as `sample` writes them, with query, expected and correct.
+      response_tokens: useful tokens of an answer, the mean.
+      tokens_per_second: useful tokens of all answers.
+      latency: seconds that a problem stays in its row, were no row ever idle.
+      compile_seconds: to compile for all tasks scored together.
+      answers: results as `sample` writes them, with task, query, expected and correct.
     """
 
     accuracy: float
+    interval: tuple[float, float]
     tokens_per_forward: float
     seconds: float
+    response_tokens: float
+    tokens_per_second: float
+    latency: float
     compile_seconds: float
     answers: list[dict[str, Any]]
 
@@ -47,44 +63,81 @@ class Score:
         names = ("accuracy", "tokens_per_forward", "seconds")
         return {name: round(getattr(self, name), 4) for name in names}
 
+    def all_figures(self) -> dict[str, Any]:
+        """What results.json holds of a task."""
+        more = ("response_tokens", "tokens_per_second", "latency", "compile_seconds")
+        interval = {"interval": [round(end, 4) for end in self.interval]}
+        return self.figures() | interval | {name: round(getattr(self, name), 4) for name in more}
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The ends of Wilson's 95 % interval for a share of `count` trials."""
+    centre = share + Z**2 / (2 * count)
+    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    lower, upper = ((centre + sign * half) / (1 + Z**2 / count) for sign in (-1, 1))
+    return max(0.0, lower), min(1.0, upper)
+
 
 def score(
-    opened: sample.Opened, task: Task, split: str, limit: int, batch_size: int, trace: bool = False
-) -> Score:
-    """Decodes the first `limit` problems of a split.
+    opened: sample.Opened, tasks: Sequence[Task], split: str, limit: int, batch_size: int, trace: bool = False
+) -> list[Score]:
+    """Decodes the first `limit` problems of a split of every task; one compilation serves them all.
 
     Args:
       opened: the model and how it decodes.
-      task: what to solve and the judge of it.
+      tasks: what to solve and the judges of it.
       split: "train", "validation" or "test".
       limit: how many problems.
       batch_size: decoded together.
       trace: whether the answers carry their traces.
     """
     model, params, tokenizer, defaults, _ = opened
-    examples = [task.example(index, split) for index in range(limit)]
-    requests = [
-        serving.parse(
-            {"id": i, "prompt": e.query, "trace": trace}, defaults, tokenizer, model.config.vocab_size
-        )
-        for i, e in enumerate(examples)
-    ]
-    shape = serving.fitting_shape(requests, batch_size, defaults.ahead)
+
+    def request(number: int, example: Example) -> Request:
+        raw = {"id": number, "prompt": example.query, "trace": trace}
+        return serving.parse(raw, defaults, tokenizer, model.config.vocab_size)
+
+    examples = [[task.example(index, split) for index in range(limit)] for task in tasks]
+    requests = [[request(i, example) for i, example in enumerate(of_task)] for of_task in examples]
+    shape = serving.fitting_shape(list(itertools.chain(*requests)), batch_size, defaults.ahead)
+    scores = []
     with opened.scope():
         start = time.perf_counter()
-        serving.warm_up(model, params, tokenizer, requests[0], shape)
-        compiled = time.perf_counter()
-        answers = list(serving.serve(model, params, tokenizer, requests, shape, defaults.stop))
-        seconds = time.perf_counter() - compiled
+        serving.warm_up(model, params, tokenizer, requests[0][0], shape)
+        compile_seconds = time.perf_counter() - start
+        for task, of_task, asked in zip(tasks, examples, requests, strict=True):
+            start = time.perf_counter()
+            answers = list(serving.serve(model, params, tokenizer, asked, shape, defaults.stop))
+            seconds = time.perf_counter() - start
+            judge(task, of_task, answers)
+            scores.append(summary(answers, seconds, compile_seconds, batch_size))
+    return scores
+
+
+def judge(task: Task, examples: Sequence[Example], answers: Sequence[dict[str, Any]]) -> None:
+    """Adds to answers what was asked, what was expected and whether they are right."""
     verdicts = task.check_all([(e.query, a["text"]) for e, a in zip(examples, answers, strict=True)])
     for answer, example, correct in zip(answers, examples, verdicts, strict=True):
         answer |= {"query": example.query, "expected": example.response, "correct": correct}
+        answer["task"] = task.name
+
+
+def summary(answers: list[dict[str, Any]], seconds: float, compile_seconds: float, batch_size: int) -> Score:
+    """The figures of answers that were judged, decoded `batch_size` at a time."""
+    count = len(answers)
     forwards = sum(answer["num_forwards"] for answer in answers)
+    # raw_ids go on where ids end at an EOS.
+    useful = sum(min(len(answer["ids"]) + 1, answer["num_tokens"]) for answer in answers)
+    accuracy = sum(answer["correct"] for answer in answers) / count
     return Score(
-        accuracy=sum(answer["correct"] for answer in answers) / limit,
+        accuracy=accuracy,
+        interval=wilson(accuracy, count),
         tokens_per_forward=sum(answer["num_tokens"] for answer in answers) / forwards,
         seconds=seconds,
-        compile_seconds=compiled - start,
+        response_tokens=useful / count,
+        tokens_per_second=useful / seconds,
+        latency=seconds * min(batch_size, count) / count,
+        compile_seconds=compile_seconds,
         answers=answers,
     )
 
@@ -96,6 +149,27 @@ def require_judged(task: Task, split: str, limit: int) -> None:
     size = task.size(split)
     if size is not None and limit > size:
         raise BadInput(f"--limit is {limit}, but {task.name} has {size} problems in its {split} split")
+
+
+def asked_tasks(names: str, settings: Mapping[str, Any]) -> list[Task]:
+    """The tasks of --task, names with commas.
+
+    Args:
+      names: of one task or several.
+      settings: of the one, or of each of several by its name.
+
+    Raises:
+      BadInput: a task or setting is unknown, or a task is named twice.
+    """
+    found = names.split(",")
+    if len(found) == 1:
+        return [make_task(names, settings)]
+    if len(set(found)) < len(found):
+        raise BadInput(f"--task must name each task once, found {names}")
+    for name in settings:
+        if name not in found:
+            raise BadInput(f"--task_settings of several tasks are by their names {names}, found {name!r}")
+    return [make_task(name, settings.get(name, {})) for name in found]
 
 
 def read_settings(text: str) -> Mapping[str, Any]:
@@ -123,13 +197,18 @@ def write(folder: Path, figures: Mapping[str, Any], answers: Sequence[Mapping[st
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m refusion_jax.evaluate",
-        description="Scores a checkpoint on an embedded task.",
+        description="Scores a checkpoint on embedded tasks.",
         allow_abbrev=False,
     )
     sample.add_decoding_flags(parser)
-    parser.add_argument("--task", metavar="NAME", required=True, choices=tuple(TASKS), help=", ".join(TASKS))
     parser.add_argument(
-        "--task_settings", metavar="JSON", default="{}", help="of the task (default %(default)s)"
+        "--task", metavar="NAME,…", required=True, help=f"one or several with commas: {', '.join(TASKS)}"
+    )
+    parser.add_argument(
+        "--task_settings",
+        metavar="JSON",
+        default="{}",
+        help="of the task, or of several by their names (default %(default)s)",
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="problems (default %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", default=200, help="problems (default %(default)s)")
@@ -137,27 +216,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if flags.limit < 1:
         raise BadInput(f"--limit must be at least 1 problem, found {flags.limit}")
-    task = make_task(flags.task, read_settings(flags.task_settings))
-    require_judged(task, flags.split, flags.limit)
+    tasks = asked_tasks(flags.task, read_settings(flags.task_settings))
+    for task in tasks:
+        require_judged(task, flags.split, flags.limit)
     opened = sample.open_model(flags)
-    scored = score(opened, task, flags.split, flags.limit, flags.batch_size)
-    figures = scored.figures()
+    scores = score(opened, tasks, flags.split, flags.limit, flags.batch_size)
     if flags.output:
-        write(Path(flags.output), figures | describe(flags, task, opened.defaults), scored.answers)
-    print(json.dumps(figures))
+        answers = [answer for scored in scores for answer in scored.answers]
+        write(Path(flags.output), results(flags, tasks, scores, opened), answers)
+    figures = {task.name: scored.figures() for task, scored in zip(tasks, scores, strict=True)}
+    print(json.dumps(figures if len(tasks) > 1 else figures[tasks[0].name]))
     return 0
 
 
-def describe(flags: argparse.Namespace, task: Task, defaults: Defaults) -> dict[str, Any]:
-    """What results.json says of how the figures came about."""
-    return {
+def results(
+    flags: argparse.Namespace, tasks: Sequence[Task], scores: Sequence[Score], opened: sample.Opened
+) -> dict[str, Any]:
+    """What results.json says: the figures, of several tasks by their names, and how they came about."""
+    model, defaults = opened.model, opened.defaults
+    by_task = {
+        task.name: scored.all_figures() | {"task_settings": dataclasses.asdict(task)}
+        for task, scored in zip(tasks, scores, strict=True)
+    }
+    figures = by_task[tasks[0].name] if len(tasks) == 1 else {"tasks": by_task}
+    return figures | {
         "checkpoint": flags.checkpoint,
         "task": flags.task,
-        "task_settings": dataclasses.asdict(task),
         "split": flags.split,
         "problems": flags.limit,
         "method": defaults.method,
         "settings": dict(defaults.settings),
+        "ahead": defaults.ahead,
+        "batch_size": flags.batch_size,
+        "device": jax.devices()[0].device_kind,
+        "tensor": flags.tensor,
+        "dtype": jnp.dtype(model.dtype).name,
+        "int8": model.int8,
     }
 
 

@@ -34,11 +34,16 @@ class Forwarded(NamedTuple):
 
     def write(self, cache: KVCache, positions: Array, keep: Array) -> KVCache:
         """The cache with some of the fresh keys and values; positions and keep [B, Q]."""
-        if self.rows is None:
-            return cache.write(self.fresh, positions, keep)
-        at = self.rows.row, self.rows.place
-        positions, keep = (x.at[at].get(mode="clip")[None] for x in (positions, keep))
-        return cache.write(self.fresh, positions, keep, self.rows.row[None])
+        return write_fed(cache, self.fresh, self.rows, positions, keep)
+
+
+def write_fed(cache: KVCache, fresh: LayerKV, rows: Ragged | None, positions: Array, keep: Array) -> KVCache:
+    """The cache with some of the keys and values of tokens fed; `fresh` and `rows` as in Forwarded, positions
+    and keep [B, Q]."""
+    if rows is None:
+        return cache.write(fresh, positions, keep)
+    positions, keep = (x.at[rows.row, rows.place].get(mode="clip")[None] for x in (positions, keep))
+    return cache.write(fresh, positions, keep, rows.row[None])
 
 
 def forward(model, params, cache: KVCache, fed: Fed, row: Row, requests: Requests) -> Forwarded:
@@ -64,8 +69,8 @@ def forward(model, params, cache: KVCache, fed: Fed, row: Row, requests: Request
             logits, fresh = model.apply({"params": params}, tokens, positions, cache.layers, mask, rows=part)
             scores = score_rows(logits, target, heats)
             return (
-                jax.tree.map(lambda x: _widened(x, 1, most), scores),
-                jax.tree.map(lambda x: _widened(x, 2, most), fresh),
+                jax.tree.map(lambda x: widened(x, 1, most), scores),
+                jax.tree.map(lambda x: widened(x, 2, most), fresh),
             )
 
         return run
@@ -90,7 +95,8 @@ def ragged(active: Array) -> Ragged:
     return Ragged(flat.reshape(B, Q), *jnp.divmod(source, Q))
 
 
-def _widened(x: Array, axis: int, size: int) -> Array:
+def widened(x: Array, axis: int, size: int) -> Array:
+    """x with zeros at the end of an axis, up to `size` entries."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths)

@@ -232,15 +232,24 @@ def write_config(folder: str | Path, config: ModelConfig, extra: Mapping[str, An
     (Path(folder) / "config.json").write_text(text, encoding="utf-8")
 
 
-def first_token(folder: str | Path) -> str:
-    """Where left-to-right decoding of a model reads its first token: "mask" or "next".
+def objective(folder: str | Path) -> str:
+    """What a model was trained for, by its config.json.
 
-    What its config.json says of the objective decides; where it says nothing, a model with a mask token
-    was trained as ReFusion models are.
+    Where that says nothing, a model with a mask token was trained as ReFusion models are.
     """
     raw = read_json(Path(folder) / "config.json")
-    by_objective = {"refusion": "mask", "ar": "next"}
-    return by_objective.get(raw.get("objective"), "next" if raw.get("mask_token_id") is None else "mask")
+    return raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
+
+
+def first_token(folder: str | Path) -> str:
+    """Where left-to-right decoding of a model reads its first token: "next" where it was trained for that,
+    else "mask"."""
+    return "next" if objective(folder) == "ar" else "mask"
+
+
+def block_len(folder: str | Path) -> int | None:
+    """Tokens of a block of a model trained by block diffusion; None where its config.json does not say."""
+    return read_json(Path(folder) / "config.json").get("block_len")
 
 
 def from_tensors(config: ModelConfig, tensors: Mapping[str, Stored], source: str | Path) -> dict[str, Any]:

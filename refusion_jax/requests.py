@@ -137,12 +137,13 @@ class Shape:
       rows: B.
       prompt: P, tokens of a prompt.
       gen: tokens of a response.
-      block: T, tokens of a block. This and what follows is for slots alone.
-      slots: M, slots of a block.
+      block: T, tokens of a block, for methods that have blocks.
+      slots: M, slots of a block. This and what follows, up to `caches`, is for slots alone.
       iterations: entries a trace has room for.
       trace: whether one is kept.
       ahead: tokens up to which a pass of a row is filled with predictions ahead of need (feed.py); 0 for
         none, as the authors decode.
+      caches: of mdm.CACHES those that requests ask for, for that method alone.
     """
 
     rows: int
@@ -153,6 +154,7 @@ class Shape:
     iterations: int = 0
     trace: bool = False
     ahead: int = 0
+    caches: tuple[str, ...] = ()
 
     @classmethod
     def exact(cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig]) -> "Shape":
@@ -184,7 +186,7 @@ class Shape:
         tokens share one. `rows`: how many are decoded together, when not all."""
         prompt = bucket(max(64, self.prompt))
         rest = {name: bucket(getattr(self, name)) for name in ("gen", "block", "slots", "iterations")}
-        return Shape(rows or self.rows, prompt, **rest, trace=trace, ahead=ahead)
+        return Shape(rows or self.rows, prompt, **rest, trace=trace, ahead=ahead, caches=self.caches)
 
     def check_holds(self, needed: "Shape") -> None:
         """Raises BadInput unless requests that need the sizes `needed` fit."""
@@ -194,6 +196,10 @@ class Shape:
                 raise BadInput(
                     f"the shape's {field} must be at least {theirs} for these requests, found {mine}"
                 )
+        if not set(needed.caches) <= set(self.caches):
+            raise BadInput(
+                f"the shape's caches must hold {needed.caches} for these requests, found {self.caches}"
+            )
 
 
 def check_pairs(prompts: Sequence, configs: Sequence) -> None:

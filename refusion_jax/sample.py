@@ -21,44 +21,34 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from refusion_jax import hf, serving, sharding, terminal
+from refusion_jax.baselines import ar, mdm
 from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.model import Transformer
-from refusion_jax.requests import MOST_BLOCK_TOKENS, DecodeConfig
-from refusion_jax.serving import Defaults, Request
+from refusion_jax.requests import MOST_BLOCK_TOKENS, SEMANTICS
+from refusion_jax.serving import METHODS, Defaults, Request
 from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-SETTINGS = (
-    "gen_length",
-    "slot_size",
-    "num_blocks",
-    "slot_threshold",
-    "token_threshold",
-    "temperature",
-    "seed",
-)
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model decodes and how; shared by the commands that decode."""
-    of = DecodeConfig(mask_id=0, eos_id=0)
     add = parser.add_argument
     add(
         "--checkpoint", metavar="DIR", required=True, help="model folder: Hugging Face's, or written by train"
     )
-    add("--method", choices=("refusion", "ar"), default="refusion", help="decoder (default %(default)s)")
+    add("--method", choices=tuple(METHODS), help="decoder (default: what the checkpoint was trained for)")
     add_setting_flags(parser)
     add(
         "--semantics",
-        choices=("fixed", "release"),
-        default=of.semantics,
-        help="release: the authors' code to the letter, its slips included (default %(default)s)",
+        choices=SEMANTICS,
+        help="of refusion; release: the authors' code to the letter, its slips included (default fixed)",
     )
     add(
         "--first_token",
-        choices=("next", "mask"),
+        choices=ar.FIRST_TOKENS,
         help="where --method=ar reads the first token: off the last prompt token, or off a mask "
         "(default: as the checkpoint's objective trained it)",
     )
@@ -95,40 +85,52 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
 
 
-def add_setting_flags(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """The flags of SETTINGS and --ahead; `defaults` in place of those of DecodeConfig."""
-    of, add = DecodeConfig(mask_id=0, eos_id=0, **defaults), parser.add_argument
-    whole = {"type": int, "metavar": "N"}
-    number = {"type": float, "metavar": "X"}
-    of_default = "(default %(default)s)"
-    add("--gen_length", **whole, default=of.gen_length, help=f"most response tokens {of_default}")
-    add("--slot_size", **whole, default=of.slot_size, help=f"tokens of a slot {of_default}")
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of what methods can be told, and --ahead; what is not given is None, the method's default."""
+
+    def add(setting: str, help: str, **how: Any) -> None:
+        parser.add_argument(f"--{setting}", help=f"{help} {_default(setting)}", **how)
+
+    whole: dict[str, Any] = {"type": int, "metavar": "N"}
+    number: dict[str, Any] = {"type": float, "metavar": "X"}
+    add("gen_length", "most response tokens", **whole)
+    add("slot_size", "refusion: tokens of a slot", **whole)
     add(
-        "--num_blocks",
+        "num_blocks",
+        "refusion, mdm: blocks decoded left to right; gen_length is a multiple of num_blocks, for refusion "
+        "of num_blocks x slot_size",
         **whole,
-        default=of.num_blocks,
-        help=f"blocks decoded left to right; gen_length is a multiple of num_blocks x slot_size {of_default}",
     )
     add(
-        "--slot_threshold",
+        "block_len",
+        "bd3: tokens of a block; gen_length is a multiple; where the checkpoint says nothing",
+        **whole,
+    )
+    add(
+        "slot_threshold",
+        "refusion: probability above which a slot is chosen; below 0 always, from 1 never",
         **number,
-        default=of.slot_threshold,
-        help=f"probability above which a slot is chosen; below 0 always, from 1 never {of_default}",
     )
-    add(
-        "--token_threshold",
-        **number,
-        default=of.token_threshold,
-        help=f"probability above which a drafted token is accepted; likewise {of_default}",
-    )
-    add("--temperature", **number, default=of.temperature, help=f"of the drafts, 0 is greedy {of_default}")
-    add("--seed", **whole, default=of.seed, help=f"of the drafts when temperature is above 0 {of_default}")
-    add(
+    add("token_threshold", "probability above which a drafted token is accepted; likewise", **number)
+    add("tokens_per_step", "mdm, bd3: tokens that a pass commits however unsure it is of them", **whole)
+    add("cache", "mdm: keys and values that are kept while a block is filled", choices=mdm.CACHES)
+    add("temperature", "of the drafts, 0 is greedy", **number)
+    add("seed", "of the drafts when temperature is above 0", **whole)
+    parser.add_argument(
         "--ahead",
         **whole,
-        help="tokens up to which the passes of a request are filled with predictions ahead of need; 0 feeds "
-        "one phase a pass, as the authors do (default: what costs the device next to nothing)",
+        help="refusion: tokens up to which passes of a request are filled with predictions ahead of need; 0 "
+        "feeds one phase a pass, as the authors do (default: what costs the device next to nothing)",
     )
+
+
+def _default(setting: str) -> str:
+    """The default of a setting, as --help shows it; that of each method where they differ."""
+    by_method = {
+        name: method.settings[setting] for name, method in METHODS.items() if setting in method.settings
+    }
+    values = set(by_method.values())
+    return f"(default {values.pop() if len(values) == 1 else by_method})"
 
 
 class Opened(NamedTuple):
@@ -156,18 +158,51 @@ def open_model(flags: argparse.Namespace) -> Opened:
     dtype = DTYPES[flags.dtype or ("float32" if on_cpu else "bfloat16")]
     mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
     model, params, tokenizer = load(flags.checkpoint, mesh, dtype, flags.int8)
-    if flags.method == "refusion" and tokenizer.mask_id is None:
+    method = asked_method(flags)
+    settings = asked_settings(flags, method)
+    if method != "ar" and tokenizer.mask_id is None:
         raise BadInput(f"{flags.checkpoint}: {MASK_MISSING}")
-    settings = {name: getattr(flags, name) for name in SETTINGS}
-    if flags.method == "ar":
-        settings["first_token"] = flags.first_token or hf.first_token(flags.checkpoint)
-    elif flags.first_token:
-        raise BadInput("--first_token is for --method=ar alone")
-    else:
-        settings["semantics"] = flags.semantics
     template = {} if flags.enable_thinking is None else {"enable_thinking": flags.enable_thinking == "true"}
-    defaults = Defaults(flags.method, settings, flags.raw, template, tuple(flags.stop), flags.ahead)
+    defaults = Defaults(method, settings, flags.raw, template, tuple(flags.stop), flags.ahead)
     return Opened(model, params, tokenizer, defaults, mesh)
+
+
+def asked_method(flags: argparse.Namespace) -> str:
+    """How to decode: --method, or what the checkpoint was trained for.
+
+    Raises:
+      BadInput: the checkpoint was trained for something else, or cannot be read.
+    """
+    method = flags.method or hf.objective(flags.checkpoint)
+    if method not in METHODS:
+        where = f"{flags.checkpoint}/config.json: objective"
+        raise BadInput(f"{where} must be one of {', '.join(METHODS)}, found {method!r}")
+    return method
+
+
+def asked_settings(flags: argparse.Namespace, method: str) -> dict[str, Any]:
+    """What the method is told: the flags given, in place of the defaults of checkpoint and method.
+
+    Raises:
+      BadInput: a flag is given that the method does not know.
+    """
+    known, given = METHODS[method].settings, given_settings(flags)
+    for name in given:
+        if name not in known:
+            having = [other for other in METHODS if name in METHODS[other].settings]
+            raise BadInput(f"--{name} is for --method={' or '.join(having)} alone, found --method={method}")
+    trained = {}
+    if method == "ar":
+        trained["first_token"] = hf.first_token(flags.checkpoint)
+    if method == "bd3" and (block_len := hf.block_len(flags.checkpoint)) is not None:
+        trained["block_len"] = block_len
+    return known | trained | given
+
+
+def given_settings(flags: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags were given for."""
+    found = {name: value for name, value in vars(flags).items() if name in serving.SETTINGS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def use_compilation_cache() -> None:
@@ -350,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--trace", metavar="FILE", help="write how the answer to the one --prompt came about, JSON"
     )
     flags = parser.parse_args(arguments)
-    if flags.trace and (len(flags.prompt) != 1 or flags.method != "refusion"):
+    if flags.trace and (len(flags.prompt) != 1 or asked_method(flags) != "refusion"):
         raise BadInput("--trace needs exactly one --prompt and --method=refusion")
     if flags.prompt and flags.input:
         raise BadInput("--prompt and --input: give one of the two")

@@ -9,13 +9,14 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from refusion_jax import decode
-from refusion_jax.baselines import ar
+from refusion_jax.baselines import ar, bd3, mdm
 from refusion_jax.errors import BadInput
 from refusion_jax.feed import tokens_ahead
 from refusion_jax.kv_cache import insert_rows, take_rows
@@ -26,13 +27,37 @@ from refusion_jax.tokenizer import Tokenizer
 PROMPTS = ("prompt", "messages", "prompt_ids")
 
 
+class Method(NamedTuple):
+    """A way to decode: the module, and the class of its settings."""
+
+    decoder: ModuleType
+    config: type
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it can be told, special ids apart, and the defaults."""
+        fields = dataclasses.fields(self.config)
+        return {field.name: field.default for field in fields if field.name not in ("mask_id", "eos_id")}
+
+
+METHODS = {
+    "refusion": Method(decode, DecodeConfig),
+    "ar": Method(ar, ar.ARConfig),
+    "mdm": Method(mdm, mdm.MDMConfig),
+    "bd3": Method(bd3, bd3.BD3Config),
+}
+DECODERS = {method.config: method.decoder for method in METHODS.values()}
+SETTINGS = {name for method in METHODS.values() for name in method.settings}
+Config = DecodeConfig | ar.ARConfig | mdm.MDMConfig | bd3.BD3Config
+
+
 @dataclasses.dataclass(frozen=True)
 class Defaults:
     """What a request may leave out.
 
     Attributes:
-      method: "refusion" or "ar", the same for all requests.
-      settings: fields of DecodeConfig or ARConfig, without the special ids.
+      method: one of METHODS, the same for all requests.
+      settings: of the method.
       raw: a text prompt is fed as it is, without the chat template.
       template: options of the chat template, as `enable_thinking`.
       stop: the answer's text ends before the first of these.
@@ -53,7 +78,7 @@ class Request:
 
     id: Any
     prompt: Sequence[int]
-    config: DecodeConfig | ar.ARConfig
+    config: Config
     trace: bool = False
 
 
@@ -73,22 +98,20 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     trace = raw.get("trace", False)
     if not isinstance(trace, bool):
         raise BadInput(f"trace must be true or false, found {shown(trace)}")
-    config_class = ar.ARConfig if defaults.method == "ar" else DecodeConfig
+    method = METHODS[defaults.method]
     own = {key: value for key, value in raw.items() if key not in ("id", "trace", *PROMPTS)}
-    every = {field.name for cls in (DecodeConfig, ar.ARConfig) for field in dataclasses.fields(cls)}
     for key in own:
-        if key not in every - {"mask_id", "eos_id"}:
+        if key not in SETTINGS:
             raise BadInput(f"unknown field {key!r}")
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    settings = {key: value for key, value in {**defaults.settings, **own}.items() if key in fields}
-    feeds_mask = config_class is DecodeConfig or settings.get("first_token") == "mask"
+    asked = {**defaults.settings, **own}
+    settings = {key: value for key, value in asked.items() if key in method.settings}
+    feeds_mask = defaults.method != "ar" or settings.get("first_token") == "mask"
     # Where no mask is ever read any token serves as the one that is fed.
     mask_id = tokenizer.need_mask() if feeds_mask or tokenizer.mask_id is not None else tokenizer.eos_id
-    config = config_class(mask_id=mask_id, eos_id=tokenizer.eos_id, **settings)
+    config = method.config(mask_id=mask_id, eos_id=tokenizer.eos_id, **settings)
     prompt = _encode(given[0], raw[given[0]], defaults, tokenizer)
     check_prompt(prompt, vocab_size)
-    if isinstance(config, ar.ARConfig):
-        config.check_prompt(prompt)
+    method.decoder.exact_shape([prompt], [config])  # refuses a prompt that the method cannot continue
     return Request(raw["id"], prompt, config, trace)
 
 
@@ -118,7 +141,7 @@ def fitting_shape(requests: Sequence[Request], batch_size: int, ahead: int | Non
       ahead: as in Shape; None is what suits the device.
     """
     prompts, configs = [r.prompt for r in requests], [r.config for r in requests]
-    exact = Shape.exact if isinstance(configs[0], DecodeConfig) else ar.exact_shape
+    exact = DECODERS[type(configs[0])].exact_shape
     if ahead is None:
         ahead = tokens_ahead(batch_size)
     return exact(prompts, configs).padded(batch_size, any(r.trace for r in requests), ahead)
@@ -145,7 +168,7 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
 
     The longest are begun first: at the end, when none waits, fewer rows stand idle.
     """
-    method = decode if isinstance(requests[0].config, DecodeConfig) else ar
+    method = DECODERS[type(requests[0].config)]
     # Rows are taken in and given out a few at a time: each time costs a pass over their prompts.
     few = dataclasses.replace(shape, rows=max(1, shape.rows // 8))
     blank = method.prepare(model, [requests[0].prompt], [requests[0].config], shape)
@@ -181,7 +204,7 @@ def _fill(rows: Sequence[int], length: int, filler: int) -> np.ndarray:
 
 def warm_up(model, params, tokenizer: Tokenizer, like: Request, shape: Shape) -> None:
     """Compiles what decoding at `shape` takes, by decoding one token."""
-    least = {"gen_length": 1, "slot_size": 1, "num_blocks": 1}
+    least = {"gen_length": 1, "slot_size": 1, "num_blocks": 1, "block_len": 1}
     fields = {field.name for field in dataclasses.fields(like.config)}
     config = dataclasses.replace(like.config, **{k: v for k, v in least.items() if k in fields})
     request = Request(like.id, [config.mask_id], config)
@@ -218,9 +241,9 @@ def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
 
     `start` is that of the block; `confidences` are of the slots in the pool, by the position of their first
     token; `accepted` says of each slot planned how many of its tokens were accepted when verified, and after
-    each refill. Decoding left to right has no plans.
+    each refill. Other methods have no plans.
     """
-    if samples.trace is None or isinstance(request.config, ar.ARConfig):
+    if samples.trace is None:
         return []
     steps, size = [], request.config.slot_size
     for i in range(int(samples.num_iterations)):

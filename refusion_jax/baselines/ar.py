@@ -193,8 +193,6 @@ def prepare(
     needed = exact_shape(prompts, configs)
     shape = needed.padded() if shape is None else shape
     shape.check_holds(needed)
-    for prompt, c in zip(prompts, configs, strict=True):
-        c.check_prompt(prompt)
     padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
     requests = ARRequests.batch(prompts, configs, shape.rows)
     return Prepared(padded, requests, jnp.int32(configs[0].mask_id), jnp.int32(configs[0].eos_id), shape)
@@ -209,8 +207,14 @@ def finish(state: ARState, eos_id: Array, shape: Shape) -> Samples:
 
 
 def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig]) -> Shape:
-    """The smallest shape that holds these requests as one batch."""
+    """The smallest shape that holds these requests as one batch.
+
+    Raises:
+      BadInput: a prompt that cannot be continued.
+    """
     check_pairs(prompts, configs)
+    for prompt, config in zip(prompts, configs, strict=True):
+        config.check_prompt(prompt)
     return Shape(len(prompts), max(map(len, prompts)), max(c.gen_length for c in configs))
 
 
