@@ -1,10 +1,13 @@
 """Embedded tasks: right solutions, exact verifiers, splits that never meet, determinism."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -380,3 +383,32 @@ def has_examples(task, split):
 def all_problems(task):
     values = "abcdefghijklmnopqrstuvwxyz0123456789"
     return [task.parse(f"Eve has code {value}. JSON:") for value in values]
+
+
+# docs/tasks.md
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
+def held_out_digest(task):
+    """sha256 of the first 500 test and 200 validation examples, a line of JSON each."""
+    held_out = examples(task, 500, "test") + examples(task, 200, "validation")
+    return hashlib.sha256("".join(json.dumps(list(pair)) + "\n" for pair in held_out).encode()).hexdigest()
+
+
+def test_held_out_sets_are_those_published():
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.*\})` \| `(\w{64})` \|$", DOCS, flags=re.MULTILINE)
+    assert {name for name, settings, _ in rows if settings == "{}"} == set(GENERATED)
+    for name, settings, digest in rows:
+        assert held_out_digest(make_task(name, json.loads(settings))) == digest, (name, settings)
+
+
+def test_documented_examples_are_the_first_of_the_test_split():
+    for name in GENERATED:
+        section = DOCS.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
+        assert tuple(re.findall(r"```\w*\n(.*?)\n```", section, flags=re.DOTALL)) == make_task(
+            name, {}
+        ).example(0, "test")
+        for field in dataclasses.fields(TASKS[name]):
+            assert f"`{field.name}`" in section

@@ -88,7 +88,7 @@ def decode(
         start = time.perf_counter()
         answers = list(serving.serve(model, params, tokenizer, requests, shape))
         seconds = time.perf_counter() - start
-        right = [tasks[name].check(query, a["text"]) for query, a in zip(of_task, answers, strict=True)]
+        right = tasks[name].check_all([(q, a["text"]) for q, a in zip(of_task, answers, strict=True)])
         found[name] = {
             "problems": len(of_task),
             "right": sum(right),

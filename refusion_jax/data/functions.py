@@ -159,11 +159,10 @@ def _all_counts(problem: Problem) -> bool:
         return False
     for i, (name, _) in enumerate(problem.steps):
         if STEPS[name].takes == STEPS[name].gives:
-            without = states[i]
-            for later, k in problem.steps[i + 1 :]:
-                run = STEPS[later].run
-                without = [run(value, k) for value in without]
-            if without == states[-1]:
+            rest = Problem(STEPS[name].gives, problem.steps[i + 1 :])
+            # From the last probe on, which most often tells.
+            pairs = zip(reversed(states[i]), reversed(states[-1]), strict=True)
+            if all(_run(rest, before) == output for before, output in pairs):
                 return False
     return True
 
