@@ -32,8 +32,13 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
+    """Attributes:
+    kind: of run.
+    """
+
     model: Model
     other: Model
+    kind: str = "long"
 
 
 FILE = """
@@ -150,6 +155,17 @@ def test_file_that_cannot_be_used(load, text, message):
     assert "config.py" in str(error.value)
 
 
+def test_a_field_outside_sections(load):
+    assert load().kind == "long"
+    text = FILE.replace("return c", "c.kind = 'short'\n    return c")
+    assert load(text=text).kind == "short"
+    assert load("--config.kind=none", text=text).kind == "none"
+    with pytest.raises(BadInput, match=r"config\.py: kind: must be str, found 3"):
+        load(text=text.replace("'short'", "3"))
+    with pytest.raises(BadInput, match=r"--config.kid: no such field, did you mean --config.kind\?"):
+        load("--config.kid=none")
+
+
 def test_no_file(tmp_path):
     with pytest.raises(BadInput, match=r"none\.py: no such file"):
         config.load(tmp_path / "none.py", [], Run)
@@ -165,4 +181,5 @@ def test_help_names_every_field_with_its_meaning_and_default():
     text = config.help_text(Run)
     assert "--config.model.width=int  of a layer, in channels (required)" in text
     assert "--config.other.rate=float   (default 0.5)" in text
-    assert text.count("\n") == 2 * len(dataclasses.fields(Model))
+    assert "--config.kind=str  of run (default 'long')" in text
+    assert text.count("\n") == 1 + 2 * len(dataclasses.fields(Model))

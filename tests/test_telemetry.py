@@ -17,6 +17,7 @@ import pytest
 from refusion_jax import flops, metrics, profiling, train, wall_time
 from refusion_jax.diffusion import DiffusionConfig
 from refusion_jax.model import ModelConfig, Transformer
+from refusion_jax.objectives import make_objective
 
 ROOT = Path(__file__).parent.parent
 SHARES = ("goodput", "input_share", "checkpoint_share", "compile_share")
@@ -64,9 +65,8 @@ def work_of(lengths, name="refusion", prompt_len=0) -> float:
     """FLOPs of a step of the tiny model over examples of those lengths, by an objective."""
     objective = make_objective(name, DiffusionConfig(block_len=8), 1, mask_id=0)
     lengths = np.asarray(lengths)
-    return float(
-        flops.train_flops(ModelConfig.tiny(), *objective.work(np.minimum(prompt_len, lengths), lengths))
-    )
+    work = objective.work(np.minimum(prompt_len, lengths), lengths)
+    return float(flops.train_flops(ModelConfig.tiny(), *work))
 
 
 def test_work_of_a_step():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,13 +55,15 @@ def run_config(mesh=(1, 1, 1), model=MODEL, **changes) -> RunConfig:
     )
 
 
-def random_batches(count: int, rows: int = 16, length: int = 48) -> list[dict[str, np.ndarray]]:
+def random_batches(
+    count: int, rows: int = 16, length: int = 48, symbols: int = 256
+) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     batches = []
     for number in range(count):
         prompt = rng.integers(3, 12, rows)
         batch = {
-            "tokens": rng.integers(0, 256, (rows, length)),
+            "tokens": rng.integers(0, symbols, (rows, length)),
             "prompt_len": prompt,
             "total_len": prompt + rng.integers(1, length - 12, rows),
             "index": number * rows + np.arange(rows),
@@ -69,7 +72,7 @@ def random_batches(count: int, rows: int = 16, length: int = 48) -> list[dict[st
     return batches
 
 
-def take_steps(run: RunConfig, params=None, count: int = 5):
+def take_steps(run: RunConfig, params=None, count: int = 5, symbols: int = 256):
     """(first state's parameters, metrics of each step, compiled step) on the run's mesh."""
     sizes = dataclasses.astuple(run.mesh)
     mesh = make_mesh(run.mesh, jax.devices()[: np.prod(sizes)])
@@ -83,7 +86,8 @@ def take_steps(run: RunConfig, params=None, count: int = 5):
     first = jax.tree.map(np.asarray, state.params)
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
         assert leaf.sharding == like.sharding
-    batches = [jax.make_array_from_process_local_data(program.rows, b) for b in random_batches(count)]
+    batches = random_batches(count, symbols=symbols)
+    batches = [jax.make_array_from_process_local_data(program.rows, batch) for batch in batches]
     step = program.step.lower(program.state, batches[0]).compile(QUICK)
     taken = []
     for batch in batches:
@@ -122,6 +126,19 @@ def test_microbatches_add_up(alone):
     assert "all-reduce" in text
     for moved in ("all-to-all", "collective-permute", "all-gather"):
         assert moved not in text
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
+def test_other_objectives_train_alike_on_a_mesh_and_in_parts(objective):
+    run = dataclasses.replace(run_config(steps=20), objective=objective)
+    _, taken, _ = take_steps(run, count=20, symbols=8)
+    train = dataclasses.replace(run.train, microbatches=2, remat="full", loss_chunks=2)
+    spread = dataclasses.replace(run, mesh=MeshConfig(2, 2, 2), train=train)
+    assert_agree(take_steps(spread, count=3, symbols=8)[1], taken[:3])
+    losses = [values["loss"] for values in taken]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])  # it learns which tokens there are
+    absent = "diffusion_loss" if objective == "ar" else "ar_loss"
+    assert all(values[absent] == 0 for values in taken)
 
 
 def test_scanned_layers_agree_with_layers_in_a_row(alone):
@@ -306,6 +323,26 @@ def test_a_run_that_dies_goes_on_to_the_last_bit(config_file, finished, tmp_path
     assert sorted(os.listdir(folder / "checkpoints")) == ["21", "24"]
 
 
+@pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
+def test_a_run_of_another_objective_goes_on_to_the_last_bit(tmp_path, objective):
+    fields = {"objective": objective, "data.eos_multiple": 8, "diffusion.block_len": 4, "train.steps": 7}
+    (tmp_path / "small.py").write_text(CONFIG)
+    flags = [f"--config={tmp_path / 'small.py'}", f"--workdir={tmp_path / 'run'}"]
+    flags += [f"--config.{name}={value}" for name, value in fields.items()]
+    assert main(flags) == 0
+    folder = tmp_path / "run"
+    whole = (folder / "metrics.csv").read_text().splitlines()
+    assert sorted(os.listdir(folder / "checkpoints")) == ["6", "7"]
+    shutil.rmtree(folder / "checkpoints" / "7")
+    assert main(flags) == 0
+    again = (folder / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[:7] for line in again] == [line.split(",")[:7] for line in whole]
+    described = json.loads((folder / "config.json").read_text())
+    assert described["objective"] == objective
+    assert described.get("block_len") == (4 if objective == "bd3" else None)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["objective"] == objective
+
+
 def test_a_packed_run_that_dies_goes_on_to_the_last_bit(config_file, tmp_path):
     source = tmp_path / "source.jsonl"
     lines = [json.dumps({"query": "q" * (i % 11 + 1), "response": str(i)}) for i in range(50)]
@@ -377,6 +414,13 @@ def test_two_processes_save_together_when_one_is_told_to_stop(config_file, finis
         (["--config.model.vocab_size=259"], "model.vocab_size: must be above 259"),
         (["--config.train.tokenizer=/no/such"], "/no/such: no tokenizer found"),
         (["--config.train.init_from=/no/such"], "/no/such"),
+        (["--config.objective=mlm"], "objective: must be one of refusion, ar, mdm, bd3, found 'mlm'"),
+        (
+            ["--config.objective=bd3", "--config.data.eos_multiple=48"],
+            "data.eos_multiple: must be 1 or a multiple of diffusion.block_len, 32, found 48",
+        ),
+        (["--config.data.eos_multiple=0"], "data.eos_multiple is 0, expected 1 or more"),
+        (["--config.data.eos_extra_blocks=-1"], "data.eos_extra_blocks is -1, expected 0 or more"),
         (["--steps=3"], "--steps=3: no such flag"),
         (["--config=/no/such.py"], "--config=/no/such.py: no such file"),
         (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run: must be a folder"),
@@ -403,14 +447,32 @@ def test_missing_flags_and_help(capsys):
 
 
 @pytest.mark.parametrize(
-    "field", ["model.mlp_dim=64", "train.scan_layers=True", "train.seed=3", "data.max_length=50"]
+    "field",
+    [
+        "model.mlp_dim=64",
+        "train.scan_layers=True",
+        "train.seed=3",
+        "data.max_length=50",
+        "data.eos_multiple=2",
+        "objective='ar'",
+    ],
 )
-def test_a_folder_with_another_run(config_file, finished, capsys, field):
-    assert main([f"--config={config_file}", f"--workdir={finished.workdir}", f"--config.{field}"]) == 2
-    err = capsys.readouterr().err
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_with_another_run(config_file, finished, tmp_path, capsys, field, old):
+    """Also one from before objectives and responses that are filled up, which says nothing of them."""
+    stored = yaml.safe_load((finished.workdir / "config.yaml").read_text())
+    folder = finished.workdir
+    if old:
+        folder = tmp_path / "run"
+        subprocess.run(["cp", "-r", finished.workdir, folder], check=True)
+        del stored["objective"], stored["data"]["eos_multiple"], stored["data"]["eos_extra_blocks"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(stored))
     name, value = field.split("=")
+    flag = f"--config.{name}={value.strip(chr(39))}"
+    assert main([f"--config={config_file}", f"--workdir={folder}", flag]) == 2
+    err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert f"{name}: is {value}, the run in {finished.workdir} has" in err
+    assert f"{name}: is {value}, the run in {folder} has" in err
 
 
 def test_a_folder_with_somebody_elses_model(config_file, tmp_path, capsys):
