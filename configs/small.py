@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
         {"source": "tasks", "tasks": tasks, "max_length": 1024, "packing": True, "examples_per_row": 8}
     )
     c.train = ConfigDict(
-        {"steps": 6000, "batch_size": 64, "save_every": 6000, "log_every": 100, "dtype": "bfloat16"}
+        {"steps": 8000, "batch_size": 32, "save_every": 2000, "log_every": 100, "dtype": "bfloat16"}
     )
     c.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 200, "b2": 0.99})
     return c

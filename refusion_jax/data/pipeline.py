@@ -137,7 +137,7 @@ def batch_iterator(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-    num_threads: int = 2,
+    num_threads: int = 4,
 ) -> grain.DatasetIterator:
     """This process's rows of every global batch of B = `batch_size` rows, without end.
 
