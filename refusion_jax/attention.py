@@ -125,6 +125,7 @@ def attend_fed(
     kernel: str,
     max_segments: int = 1,
     causal: bool = True,
+    mask: Array | None = None,
 ) -> Array:
     """Attention among the tokens fed.
 
@@ -136,10 +137,16 @@ def attend_fed(
       kernel: one of KERNELS.
       max_segments: more than the largest entry of `segments`.
       causal: a token sees none that are fed after it.
+      mask: bool, broadcastable to [B, T, T]: says what a token sees in place of `segments` and `causal`.
+        "splash" leaves it to the dense reference.
 
     Returns:
       [B, T, N, H].
     """
+    if mask is not None:
+        if kernel == "cudnn":
+            return jax.nn.dot_product_attention(q, *fresh, mask=mask[:, None], implementation="cudnn")
+        return attend(q, fresh, None, mask)
     if kernel == "cudnn":
         return _cudnn(q, fresh, segments, max_segments, causal)
     if kernel == "splash":

@@ -168,8 +168,8 @@ class Attention(nn.Module):
                     qkv = jnp.concatenate(parts, axis=-2)
                 y = context.as_fed(attend_visible(context.by_row(qkv), cache, layer, mask))
                 y = y.reshape(q.shape)
-            elif cache is None and mask is None:
-                y = attend_fed(q, (k, v), context.segments, self.kernel, self.max_segments, self.causal)
+            elif cache is None and context.rows is None:
+                y = attend_fed(q, (k, v), context.segments, self.kernel, self.max_segments, self.causal, mask)
             else:
                 of_layer = None if cache is None else (cache[0][layer], cache[1][layer])
                 q, *fresh = (context.by_row(part) for part in (q, k, v))

@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         `stack_layers` and `unstack_layers` turn the parameters of one into those of the other.
       remat: what a layer keeps for the backward pass, a key of REMAT_POLICIES.
       kernel: how attention is computed, one of attention.KERNELS: "triton" for decoding, forward passes
-        alone; of the others, all but "dense" serve a pass without a cache and a mask.
+        alone; of the others, "cudnn" and "splash" serve a pass without a cache, "splash" without a mask.
       max_segments: most segments of a row.
       joined: the projections that read the same input are one matrix, `qkv` and `gate_up`, as `joined.join`
         makes them of the others: fewer and larger products, for decoding.

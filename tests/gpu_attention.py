@@ -2,8 +2,8 @@
 
     make gpu
 
-bfloat16, forward and gradients, with and without segments, with grouped queries. Exit code 1 if any row is
-beyond its limit.
+bfloat16, forward and gradients, with grouped queries: causal or not, with and without segments, and under a
+mask. Exit code 1 if any row is beyond its limit.
 """
 
 import sys
@@ -20,7 +20,7 @@ BORDERS = ([0, 100, 300, T], [0, 5, T], [0, 1, 2, 511, T])  # one token, many, a
 PLACES = 6
 
 
-def largest_differences(num_kv_heads: int, head_dim: int, segments: np.ndarray | None) -> list[float]:
+def largest_differences(num_kv_heads: int, head_dim: int, **seen) -> list[float]:
     """Of the output and of the gradients of q, k and v."""
     arrays = [
         jax.random.normal(jax.random.key(i), (B, T, n, head_dim), jnp.bfloat16)
@@ -28,7 +28,10 @@ def largest_differences(num_kv_heads: int, head_dim: int, segments: np.ndarray |
     ]
 
     def results(kernel: str, q, k, v, cotangent):
-        y, back = jax.vjp(lambda q, k, v: attend_fed(q, (k, v), segments, kernel, PLACES), q, k, v)
+        def attended(q, k, v):
+            return attend_fed(q, (k, v), kernel=kernel, max_segments=PLACES, **seen)
+
+        y, back = jax.vjp(attended, q, k, v)
         return y, *back(cotangent)
 
     compiled = jax.jit(results, static_argnums=0)
@@ -41,15 +44,23 @@ def main() -> int:
         print("no GPU found", file=sys.stderr)
         return 2
     segments = np.stack([np.repeat(np.arange(len(b) - 1), np.diff(b)) for b in BORDERS]).astype(np.int32)
+    mask = jax.random.bernoulli(jax.random.key(9), 0.3, (B, T, T)) | jnp.eye(T, dtype=bool)
+    ways = {
+        "causal": {"segments": None},
+        "causal, segments": {"segments": segments},
+        "bidirectional": {"segments": None, "causal": False},
+        "bidirectional, segments": {"segments": segments, "causal": False},
+        "a mask": {"segments": None, "mask": mask},
+    }
     failures = 0
     print("largest difference of the output and the gradients of q, k and v")
     for num_kv_heads in (8, 4):
         for head_dim in (64, 128):
-            for name, given in (("one segment", None), ("segments", segments)):
-                found = largest_differences(num_kv_heads, head_dim, given)
+            for name, seen in ways.items():
+                found = largest_differences(num_kv_heads, head_dim, **seen)
                 failures += not max(found) < LIMIT
                 figures = "  ".join(f"{x:.4f}" for x in found)
-                print(f"8 over {num_kv_heads} heads of {head_dim:3}, {name:11}  {figures}")
+                print(f"8 over {num_kv_heads} heads of {head_dim:3}, {name:24}  {figures}")
     return 1 if failures else 0
 
 

@@ -1,6 +1,8 @@
 """Programs for TPUs that are not there: what is counted in them, what is said of them."""
 
+import dataclasses
 import importlib.util
+import re
 import textwrap
 
 import jax
@@ -320,6 +322,26 @@ def test_a_step_that_fits(config_file, capfd):
     # Layers are gathered in the forward and again in the backward pass, once each at least.
     assert int(found["all-gather"][0]) >= 2 * 3
     assert output.splitlines()[-1].startswith("fits, 15.")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
+def test_steps_of_other_objectives(config_file, capfd, objective):
+    """The kernel takes attention that is not causal; what it cannot do is computed without."""
+    flags = (f"--config.objective={objective}", "--config.model.num_layers=1")
+    code, output, _ = run_aot(capfd, f"--config={config_file}", "--topology=v5e:2x2", *flags)
+    assert code == 0, output
+
+
+@needs_libtpu
+def test_the_work_of_an_objective_is_told():
+    run = dataclasses.replace(run_config(ModelConfig(100, 1, 16, 4, 2, 6, 16)), mesh=MeshConfig())
+
+    def flops(objective: str) -> float:
+        changed = dataclasses.replace(run, objective=objective)
+        return float(re.search(r"(\S+) FLOPs", aot.describe_training(changed, Topology.named("v5e:2x2")))[1])
+
+    assert flops("refusion") == flops("ar") < flops("mdm") < flops("bd3")
 
 
 @needs_libtpu

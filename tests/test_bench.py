@@ -43,6 +43,15 @@ def test_real_data_and_packing(tmp_path):
     assert 0 < row["padding"] < 0.1
 
 
+@pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
+def test_other_objectives(tmp_path, objective):
+    file = tmp_path / "figures.json"
+    flags = ["--config.train.batch_size=2", f"--config.objective={objective}", f"--output={file}"]
+    assert run(*SMALL, *flags, "--devices=1", "--steps=1") == 0
+    (row,) = json.loads(file.read_text())
+    assert row["step_ms"] > 0 and row["noise_ms"] > 0
+
+
 ORACLE = Path(__file__).parent / "data" / "oracle" / "tiny_a"
 DECODING = ["--gen_length=32", "--slot_size=8", "--num_blocks=2", "--repeats=1", "--dtype=float32"]
 

@@ -253,6 +253,42 @@ def test_rows_hold_prompt_response_eos_and_padding(tmp_path):
     }
 
 
+def test_responses_are_filled_up_with_eos(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", *({"query": "ab", "response": "x" * n} for n in (1, 3, 4, 9)))
+    config = jsonl_config(path, max_length=12, shuffle=False, eos_multiple=4)
+    examples = load_examples(config, TOKENIZER)
+    assert examples.counts[path] == Counts(3, 1, 0)  # 9 and their EOS become 12
+    batch = next(batch_iterator(examples, 3))
+    assert batch["total_len"].tolist() == [6, 6, 10]
+    assert [row[2:] for row in batch["tokens"].tolist()] == [
+        [*b"x" * n, *[TOKENIZER.eos_id] * (fill - n), *[TOKENIZER.pad_id] * (10 - fill)]
+        for n, fill in ((1, 4), (3, 4), (4, 8))
+    ]
+
+
+def test_further_blocks_of_eos_are_drawn_for_each_example(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl", *({"query": "a", "response": "x" * (i % 3)} for i in range(1, 91))
+    )
+    config = jsonl_config(path, max_length=17, shuffle=False, eos_multiple=4, eos_extra_blocks=4)
+    examples = load_examples(config, TOKENIZER)
+    assert examples.counts[path].empty == 30 and 2 <= examples.counts[path].too_long <= 22  # one in five
+    rows = [examples[place] for place in range(2 * len(examples))]
+    lengths = np.asarray([row["total_len"] for row in rows])
+    values, counts = np.unique(lengths, return_counts=True)
+    assert values.tolist() == [5, 9, 13, 17] and counts.min() > 8
+    np.testing.assert_array_equal(
+        lengths[: len(examples)], lengths[len(examples) :]
+    )  # of the example, not the epoch
+    packed = load_examples(
+        dataclasses.replace(config, max_length=64, packing=True, eos_extra_blocks=2), TOKENIZER
+    )
+    for place in range(len(packed)):
+        row = packed[place]
+        assert ((row["total_len"] == 0) | (row["total_len"] % 4 == 1)).all()
+        assert row["total_len"].sum() <= 64
+
+
 def test_prompts_are_rendered(tmp_path):
     class Templated(ByteTokenizer):
         has_chat_template = True
