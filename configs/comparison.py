@@ -3,9 +3,9 @@ r"""SmolLM2-135M-Instruct trained on tasks, by one of four objectives: what docs
     python -m refusion_jax.train --config=configs/comparison.py --workdir=runs/comparison/refusion \
         --config.objective=refusion
 
-Needs three things under runs/comparison: `start`, the model with BOS and mask (configs/smollm2_135m.py says how
-it is made, with --to=hf); `gsm8k_train.jsonl.gz` and `gsm8k_test.jsonl.gz`, GSM8K with its fields `question` and
-`answer`; `text.jsonl`, of docs/comparison/general_text.py. docs/comparison/train_runs.py has the runs.
+Needs three things under runs/comparison: `start`, the model with BOS and mask (configs/smollm2_135m.py
+says how it is made); `gsm8k_train.jsonl.gz` and `gsm8k_test.jsonl.gz`, GSM8K with its fields `question`
+and `answer`; `text.jsonl`, of docs/comparison/general_text.py. docs/comparison/train_runs.py has the runs.
 """
 
 import dataclasses

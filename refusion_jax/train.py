@@ -14,7 +14,8 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import yaml
 
 from refusion_jax import config, hf, loader, lora, processes, sharding
 from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
+from refusion_jax.data.examples import Examples
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples, row_use
 from refusion_jax.errors import BadInput, command
 from refusion_jax.lora import LoraConfig
@@ -39,7 +41,7 @@ CONFIG_FILE = "config.yaml"
 # batches.
 FIXED = {
     "model": [field.name for field in dataclasses.fields(ModelConfig)],
-    "data": [field.name for field in dataclasses.fields(DataConfig)],
+    "data": [field.name for field in dataclasses.fields(DataConfig) if field.name != "workers"],
     "train": ["batch_size", "seed", "scan_layers"],
     "lora": [field.name for field in dataclasses.fields(LoraConfig)],
 }
@@ -67,11 +69,18 @@ def train(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) 
     tokenizer = run_tokenizer(run)
     mesh = sharding.make_mesh(run.mesh)
     program = make_program(run, mesh, mask_id(run, tokenizer))
-    examples = load_examples(run.data, tokenizer, run.train.seed)
+    examples = run_examples(run)
     group, groups = sharding.row_group(mesh)
-    batches = batch_iterator(examples, run.train.batch_size, group, groups)
+    batches = batch_iterator(
+        examples,
+        run.train.batch_size,
+        group,
+        groups,
+        workers=run.data.workers,
+        open_examples=partial(run_examples, run),
+    )
     folder = _open_folder(workdir)
-    with Checkpoints(folder, run.train.keep) as checkpoints, Preemption() as preemption:
+    with Checkpoints(folder, run.train.keep) as checkpoints, Preemption() as preemption, closing(batches):
         done = checkpoints.latest_step()
         if done is None:
             state = first_state(run, program)
@@ -194,6 +203,11 @@ def _items(state: TrainState) -> dict[str, Any]:
     """The state as a checkpoint has it; its parameters are whole, so that it can be read without the run."""
     params = lora.join(state.params, state.frozen)
     return {"params": params, "optimizer": (state.step, state.opt_state)}
+
+
+def run_examples(run: RunConfig) -> Examples:
+    """The examples of a run."""
+    return load_examples(run.data, run_tokenizer(run), run.train.seed)
 
 
 def run_tokenizer(run: RunConfig) -> Tokenizer:

@@ -1,14 +1,19 @@
 """Sources and pipeline: what is read, dropped and refused, and batches as a function of the step."""
 
+import contextlib
 import dataclasses
+import functools
 import gzip
 import json
 import logging
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -490,10 +495,63 @@ def test_state_goes_through_orbax(examples, tmp_path):
     iterator = batch_iterator(examples, 4)
     take(iterator, 5)
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        manager.save(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.save(5, args=ocp.args.Composite(data=ocp.args.JsonSave(iterator.get_state())))
         manager.wait_until_finished()
-        restored = batch_iterator(examples, 4)
-        manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+        state = manager.restore(5, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+    restored = batch_iterator(examples, 4)
+    restored.set_state(state)
     assert_same(take(restored, 3), uninterrupted[5:])
-    stored = [p for p in (tmp_path / "checkpoints" / "5" / "data").rglob("*") if p.is_file()]
-    assert sum(path.stat().st_size for path in stored) < 1000  # a position, no data
+
+
+def test_worker_processes_give_the_same_batches():
+    open_examples = functools.partial(load_examples, DataConfig(tasks="arithmetic", max_length=64), TOKENIZER)
+    plain = take(batch_iterator(open_examples(), 8, 1, 2), 8)
+    with contextlib.closing(
+        batch_iterator(open_examples(), 8, 1, 2, workers=2, open_examples=open_examples)
+    ) as batches:
+        assert_same(take(batches, 3), plain[:3])
+        batches.set_state({"next_index": 5})
+        assert_same(take(batches, 3), plain[5:])
+    assert wait_until(lambda: not multiprocessing.active_children())
+
+
+RUN_WITH_WORKERS = """
+import functools, multiprocessing
+from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
+from refusion_jax.tokenizer import ByteTokenizer
+
+if __name__ == "__main__":
+    config = DataConfig(tasks="arithmetic", max_length=64)
+    examples = functools.partial(load_examples, config, ByteTokenizer())
+    batches = batch_iterator(examples(), 8, workers=2, open_examples=examples)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    input()
+"""
+
+
+def test_workers_end_with_a_run_that_was_killed(tmp_path):
+    (tmp_path / "run.py").write_text(RUN_WITH_WORKERS)
+    command = [sys.executable, str(tmp_path / "run.py")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as run:
+        pids = list(map(int, run.stdout.readline().split()))
+        assert len(pids) == 2 and all(map(alive, pids))
+        run.kill()
+    assert wait_until(lambda: not any(map(alive, pids)))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition) -> bool:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
