@@ -67,6 +67,17 @@ def test_decoding_of_a_shape(tmp_path, capsys):
     assert header.split() == list(bench_decode.COLUMNS) and len(lines) == 2
 
 
+def test_the_baselines_commit_so_many_tokens_a_pass(tmp_path):
+    file = tmp_path / "figures.json"
+    flags = ["--method=mdm,bd3", "--tokens_per_step=4", "--cache=dual", "--block_len=16", "--batch_size=2"]
+    ran = run_decode(
+        f"--config={TINY}", "--config.model.num_layers=1", "--prompt_length=8", *flags, f"--output={file}"
+    )
+    assert ran == 0
+    for row in json.loads(file.read_text()):
+        assert (row["passes"], row["tokens"], row["per_pass"]) == (8, 64, 4)
+
+
 def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
     """Requests decoded by a trained model; weights of no meaning then take as many passes for as many
     tokens."""
@@ -92,7 +103,7 @@ def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
         ([], "--checkpoint and --config: give one of the two"),
         ([f"--config={TINY}", "--batch_size=0"], "--batch_size: must be a whole number above 0, found '0'"),
         ([f"--config={TINY}", "--repeats=-1"], "--repeats: must be a whole number above 0, found '-1'"),
-        ([f"--config={TINY}", "--method=mdm"], "--method=mdm: must be refusion, ar or both"),
+        ([f"--config={TINY}", "--method=llada"], "--method=llada: must be of refusion, ar, mdm, bd3"),
         ([f"--config={TINY}", "--gen_length=20"], "gen_length must be a multiple"),
         ([f"--config={TINY}", "--replay=missing.jsonl"], "--replay=missing.jsonl: cannot be read"),
         ([f"--config={TINY}", f"--replay={TINY}"], ":1: must be a result of `sample`"),
