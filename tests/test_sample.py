@@ -794,7 +794,10 @@ DAMAGES = {
         "config.json: num_heads must be a multiple",
     ),
     "no EOS id": (lambda f: change_config(f, eos_token_id=None), "config.json: eos_token_id is missing"),
-    "no mask id": (lambda f: change_config(f, mask_token_id=None), "config.json: mask_token_id is missing"),
+    "no mask id": (
+        lambda f: change_config(f, mask_token_id=None, objective="mdm"),
+        "config.json: mask_token_id is missing",
+    ),
     "mask outside": (
         lambda f: change_config(f, mask_token_id=64),
         "mask_token_id is 64, expected an id .* 0 to 63",
