@@ -325,7 +325,8 @@ def test_requests_that_do_not_fit_the_shape():
         bd3.prepare(MODEL, [[1]], BD3Config(MASK, 2, 8, block_len=8), Shape(1, 8, 8, 4))
 
 
-@pytest.mark.parametrize("config", [MDMConfig(MASK, NEVER, 8), BD3Config(MASK, NEVER, 8, block_len=4)])
+@pytest.mark.parametrize("config", [MDMConfig(MASK, NEVER, 8, 8), BD3Config(MASK, NEVER, 8, 8, block_len=8)])
 def test_an_empty_prompt(config):
+    """Masks that see nothing but masks are all equally sure, so all of the block is committed at once."""
     (found,) = run([Case([], config)])
     check(Case([], config), *found)
