@@ -249,7 +249,7 @@ def results(
         "ahead": defaults.ahead,
         "batch_size": flags.batch_size,
         "device": jax.devices()[0].device_kind,
-        "tensor": flags.tensor,
+        "devices": 1 if opened.mesh is None else opened.mesh.size,
         "dtype": jnp.dtype(model.dtype).name,
         "int8": model.int8,
     }

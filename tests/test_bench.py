@@ -60,20 +60,23 @@ def run_decode(*arguments: str) -> int:
     return bench.main(["decode", *DECODING, *arguments])
 
 
-def test_decoding_of_a_shape(tmp_path, capsys):
+def test_decoding_of_a_shape(tmp_path, capsys, monkeypatch):
     """Where nothing is accepted every slot takes a verification and seven rounds; left to right, a token a
-    pass."""
+    pass; in blocks, as many as are committed in any case."""
+    monkeypatch.setattr(bench_decode, "memory_bandwidth", lambda: 1e10)
     file = tmp_path / "figures.json"
     flags = ["--prompt_length=8", "--slot_threshold=2", "--token_threshold=2", f"--output={file}"]
+    flags += ["--method=refusion,ar,mdm,bd3", "--tokens_per_step=4", "--cache=dual", "--block_len=8"]
     assert run_decode(f"--config={TINY}", "--config.model.num_layers=1", *flags) == 0
-    ours, ar = json.loads(file.read_text())
-    assert (ours["method"], ar["method"]) == ("refusion", "ar")
-    assert ours["passes"] == 1 + 4 * 8 and ar["passes"] == ar["tokens"] == ours["tokens"] == 32
-    for row in (ours, ar):
+    rows = json.loads(file.read_text())
+    assert [row["method"] for row in rows] == ["refusion", "ar", "mdm", "bd3"]
+    assert [row["passes"] for row in rows] == [1 + 4 * 8, 32, 8, 8]
+    for row in rows:
+        assert row["tokens"] == 32
         assert row["tokens_s"] > 0 and row["limit_ms"] > 0 and row["of_limit"] > 0
         assert row["per_pass"] == pytest.approx(row["tokens"] / row["passes"])
     _, header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == list(bench_decode.COLUMNS) and len(lines) == 2
+    assert header.split() == list(bench_decode.COLUMNS) and len(lines) == 4
 
 
 def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
@@ -101,7 +104,7 @@ def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
         ([], "--checkpoint and --config: give one of the two"),
         ([f"--config={TINY}", "--batch_size=0"], "--batch_size: must be a whole number above 0, found '0'"),
         ([f"--config={TINY}", "--repeats=-1"], "--repeats: must be a whole number above 0, found '-1'"),
-        ([f"--config={TINY}", "--method=mdm"], "--method=mdm: must be refusion, ar or both"),
+        ([f"--config={TINY}", "--method=llada"], "--method=llada: must be of refusion, ar, mdm, bd3"),
         ([f"--config={TINY}", "--gen_length=20"], "gen_length must be a multiple"),
         ([f"--config={TINY}", "--replay=missing.jsonl"], "--replay=missing.jsonl: cannot be read"),
         ([f"--config={TINY}", f"--replay={TINY}"], ":1: must be a result of `sample`"),

@@ -85,7 +85,7 @@ def test_the_graph_is_read_as_meant():
     )
     assert {"model", "errors", "diffusion", "sharding"} <= reachable("train_step")
     assert {"kv_cache", "model", "requests"} <= reachable("decode")
-    assert "decode" in ours("serving") and "baselines.ar" in ours("serving")
+    assert {"decode", "baselines.ar", "baselines.mdm", "baselines.bd3"} <= ours("serving")
     assert {"train", "sample"} <= {module for module in MODULES if is_command(module)}
 
 
@@ -94,7 +94,9 @@ def test_training_does_not_bring_decoding_along(module):
     assert not reachable(module) & DECODE_SIDE
 
 
-@pytest.mark.parametrize("module", sorted(DECODE_SIDE | {"baselines.ar", "loader"}))
+@pytest.mark.parametrize(
+    "module", sorted(DECODE_SIDE | {"baselines.ar", "baselines.mdm", "baselines.bd3", "loader"})
+)
 def test_decoding_does_not_bring_training_along(module):
     assert not reachable(module) & TRAIN_SIDE
 

@@ -4,6 +4,7 @@ In this process, as `sample.main([...])`, but for one run as users start it.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -20,8 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from refusion_jax import decode, load, sample
-from refusion_jax.baselines import ar
+from refusion_jax import decode, load, sample, serving
+from refusion_jax.baselines import ar, bd3, mdm
 from refusion_jax.config import Parser
 from refusion_jax.feed import tokens_ahead
 from refusion_jax.requests import DecodeConfig, Shape
@@ -37,6 +38,7 @@ FLAGS = [
     "--token_threshold=0.1",
     "--batch_size=4",
 ]
+OF_OTHERS = ["--gen_length=32", "--batch_size=4"]  # of any method
 DEFAULTS = {"gen_length": 32, "slot_size": 4, "slot_threshold": 0.6, "token_threshold": 0.1}
 FIELDS = {
     "id",
@@ -507,7 +509,7 @@ def test_left_to_right(checkpoint, opened, tmp_path, flag, first_token):
     asked = tmp_path / "requests.jsonl"
     requests = [{"id": i, "prompt_ids": prompt, "slot_size": 8} for i, prompt in enumerate(prompts)]
     asked.write_text("".join(json.dumps(request) + "\n" for request in requests))
-    ran = command(f"--checkpoint={checkpoint}", *FLAGS, "--method=ar", *flag, f"--input={asked}")
+    ran = command(f"--checkpoint={checkpoint}", *OF_OTHERS, "--method=ar", *flag, f"--input={asked}")
     assert (ran.code, ran.err) == (0, "")
     config = ar.ARConfig(3, 2, gen_length=32, first_token=first_token)
     shape = Shape(rows=4, prompt=64, gen=32)
@@ -520,7 +522,12 @@ def test_left_to_right(checkpoint, opened, tmp_path, flag, first_token):
 
 @pytest.mark.parametrize(
     ("fields", "first_token"),
-    [({}, "mask"), ({"objective": "ar"}, "next"), ({"objective": "refusion"}, "mask")],
+    [
+        ({}, "mask"),
+        ({"objective": "ar"}, "next"),
+        ({"objective": "refusion"}, "mask"),
+        ({"objective": "mdm"}, "mask"),
+    ],
 )
 def test_the_objective_decides_where_the_first_token_is_read(tmp_path, fields, first_token):
     folder = copied(tmp_path / "model")
@@ -528,22 +535,82 @@ def test_the_objective_decides_where_the_first_token_is_read(tmp_path, fields, f
     assert open_model(folder, "--method=ar").settings["first_token"] == first_token
 
 
+@pytest.mark.parametrize(
+    ("fields", "method", "settings"),
+    [
+        ({}, "refusion", {"token_threshold": 0.4, "slot_size": 8}),
+        ({"objective": "ar"}, "ar", {"first_token": "next"}),
+        ({"objective": "mdm"}, "mdm", {"token_threshold": 1.0, "num_blocks": 1, "cache": "none"}),
+        ({"objective": "bd3", "block_len": 4}, "bd3", {"token_threshold": 1.0, "block_len": 4}),
+        ({"objective": "bd3"}, "bd3", {"block_len": 32}),
+    ],
+    ids=str,
+)
+def test_the_objective_decides_how_to_decode(tmp_path, fields, method, settings):
+    folder = copied(tmp_path / "model")
+    change_config(folder, **fields)
+    defaults = open_model(folder)
+    assert defaults.method == method
+    assert settings.items() <= defaults.settings.items()
+
+
+def test_an_objective_of_no_method(tmp_path):
+    folder = copied(tmp_path / "model")
+    change_config(folder, objective="sedd")
+    ran = command(f"--checkpoint={folder}", "--prompt=1+1")
+    assert_refused(ran, "config.json: objective must be one of refusion, ar, mdm, bd3, found 'sedd'")
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "config"),
+    [
+        (
+            "mdm",
+            ["--num_blocks=4", "--cache=dual"],
+            mdm.MDMConfig(3, 2, 32, 2, 0.5, num_blocks=4, cache="dual"),
+        ),
+        ("bd3", ["--block_len=8"], bd3.BD3Config(3, 2, 32, 2, 0.5, block_len=8)),
+    ],
+)
+def test_block_by_block(checkpoint, opened, tmp_path, method, flags, config):
+    """Settings of other methods in a request are passed over, its own count."""
+    model, params, _ = opened
+    prompts = [SUM, [*SUM[:-3], 41], SUM]
+    asked = tmp_path / "requests.jsonl"
+    requests = [
+        {"id": i, "prompt_ids": p, "slot_size": 5, "first_token": "next"} for i, p in enumerate(prompts)
+    ]
+    requests[2] |= {"tokens_per_step": 32, "trace": True}
+    asked.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    flags = [*OF_OTHERS, "--tokens_per_step=2", "--token_threshold=0.5", *flags]
+    ran = command(f"--checkpoint={checkpoint}", f"--method={method}", *flags, f"--input={asked}")
+    assert (ran.code, ran.err) == (0, "")
+    configs = [config, config, dataclasses.replace(config, tokens_per_step=32)]
+    samples = jax.device_get(serving.METHODS[method].decoder.sample(model, params, prompts, configs))
+    for row, result in enumerate(lines(ran.out)):
+        assert result["raw_ids"] == samples.raw_ids[row, : samples.num_raw[row]].tolist()
+        assert result["num_forwards"] == samples.num_forwards[row]
+    assert result["trace"] == [] and result["num_forwards"] <= 4
+
+
 def test_a_model_without_a_mask_decodes_left_to_right(checkpoint, tmp_path):
     """As one decoded it before a mask token was added to it."""
     folder = shutil.copytree(checkpoint, tmp_path / "base")
     change_config(folder, mask_token_id=None)
-    ran = command(f"--checkpoint={folder}", "--method=ar", "--prompt=26+0+10", *FLAGS)
+    ran = command(f"--checkpoint={folder}", "--method=ar", "--prompt=26+0+10", *OF_OTHERS)
     assert ran.code == 0, ran.err
     masked = command(
-        f"--checkpoint={checkpoint}", "--method=ar", "--first_token=next", "--prompt=26+0+10", *FLAGS
+        f"--checkpoint={checkpoint}", "--method=ar", "--first_token=next", "--prompt=26+0+10", *OF_OTHERS
     )
     assert ran.out == masked.out
     assert_refused(
-        command(f"--checkpoint={folder}", "--prompt=26+0+10", *FLAGS),
+        command(f"--checkpoint={folder}", "--method=refusion", "--prompt=26+0+10", *FLAGS),
         "mask_token_id is missing.*--add_tokens",
     )
+    asked_nothing = command(f"--checkpoint={folder}", "--prompt=26+0+10", *OF_OTHERS)
+    assert asked_nothing.out == ran.out
     assert_refused(
-        command(f"--checkpoint={folder}", "--method=ar", "--first_token=mask", "--prompt=1", *FLAGS),
+        command(f"--checkpoint={folder}", "--method=ar", "--first_token=mask", "--prompt=1", *OF_OTHERS),
         "mask_token_id is missing",
     )
 
@@ -607,7 +674,12 @@ def test_dtype(checkpoint):
         (["--semantics=paper"], "--semantics: invalid choice: 'paper'"),
         (["--method=guess"], "--method: invalid choice: 'guess'"),
         (["--dtype=float8"], "--dtype: invalid choice: 'float8'"),
-        (["--first_token=next"], "--first_token is for --method=ar alone"),
+        (["--first_token=next"], "--first_token is for --method=ar alone, found --method=refusion"),
+        (["--tokens_per_step=2"], "--tokens_per_step is for --method=mdm or bd3 alone"),
+        (["--cache=dual"], "--cache is for --method=mdm alone"),
+        (["--cache=all"], "--cache: invalid choice: 'all'"),
+        (["--method=bd3", "--first_token=mask"], "--slot_size is for --method=refusion alone"),
+        (["--method=mdm"], "--slot_size is for --method=refusion alone, found --method=mdm"),
         (["--method=ar", "--first_token=last"], "--first_token: invalid choice: 'last'"),
         (["--gen_len=8"], "unrecognized arguments: --gen_len=8"),
         (["surplus"], "unrecognized arguments: surplus"),
@@ -646,12 +718,17 @@ def test_help_names_every_flag_with_its_default():
         "slot_size",
         "num_blocks",
         "slot_threshold",
-        "token_threshold",
         "temperature",
         "seed",
     ):
         assert re.search(rf"--{flag} [NX] [^-]*\(default {re.escape(str(getattr(of, flag)))}\)", text), flag
-    for flag, default in (("method", "refusion"), ("semantics", "fixed"), ("batch_size", "8")):
+    assert "(default {'refusion': 0.4, 'mdm': 1.0, 'bd3': 1.0})" in text
+    for flag, default in (
+        ("semantics", "fixed"),
+        ("batch_size", "8"),
+        ("block_len", "32"),
+        ("cache", "none"),
+    ):
         assert re.search(rf"--{flag} .*?\(default {default}\)", text), flag
 
 
@@ -717,7 +794,10 @@ DAMAGES = {
         "config.json: num_heads must be a multiple",
     ),
     "no EOS id": (lambda f: change_config(f, eos_token_id=None), "config.json: eos_token_id is missing"),
-    "no mask id": (lambda f: change_config(f, mask_token_id=None), "config.json: mask_token_id is missing"),
+    "no mask id": (
+        lambda f: change_config(f, mask_token_id=None, objective="mdm"),
+        "config.json: mask_token_id is missing",
+    ),
     "mask outside": (
         lambda f: change_config(f, mask_token_id=64),
         "mask_token_id is 64, expected an id .* 0 to 63",
