@@ -209,17 +209,12 @@ class Run:
         self, config_file: Path, workdir: Path, devices: int = 1, code: str = "", log_compiles=False
     ):
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
         program = ["-m", "refusion_jax.train"] if not code else ["-c", code]
         log = {"JAX_LOG_COMPILES": str(int(log_compiles))}
         self.workdir = workdir
         self.process = subprocess.Popen(
             [sys.executable, *program, f"--config={config_file}", f"--workdir={workdir}"],
-            env=os.environ | cache | log | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=os.environ | log | {"XLA_FLAGS": flags},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
