@@ -1,4 +1,4 @@
-"""The README's commands, as pasted, in order; only the training is cut short."""
+"""The README's commands, as pasted, in order; only the training and the evaluation are cut short."""
 
 import os
 import re
@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = {"train": " --config.train.steps=2 --config.train.save_every=2 --config.train.log_every=1"}
+SHORT = {
+    "train": " --config.train.steps=2 --config.train.save_every=2 --config.train.log_every=1",
+    "evaluate": " --limit=8",
+}
 
 
 def blocks(language: str) -> list[str]:
