@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quick
 import yaml
 
 from refusion_jax import checkpoint, hf, load, metrics
@@ -29,7 +30,6 @@ from refusion_jax.train_step import RunConfig, TrainConfig, make_program
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(260, 2, 16, 2, 2, 8, 32)
 DATA = DataConfig(tasks={"extraction": {"fields": 1, "value_length": 2}}, max_length=48)
-QUICK = {"xla_backend_optimization_level": 0}  # compiles three times faster
 
 CONFIG = """
 import dataclasses
@@ -75,16 +75,16 @@ def take_steps(run: RunConfig, params=None, count: int = 5):
     mesh = make_mesh(run.mesh, jax.devices()[: np.prod(sizes)])
     program = make_program(run, mesh, mask_id=259)
     if params is None:
-        state = program.init.lower().compile(QUICK)()
+        state = program.init.lower().compile(quick.QUICK)()
     else:
-        state = program.start.lower(program.state.base).compile(QUICK)(
+        state = program.start.lower(program.state.base).compile(quick.QUICK)(
             jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.state.base)
         )
     first = jax.tree.map(np.asarray, state.params)
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
         assert leaf.sharding == like.sharding
     batches = [jax.make_array_from_process_local_data(program.rows, b) for b in random_batches(count)]
-    step = program.step.lower(program.state, batches[0]).compile(QUICK)
+    step = program.step.lower(program.state, batches[0]).compile(quick.QUICK)
     taken = []
     for batch in batches:
         state, values = step(state, batch)
