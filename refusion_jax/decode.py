@@ -149,7 +149,6 @@ def step(model, params, state: DecodeState, shape: Shape, mask_id: Array, eos_id
     return advance(state, fed, result, model.dtype, eos_id)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "shape"))
 def begin(
     model,
     params,
@@ -162,12 +161,9 @@ def begin(
     shape: Shape,
 ) -> DecodeState:
     """A batch after its first pass; arguments as those of `decode`."""
-    with exact_matmuls(model):
-        state = init(model, prompts, requests, replay, shape=shape)
-        return first_step(model, params, state, shape, mask_id, eos_id)
+    return _begin(model, params, prompts, requests, mask_id, eos_id, replay, shape)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
 def resume(
     model,
     params,
@@ -180,7 +176,21 @@ def resume(
     shape: Shape,
 ) -> DecodeState:
     """Decodes on until no more than `until` rows are left running, or for so many passes; uses `state` up."""
+    return _resume(model, params, state, mask_id, eos_id, until, passes, shape)
 
+
+# Every argument is given to these: a call of a jitted function that leaves one out compiles it once more.
+
+
+@functools.partial(jax.jit, static_argnames=("model", "shape"))
+def _begin(model, params, prompts, requests, mask_id, eos_id, replay, shape: Shape) -> DecodeState:
+    with exact_matmuls(model):
+        state = init(model, prompts, requests, replay, shape=shape)
+        return first_step(model, params, state, shape, mask_id, eos_id)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
+def _resume(model, params, state, mask_id, eos_id, until, passes, shape: Shape) -> DecodeState:
     def go_on(carry: tuple[DecodeState, Array]) -> Array:
         state, made = carry
         return (jnp.sum(~state.done) > until) & (made < passes)

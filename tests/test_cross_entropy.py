@@ -1,5 +1,7 @@
 """The fused cross entropy against logits in full."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,26 +25,35 @@ WEIGHTS = {
 }
 
 
+@functools.cache
+def in_chunks(num_chunks):
+    """One function for each number, so that it is compiled once for all weights."""
+    return functools.partial(weighted_cross_entropy, num_chunks=num_chunks)
+
+
 def in_full(states, head, targets, weights):
     ce = cross_entropy(jnp.einsum("BTD,DV->BTV", states, head), targets)
     return jnp.sum(ce * weights), ce
 
 
+fused = jax.jit(weighted_cross_entropy, static_argnums=4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, *arguments):
+    """Of three times the sum, in the states and the head."""
+    return jax.value_and_grad(lambda *x: 3 * function(*x)[0], argnums=(0, 1))(*arguments)
+
+
 @pytest.mark.parametrize("num_chunks", [1, 2, 6, 24])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_value_and_gradients(weights, num_chunks):
-    weights = jnp.asarray(WEIGHTS[weights], jnp.float32)
-
-    def fused(states, head):
-        return weighted_cross_entropy(states, head, TARGETS, weights, num_chunks)
-
-    def value_and_grad(f):
-        return jax.jit(jax.value_and_grad(lambda *x: 3 * f(*x)[0], argnums=(0, 1)))(STATES, HEAD)
-
-    wanted = value_and_grad(lambda *x: in_full(*x, TARGETS, weights))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), value_and_grad(fused), wanted)
-    ce = jax.jit(fused)(STATES, HEAD)[1]
-    np.testing.assert_allclose(ce, in_full(STATES, HEAD, TARGETS, weights)[1] * (weights != 0), atol=2e-5)
+    arguments = STATES, HEAD, TARGETS, jnp.asarray(WEIGHTS[weights], jnp.float32)
+    found = value_and_gradients(in_chunks(num_chunks), *arguments)
+    wanted = value_and_gradients(in_full, *arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted)
+    ce = fused(*arguments, num_chunks)[1]
+    np.testing.assert_allclose(ce, in_full(*arguments)[1] * (arguments[3] != 0), atol=2e-5)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 4])

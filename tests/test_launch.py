@@ -46,11 +46,7 @@ class Run:
     """A run of the training command: under the launcher of this machine, or alone on several devices."""
 
     def __init__(self, config_file: Path, workdir: Path, *flags: str, alone_on: int = 0):
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "JAX_PLATFORMS": "cpu",
+        environment = {
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": "--xla_backend_optimization_level=0"
             + (f" --xla_force_host_platform_device_count={alone_on}" if alone_on else ""),
@@ -59,7 +55,7 @@ class Run:
         self.workdir = workdir
         self.process = subprocess.Popen(
             [sys.executable, *program, f"--config={config_file}", f"--workdir={workdir}", *flags],
-            env=os.environ | cache,
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

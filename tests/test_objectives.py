@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from refusion_jax import diffusion, sharding
 from refusion_jax.attention import attend_fed
@@ -18,7 +19,6 @@ from refusion_jax.objectives import OBJECTIVES, make_objective
 MASK, VOCAB, WIDTH, BLOCK = 38, 40, 32, 4
 MODEL = ModelConfig(VOCAB, 2, 16, 4, 2, 8, 32)
 KEY = jax.random.key(3)
-QUICK = {"xla_backend_optimization_level": 0}  # compiles faster
 
 
 def rows_of(groups, places: int | None, width: int = WIDTH):
@@ -58,7 +58,7 @@ def objective(name: str, places: int = 4, **settings):
     return make_objective(name, DiffusionConfig((4, 8), **{"block_len": BLOCK} | settings), places, MASK)
 
 
-@functools.partial(jax.jit, static_argnames="name", compiler_options=QUICK)
+@functools.partial(quick.jit, static_argnames="name")
 def of_batch(params, batch, name: str):
     """Losses of a batch, and the logits and noise they are of."""
     asked = objective(name, batch["index"].reshape(len(batch["tokens"]), -1).shape[1])
@@ -68,7 +68,7 @@ def of_batch(params, batch, name: str):
     return diffusion.loss(logits, noised)[1], logits, noised
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@quick.jit
 def masked_logits(params, tokens, positions, mask):
     return Transformer(MODEL).apply(params, tokens, positions, mask=mask)[0]
 
@@ -173,7 +173,7 @@ def test_mdm_sees_all_of_its_example_and_nothing_else(params, groups):
     changed["tokens"][0, 24] += 1  # within the second example
     asked = objective("mdm")
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @quick.jit
     def logits(batch):
         clean = ar_objective.labelled(batch["tokens"], batch["prompt_len"], batch["total_len"])
         model = Transformer(MODEL, causal=asked.causal)

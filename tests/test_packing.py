@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from refusion_jax import diffusion, sharding
 from refusion_jax.data.packing import best_fit
@@ -23,7 +24,6 @@ from refusion_jax.train_step import RunConfig, TrainConfig, make_program
 
 TOKENIZER = ByteTokenizer()
 MASK = TOKENIZER.mask_id
-QUICK = {"xla_backend_optimization_level": 0}  # compiles three times faster
 ROW = 96
 EMPTY = 3  # of the source below are dropped
 COUNT = 203
@@ -225,11 +225,6 @@ def packed_and_alone():
     return rows_of(groups, ROW, 6), rows_of(alone, ROW, None), groups
 
 
-def quickly(function, *arguments):
-    """The function's value, compiled without the optimisations that take most of the time."""
-    return jax.jit(function).lower(*arguments).compile(QUICK)(*arguments)
-
-
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda config: config.normalisation)
 def noised(request, packed_and_alone):
     """Draws and what is fed, of the same examples packed and alone."""
@@ -241,7 +236,7 @@ def noised(request, packed_and_alone):
         drawn = diffusion.draw(jax.random.key(2), batch["index"], total_len - prompt_len, most, config)
         return drawn, diffusion.rearrange(batch["tokens"], prompt_len, total_len, drawn, MASK, config)
 
-    return [jax.device_get(quickly(of, batch)) for batch in packed_and_alone[:2]]
+    return [jax.device_get(quick.jit(of)(batch)) for batch in packed_and_alone[:2]]
 
 
 def test_an_example_is_noised_as_it_would_be_alone(packed_and_alone, noised):
@@ -274,7 +269,7 @@ def test_an_example_is_noised_as_it_would_be_alone(packed_and_alone, noised):
 def test_losses_and_gradients_are_those_of_the_examples_alone(noised):
     model = Transformer(ModelConfig(260, 1, 16, 2, 1, 8, 32))
     nothing = jnp.zeros((1, 1), jnp.int32)
-    params = sharding.unbox(quickly(model.init, jax.random.key(0), nothing, nothing))
+    params = sharding.unbox(quick.jit(model.init)(jax.random.key(0), nothing, nothing))
     params = jax.tree.map(lambda x: x * 5, params)  # so that who attends to whom matters
 
     def loss(params, part, segments):
@@ -282,9 +277,9 @@ def test_losses_and_gradients_are_those_of_the_examples_alone(noised):
         return diffusion.loss(logits, part, 0.7)
 
     (_, together), (_, apart) = noised
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
-    (_, ours), our_gradients = quickly(value_and_grad, params, together, together.segments)
-    (_, theirs), their_gradients = quickly(value_and_grad, params, apart, None)
+    value_and_grad = quick.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, ours), our_gradients = value_and_grad(params, together, together.segments)
+    (_, theirs), their_gradients = value_and_grad(params, apart, None)
     assert all(value > 0.1 for value in theirs.values())
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5, err_msg=name)
@@ -294,7 +289,7 @@ def test_losses_and_gradients_are_those_of_the_examples_alone(noised):
         our_gradients,
         their_gradients,
     )
-    _, blind = quickly(loss, params, together, None)
+    _, blind = quick.jit(loss)(params, together, None)
     assert abs(blind["loss"] - theirs["loss"]) > 1e-3, "without segments examples see each other"
 
 
@@ -311,8 +306,8 @@ def step_metrics(batch, packing: bool, mesh=(1, 1, 1), **changes) -> dict[str, f
     )
     program = make_program(run, make_mesh(run.mesh, jax.devices()[: np.prod(mesh)]), MASK)
     placed = jax.make_array_from_process_local_data(program.rows, batch)
-    state = program.init.lower().compile(QUICK)()
-    _, values = program.step.lower(state, placed).compile(QUICK)(state, placed)
+    state = program.init.lower().compile(quick.QUICK)()
+    _, values = program.step.lower(state, placed).compile(quick.QUICK)(state, placed)
     return {name: float(value) for name, value in values.items()}
 
 

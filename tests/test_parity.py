@@ -6,6 +6,7 @@ A folder holds config.json, model.safetensors and the recordings; its numbers of
 are read from it. Tolerances are for float32 on the CPU and are not to be loosened.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -254,6 +255,14 @@ def settings(case, folder: Path) -> DecodeConfig:
     )
 
 
+def fitting_shape(folder: Path, rows: int, ahead: int = 0) -> Shape:
+    """Holds every recording, and the requests of test_argument_errors but for prompts that are longer."""
+    cases = records(folder, "decode")["cases"] if (folder / "decode.json").exists() else []
+    largest = DecodeConfig(**special_ids(folder), gen_length=64, slot_size=1, num_blocks=2)
+    prompts, configs = [case["prompt"] for case in cases], [settings(case, folder) for case in cases]
+    return Shape.fitting([*prompts, []], [*configs, largest], rows=rows, trace=True, ahead=ahead)
+
+
 def in_batches(cases: list, size: int):
     return (cases[i : i + size] for i in range(0, len(cases), size))
 
@@ -265,8 +274,7 @@ def test_slot_decoding(folder):
     special = {name: jnp.int32(value) for name, value in special_ids(folder).items()}
     # Neighbours of one length keep a batch from waiting for its last row.
     cases = sorted(records(folder, "decode")["cases"], key=lambda case: case["n_forward"])
-    configs = [settings(case, folder) for case in cases]
-    shape = Shape.fitting([case["prompt"] for case in cases], configs, rows=32, trace=True)
+    shape = fitting_shape(folder, rows=16)
     for batch in in_batches(cases, shape.rows):
         prompts = [case["prompt"] for case in batch]
         configs = [settings(case, folder) for case in batch]
@@ -277,15 +285,14 @@ def test_slot_decoding(folder):
             compare_decode(case, config, of_row.replace(cache=state.cache.rows(row)))
 
 
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("rows", [1, 16])
 def test_slot_decoding_ahead_of_need(folder, rows):
     """Ids and traces in a batch of any size, in at most three passes for four of the recordings."""
     needs(folder, "decode.json")
     model, params = load(folder)
     special = {name: jnp.int32(value) for name, value in special_ids(folder).items()}
     cases = sorted(records(folder, "decode")["cases"], key=lambda case: case["n_forward"])
-    configs = [settings(case, folder) for case in cases]
-    shape = Shape.fitting([case["prompt"] for case in cases], configs, rows=rows, trace=True, ahead=64)
+    shape = fitting_shape(folder, rows, ahead=64)
     made = 0
     for batch in in_batches(cases, rows):
         prompts, configs = [case["prompt"] for case in batch], [settings(case, folder) for case in batch]
@@ -351,8 +358,8 @@ def test_argument_errors(folder):
     prompt = records(folder, "ar")["cases"][0]["prompt"]
     compared = 0
     for probe in records(folder, "reference_errors"):
-        asked, shape = probe.get("args"), probe.get("prompt_shape")
-        if asked is None or len(shape) != 2 or shape[0] != 1 or probe["name"] == "temperature_one":
+        asked, fed_shape = probe.get("args"), probe.get("prompt_shape")
+        if asked is None or len(fed_shape) != 2 or fed_shape[0] != 1 or probe["name"] == "temperature_one":
             continue  # of the loss, or a shape of prompt that `sample` has no way to be given
         eos_id = special_ids(folder)["eos_id"]
         if probe["name"].startswith("eos_"):
@@ -367,14 +374,15 @@ def test_argument_errors(folder):
             "token_threshold": asked["token_threshold"],
             "semantics": "release",
         }
-        fed = probe["x"][: shape[1]] if "x" in probe else prompt
+        fed = probe["x"][: fed_shape[1]] if "x" in probe else prompt
         compared += 1
         if probe["outcome"] == "error":
             with pytest.raises(BadInput, match="must"):
                 decode.sample(model, params, [fed], DecodeConfig(**arguments))
         else:
-            padded = Shape(rows=1, prompt=max(32, bucket(len(fed))), gen=64, block=32, slots=32)
+            shape = fitting_shape(folder, rows=1, ahead=64)
+            padded = dataclasses.replace(shape, prompt=max(shape.prompt, bucket(len(fed))))
             samples = decode.sample(model, params, [fed], DecodeConfig(**arguments), shape=padded)
             got = samples.raw_ids[0, : samples.num_raw[0]].tolist()
-            assert got == probe["x"][shape[1] :], probe["name"]
+            assert got == probe["x"][fed_shape[1] :], probe["name"]
     assert compared

@@ -88,15 +88,6 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """The command keeps compiled programs between runs; those of tests stay out of the home directory."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return copied(tmp_path_factory.mktemp("sample") / "model")
@@ -395,7 +386,7 @@ def test_flags_are_what_requests_leave_out(checkpoint, served, tmp_path):
         assert lines(ran.out)[0] == of(served, name)
 
 
-def test_as_users_start_it(checkpoint, served, tmp_path, compilation_cache):
+def test_as_users_start_it(checkpoint, served, tmp_path):
     """A process of its own: exit code 2 for one bad request, no noise, and the answers are the same."""
     asked, answered = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
     good = [request for request in GOOD if request["id"] in ("messages", "hot")]
@@ -413,7 +404,7 @@ def test_as_users_start_it(checkpoint, served, tmp_path, compilation_cache):
             *(f"--input={asked}", f"--output={answered}"),
         ],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": compilation_cache},
+        env=os.environ | {"XLA_FLAGS": ""},
         capture_output=True,
         text=True,
         timeout=300,
@@ -423,6 +414,19 @@ def test_as_users_start_it(checkpoint, served, tmp_path, compilation_cache):
     first, failed, second = lines(answered)
     assert [first, second] == [of(served, request["id"]) for request in good]
     assert failed.keys() == {"id", "error"}
+
+
+def test_compiled_programs_are_kept_in_the_home_directory(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    sample.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before  # as the environment says
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        sample.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "refusion_jax")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 # Prompts from the command line and from a terminal.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from refusion_jax import attention, sharding
 from refusion_jax.attention import attend_fed, fitting_kernel
@@ -39,6 +40,9 @@ def value_and_gradients(kernel: str, qkv, weights, segments, causal=True):
     return out, gradients
 
 
+dense = quick.jit(functools.partial(value_and_gradients, "dense"), static_argnames="causal")
+
+
 def assert_agree(found, wanted):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -49,8 +53,8 @@ def assert_agree(found, wanted):
 def test_grouped_queries_and_segments(interpreted, segmented, causal):
     qkv, weights, segments = random_inputs(2, 256, 4, 2, 64)
     segments = segments if segmented else None
-    found = jax.jit(functools.partial(value_and_gradients, "splash", causal=causal))(qkv, weights, segments)
-    assert_agree(found, value_and_gradients("dense", qkv, weights, segments, causal))
+    found = quick.jit(functools.partial(value_and_gradients, "splash", causal=causal))(qkv, weights, segments)
+    assert_agree(found, dense(qkv, weights, segments, causal=causal))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ def test_on_a_mesh(interpreted, heads, kv_heads):
     layout = sharding.layout(boxed, mesh)
     qkv, weights, segments = random_inputs(4, 128, heads, kv_heads, 64)
 
-    @jax.jit
+    @quick.jit
     def run(qkv, weights, segments):
         with layout.scope():
             q, k, v = qkv
@@ -74,7 +78,7 @@ def test_on_a_mesh(interpreted, heads, kv_heads):
 
     rows = sharding.batch_sharding(mesh)
     out, gradients = run(*jax.device_put((qkv, weights, segments), rows))
-    assert_agree((out, gradients), value_and_gradients("dense", qkv, weights, segments))
+    assert_agree((out, gradients), dense(qkv, weights, segments))
     split = heads // 2 if heads % 2 == 0 else heads
     assert out.addressable_shards[0].data.shape == (1, 128, split, 64)
 

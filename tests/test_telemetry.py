@@ -176,7 +176,7 @@ def test_a_run_reports_its_rates_and_shares(config_file, tmp_path):
     command = f"-m refusion_jax.train --config={config_file} --workdir={tmp_path} --profile_steps=3:4"
     done = subprocess.run(
         [sys.executable, *command.split()],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": flags},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quick
 import yaml
 
 from refusion_jax import checkpoint, hf, load, metrics
@@ -30,7 +31,6 @@ from refusion_jax.train_step import RunConfig, TrainConfig, make_program
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(260, 2, 16, 2, 2, 8, 32)
 DATA = DataConfig(tasks={"extraction": {"fields": 1, "value_length": 2}}, max_length=48)
-QUICK = {"xla_backend_optimization_level": 0}  # compiles three times faster
 
 CONFIG = """
 import dataclasses
@@ -78,9 +78,9 @@ def take_steps(run: RunConfig, params=None, count: int = 5, symbols: int = 256):
     mesh = make_mesh(run.mesh, jax.devices()[: np.prod(sizes)])
     program = make_program(run, mesh, mask_id=259)
     if params is None:
-        state = program.init.lower().compile(QUICK)()
+        state = program.init.lower().compile(quick.QUICK)()
     else:
-        state = program.start.lower(program.state.base).compile(QUICK)(
+        state = program.start.lower(program.state.base).compile(quick.QUICK)(
             jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, program.state.base)
         )
     first = jax.tree.map(np.asarray, state.params)
@@ -88,7 +88,7 @@ def take_steps(run: RunConfig, params=None, count: int = 5, symbols: int = 256):
         assert leaf.sharding == like.sharding
     batches = random_batches(count, symbols=symbols)
     batches = [jax.make_array_from_process_local_data(program.rows, batch) for batch in batches]
-    step = program.step.lower(program.state, batches[0]).compile(QUICK)
+    step = program.step.lower(program.state, batches[0]).compile(quick.QUICK)
     taken = []
     for batch in batches:
         state, values = step(state, batch)
@@ -226,17 +226,12 @@ class Run:
         self, config_file: Path, workdir: Path, devices: int = 1, code: str = "", log_compiles=False
     ):
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
         program = ["-m", "refusion_jax.train"] if not code else ["-c", code]
         log = {"JAX_LOG_COMPILES": str(int(log_compiles))}
         self.workdir = workdir
         self.process = subprocess.Popen(
             [sys.executable, *program, f"--config={config_file}", f"--workdir={workdir}"],
-            env=os.environ | cache | log | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=os.environ | log | {"XLA_FLAGS": flags},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
