@@ -32,7 +32,14 @@ def get_config() -> ConfigDict:
         "text": {"path": f"{FOLDER}/text.jsonl"},
     }
     c.data = ConfigDict(
-        {"source": "tasks", "tasks": tasks, "max_length": 1024, "packing": True, "examples_per_row": 16}
+        {
+            "source": "tasks",
+            "tasks": tasks,
+            "max_length": 1024,
+            "packing": True,
+            "workers": 12,
+            "examples_per_row": 16,
+        }
     )
     c.train = ConfigDict(
         {

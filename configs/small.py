@@ -36,7 +36,14 @@ def get_config() -> ConfigDict:
         "functions": {},
     }
     c.data = ConfigDict(
-        {"source": "tasks", "tasks": tasks, "max_length": 1024, "packing": True, "examples_per_row": 8}
+        {
+            "source": "tasks",
+            "tasks": tasks,
+            "max_length": 1024,
+            "packing": True,
+            "workers": 12,
+            "examples_per_row": 8,
+        }
     )
     c.train = ConfigDict(
         {"steps": 8000, "batch_size": 32, "save_every": 2000, "log_every": 100, "dtype": "bfloat16"}

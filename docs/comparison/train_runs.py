@@ -68,16 +68,19 @@ def command(name: str, overrides: dict) -> list[str]:
 
 
 def summary(name: str, arguments: list[str], folder: Path, seconds: float) -> dict:
-    """What results/train_NAME.json says, from the run's metrics.csv."""
+    """What results/train_NAME.json says, off the logged steps in the run's metrics.csv."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    curve = {key: [row[key] for row in rows] for key in ("step", "loss", "ar_loss", "diffusion_loss")}
+    steps, logged = rows[-1]["step"], len(rows)
+    flops = sum(row["tflops_per_second_per_device"] * row["step_seconds"] for row in rows) / logged * 1e12
     return {
         "run": name,
         "command": shlex.join(arguments),
         "seconds": round(seconds, 1),
-        "last": rows[-1],
-        "curve": curve,
+        "steps": int(steps),
+        "tokens": round(steps * sum(row["tokens"] for row in rows) / logged),
+        "flops": float(f"{steps * flops:.4g}"),
+        "curve": {key: [row[key] for row in rows] for key in ("step", "loss", "ar_loss", "diffusion_loss")},
     }
 
 
