@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from refusion_jax import bench_decode, bench_table, bench_train, config, sample, sharding
+from refusion_jax import bench_decode, bench_table, bench_train, config, opening, sharding
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.replay import read_courses
@@ -52,8 +52,8 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
         raise BadInput("--checkpoint and --config: give one of the two")
     courses = read_courses(Path(flags.replay)) if flags.replay else ()
     asked = {method: asked_config(flags, method) for method in methods}
-    sample.use_compilation_cache()
-    dtype = sample.DTYPES[flags.dtype]
+    opening.use_compilation_cache()
+    dtype = opening.DTYPES[flags.dtype]
     mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
     if flags.checkpoint:
         model, params, _ = load(flags.checkpoint, mesh, dtype, flags.int8)
@@ -76,7 +76,7 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
 
 def asked_config(flags: argparse.Namespace, method: str) -> Config:
     """How a method decodes: by those of the flags that it knows."""
-    known, given = METHODS[method].settings, sample.given_settings(flags)
+    known, given = METHODS[method].settings, opening.given_settings(flags)
     settings = {name: value for name, value in (DECODING | given).items() if name in known}
     return METHODS[method].config(bench_decode.MASK_ID, bench_decode.NEVER, **settings)
 
@@ -99,10 +99,10 @@ def add_decode(commands) -> None:
     several = {"type": config.whole_numbers, "metavar": "N,…"}
     add("--batch_size", **several, default="1", help="requests decoded together (default %(default)s)")
     add("--prompt_length", **whole, default=128, help="tokens a prompt (default %(default)s)")
-    sample.add_setting_flags(parser)
+    opening.add_setting_flags(parser)
     add("--replay", metavar="FILE", help="results of `sample` with traces, whose course the rows follow")
     add("--repeats", **whole, default=5, help="timed runs (default %(default)s)")
-    add("--dtype", choices=tuple(sample.DTYPES), default="bfloat16", help="default %(default)s")
+    add("--dtype", choices=tuple(opening.DTYPES), default="bfloat16", help="default %(default)s")
     add("--int8", action="store_true", help="int8 weights, a scale for each output channel")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share each product (default 1)")
     add("--output", metavar="FILE", help="the figures as JSON")

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from refusion_jax import evaluate, sample
+from refusion_jax import evaluate, opening
 from refusion_jax.config import Parser
 from refusion_jax.data.task import Task
 from refusion_jax.data.tasks import make_task
@@ -45,11 +45,11 @@ def trained_task(folder: Path) -> Task:
     return make_task(name, settings)
 
 
-def open_model(folder: Path, method: str) -> sample.Opened:
+def open_model(folder: Path, method: str) -> opening.Opened:
     """The checkpoint with the decoding flags of the demo."""
     parser = argparse.ArgumentParser()
-    sample.add_decoding_flags(parser)
-    return sample.open_model(
+    opening.add_decoding_flags(parser)
+    return opening.open_model(
         parser.parse_args([f"--checkpoint={folder}", f"--method={method}", *DECODING[method]])
     )
 

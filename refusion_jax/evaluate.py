@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refusion_jax import sample, serving
+from refusion_jax import opening, serving
 from refusion_jax.config import Parser
 from refusion_jax.data.task import SPLITS, Task
 from refusion_jax.data.tasks import TASKS, Example, make_task
@@ -79,7 +79,12 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def score(
-    opened: sample.Opened, tasks: Sequence[Task], split: str, limit: int, batch_size: int, trace: bool = False
+    opened: opening.Opened,
+    tasks: Sequence[Task],
+    split: str,
+    limit: int,
+    batch_size: int,
+    trace: bool = False,
 ) -> list[Score]:
     """Decodes the first `limit` problems of a split of every task; one compilation serves them all.
 
@@ -200,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Scores a checkpoint on embedded tasks.",
         allow_abbrev=False,
     )
-    sample.add_decoding_flags(parser)
+    opening.add_decoding_flags(parser)
     parser.add_argument(
         "--task", metavar="NAME,…", required=True, help=f"one or several with commas: {', '.join(TASKS)}"
     )
@@ -219,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = asked_tasks(flags.task, read_settings(flags.task_settings))
     for task in tasks:
         require_judged(task, flags.split, flags.limit)
-    opened = sample.open_model(flags)
+    opened = opening.open_model(flags)
     scores = score(opened, tasks, flags.split, flags.limit, flags.batch_size)
     if flags.output:
         answers = [answer for scored in scores for answer in scored.answers]
@@ -230,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def results(
-    flags: argparse.Namespace, tasks: Sequence[Task], scores: Sequence[Score], opened: sample.Opened
+    flags: argparse.Namespace, tasks: Sequence[Task], scores: Sequence[Score], opened: opening.Opened
 ) -> dict[str, Any]:
     """What results.json says: the figures, of several tasks by their names, and how they came about."""
     model, defaults = opened.model, opened.defaults

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from refusion_jax import decode, load, sample, serving
+from refusion_jax import decode, load, opening, sample, serving
 from refusion_jax.baselines import ar, bd3, mdm
 from refusion_jax.config import Parser
 from refusion_jax.feed import tokens_ahead
@@ -418,12 +418,12 @@ def test_as_users_start_it(checkpoint, served, tmp_path):
 
 def test_compiled_programs_are_kept_in_the_home_directory(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    sample.use_compilation_cache()
+    opening.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before  # as the environment says
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        sample.use_compilation_cache()
+        opening.use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "refusion_jax")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
@@ -635,19 +635,19 @@ def test_thinking_is_told_to_the_template(checkpoint, tmp_path):
 
 def open_model(folder: Path, *flags: str):
     parser = Parser()
-    sample.add_decoding_flags(parser)
-    return sample.open_model(parser.parse_args([f"--checkpoint={folder}", *flags])).defaults
+    opening.add_decoding_flags(parser)
+    return opening.open_model(parser.parse_args([f"--checkpoint={folder}", *flags])).defaults
 
 
 def test_dtype(checkpoint):
     parser = Parser()
-    sample.add_decoding_flags(parser)
+    opening.add_decoding_flags(parser)
     for flags, dtype in (
         ([], jnp.float32),
         (["--dtype=bfloat16"], jnp.bfloat16),
         (["--dtype=float32"], jnp.float32),
     ):
-        model, params, *_ = sample.open_model(parser.parse_args([f"--checkpoint={checkpoint}", *flags]))
+        model, params, *_ = opening.open_model(parser.parse_args([f"--checkpoint={checkpoint}", *flags]))
         assert model.dtype == model.param_dtype == dtype
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
 

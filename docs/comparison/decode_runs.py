@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from refusion_jax import sample, serving
+from refusion_jax import opening, serving
 from refusion_jax.config import Parser
 from refusion_jax.data.task import Task
 from refusion_jax.data.tasks import make_task
@@ -62,14 +62,14 @@ def grid(method: str) -> list[dict[str, Any]]:
 Queries = dict[str, list[str]]  # of each task
 
 
-def opened_run(run: str, method: str | None) -> sample.Opened:
+def opened_run(run: str, method: str | None) -> opening.Opened:
     parser = Parser()
-    sample.add_decoding_flags(parser)
+    opening.add_decoding_flags(parser)
     arguments = [f"--checkpoint={RUNS / run}", f"--gen_length={GEN_LENGTH}"]
-    return sample.open_model(parser.parse_args(arguments + ([f"--method={method}"] if method else [])))
+    return opening.open_model(parser.parse_args(arguments + ([f"--method={method}"] if method else [])))
 
 
-def requests_of(opened: sample.Opened, queries: Sequence[str], settings: dict[str, Any]) -> list[Request]:
+def requests_of(opened: opening.Opened, queries: Sequence[str], settings: dict[str, Any]) -> list[Request]:
     model, _, tokenizer, defaults, _ = opened
     return [
         serving.parse({"id": i, "prompt": query, **settings}, defaults, tokenizer, model.config.vocab_size)
@@ -78,7 +78,7 @@ def requests_of(opened: sample.Opened, queries: Sequence[str], settings: dict[st
 
 
 def decode(
-    opened: sample.Opened, tasks: dict[str, Task], queries: Queries, settings: dict[str, Any], shape: Shape
+    opened: opening.Opened, tasks: dict[str, Task], queries: Queries, settings: dict[str, Any], shape: Shape
 ) -> dict[str, dict[str, float]]:
     """What a setting makes of the queries of every task."""
     model, params, tokenizer, *_ = opened
@@ -101,7 +101,7 @@ def decode(
 
 
 def every_setting(
-    opened: sample.Opened, tasks: dict[str, Task], plan: Sequence[tuple[dict, Queries]], batch_size: int
+    opened: opening.Opened, tasks: dict[str, Task], plan: Sequence[tuple[dict, Queries]], batch_size: int
 ) -> list[dict[str, Any]]:
     """Decodes each of (settings, queries) at one shape that holds them all."""
     requests = [
