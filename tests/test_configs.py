@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("configs/*.py"))
 PARAMETERS = {
     "tiny": 140_160,
+    "small": 5_576_960,
+    "comparison": 134_516_160,
     "smollm2_135m": 134_516_160,  # and two tokens more than the original
     "qwen3_0p6b": 596_049_920,
     "qwen3_1p7b": 1_720_574_976,
