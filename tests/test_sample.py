@@ -590,7 +590,11 @@ def test_block_by_block(checkpoint, opened, tmp_path, method, flags, config):
     ran = command(f"--checkpoint={checkpoint}", f"--method={method}", *flags, f"--input={asked}")
     assert (ran.code, ran.err) == (0, "")
     configs = [config, config, dataclasses.replace(config, tokens_per_step=32)]
-    samples = jax.device_get(serving.METHODS[method].decoder.sample(model, params, prompts, configs))
+    decoder = serving.METHODS[method].decoder
+    shape = decoder.exact_shape(prompts, configs).padded(
+        4, trace=True, ahead=tokens_ahead(4)
+    )  # the command's
+    samples = jax.device_get(decoder.sample(model, params, prompts, configs, shape=shape))
     for row, result in enumerate(lines(ran.out)):
         assert result["raw_ids"] == samples.raw_ids[row, : samples.num_raw[row]].tolist()
         assert result["num_forwards"] == samples.num_forwards[row]
