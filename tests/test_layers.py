@@ -121,7 +121,7 @@ def test_decoding_does_not_bring_training_along(module):
         ("baselines.bd3_objective", {"baselines.mdm_objective", "diffusion", "segments"}),
         ("lora", {"stored"}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(value)) if isinstance(value, set | tuple) else None,
 )
 def test_the_lowest_modules_import_next_to_nothing_of_ours(module, allowed):
     """The model knows no slots, mesh, tokenizer or sampling; the objective knows no model."""
