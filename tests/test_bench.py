@@ -87,6 +87,7 @@ def test_decoding_of_a_shape(tmp_path, capsys, monkeypatch):
     assert header.split() == list(bench_decode.COLUMNS) and len(lines) == 4
 
 
+@pytest.mark.long
 def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
     """Requests decoded by a trained model; weights of no meaning then take as many passes for as many
     tokens."""

@@ -247,6 +247,7 @@ def test_one_compilation_serves_every_request(method, batch):
 
 
 @pytest.mark.parametrize("batch", [mixed, bd3_batch])
+@pytest.mark.long
 def test_a_model_as_it_decodes_on_a_gpu(batch):
     """Joined projections and the kernel give what the plain model gives, near enough for the same tokens."""
     batch = [case for case in batch() if not case.config.temperature][:2]

@@ -134,6 +134,7 @@ def test_sigterm_makes_all_processes_save_and_end(config_file, tmp_path):
     assert run.rows()[-1, 0] == step
 
 
+@pytest.mark.long
 def test_four_processes_are_one_run_with_four_devices(config_file, tmp_path):
     """Up to rounding: the sum over four devices depends on who adds first. Two of them share their rows."""
     mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")

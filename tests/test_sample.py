@@ -575,6 +575,7 @@ def test_an_objective_of_no_method(tmp_path):
         ("bd3", ["--block_len=8"], bd3.BD3Config(3, 2, 32, 2, 0.5, block_len=8)),
     ],
 )
+@pytest.mark.long
 def test_block_by_block(checkpoint, opened, tmp_path, method, flags, config):
     """Settings of other methods in a request are passed over, its own count."""
     model, params, _ = opened

@@ -129,6 +129,7 @@ def test_microbatches_add_up(alone):
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
+@pytest.mark.long
 def test_other_objectives_train_alike_on_a_mesh_and_in_parts(objective):
     run = dataclasses.replace(run_config(steps=20), objective=objective)
     _, taken, _ = take_steps(run, count=20, symbols=8)
