@@ -320,6 +320,7 @@ def test_a_run_that_dies_goes_on_to_the_last_bit(config_file, finished, tmp_path
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
+@pytest.mark.long
 def test_a_run_of_another_objective_goes_on_to_the_last_bit(tmp_path, objective):
     fields = {"objective": objective, "data.eos_multiple": 8, "diffusion.block_len": 4, "train.steps": 7}
     (tmp_path / "small.py").write_text(CONFIG)
