@@ -21,13 +21,16 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.model = ConfigDict(dataclasses.asdict(ModelConfig.smollm2_135m()) | {"vocab_size": 49152 + 2})
     c.objective = "refusion"
-    tasks = {
-        "multiplication": {},
+    generated = {
+        "multiplication": {"left_digits": 3, "right_digits": 3},
         "countdown": {},
-        "word_problems": {"max_steps": 6},
-        "paths": {},
-        "json_records": {},
-        "functions": {},
+        "word_problems": {"max_steps": 6, "largest": 1000},
+        "paths": {"nodes": 14, "max_steps": 6},
+        "json_records": {"records": 3, "fields": 4},
+        "functions": {"max_steps": 6},
+    }
+    # Twice as often as what is read from files, of which there is only so much.
+    tasks = {name: {**settings, "share": 2} for name, settings in generated.items()} | {
         "gsm8k": {"path": f"{FOLDER}/gsm8k_train.jsonl.gz", "test_path": f"{FOLDER}/gsm8k_test.jsonl.gz"},
         "text": {"path": f"{FOLDER}/text.jsonl"},
     }

@@ -1,27 +1,30 @@
 """Decodes held-out problems with the models of train_runs.py.
 
+    python docs/comparison/decode_runs.py search RUN       # validation problems by one setting
     python docs/comparison/decode_runs.py validation RUN   # by every setting of its method
     python docs/comparison/decode_runs.py test RUN         # each task by the setting that validation chose
-    python docs/comparison/decode_runs.py speed RUN        # by the one it chose for all, 1 and 32 at a time
+    python docs/comparison/decode_runs.py speed RUN        # by those it chose for all, 1 and 32 at a time
 
-writes docs/comparison/results/STAGE_RUN.json: for each setting and task how many answers were right, their
-tokens, forward passes and seconds. In the first two stages all settings go through one compilation.
+writes docs/comparison/results/STAGE_RUN.json: for each setting (settings.py) and task how many answers were
+right, their tokens, forward passes and seconds. In all stages but the last one compilation serves all
+settings.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import platform
 import runpy
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from settings import GEN_LENGTH, grid
 
 from refusion_jax import opening, serving
 from refusion_jax.config import Parser
@@ -32,31 +35,8 @@ from refusion_jax.serving import Request
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")
-STAGES = ("validation", "test", "speed")
-GEN_LENGTH = 256
-
-
-def grid(method: str) -> list[dict[str, Any]]:
-    """The settings that validation chooses from; thresholds as in arXiv 2512.13586, around its own."""
-    if method == "ar":
-        return [{}]
-    if method == "refusion":
-        sizes = ({"slot_size": 8, "num_blocks": 8}, {"slot_size": 16, "num_blocks": 4})
-        sizes += ({"slot_size": 32, "num_blocks": 4}, {"slot_size": 8, "num_blocks": 4})
-        thresholds = itertools.product((0.6, 0.9), (0.3, 0.6))
-        return [
-            size | {"slot_threshold": slot, "token_threshold": token}
-            for size, (slot, token) in itertools.product(sizes, list(thresholds))
-        ]
-    fewest = [{"token_threshold": 1.0}]
-    confident = [{"token_threshold": threshold} for threshold in (0.7, 0.9)]
-    if method == "bd3":
-        return [{"num_blocks": 8} | threshold for threshold in fewest + confident]
-    caches = [{"cache": cache} for cache in ("none", "prefix", "dual")]
-    return [
-        {"num_blocks": 8} | threshold | cache
-        for threshold, cache in itertools.product(fewest + confident, caches)
-    ]
+STAGES = ("search", "validation", "test", "speed")
+TOLERANCE = 0.02  # of mean accuracy, given up for speed
 
 
 Queries = dict[str, list[str]]  # of each task
@@ -122,34 +102,68 @@ def every_setting(
     ]
 
 
-def merit(rows: Sequence[dict[str, float]]) -> tuple[float, float]:
-    """More right answers first, then more tokens a pass."""
-    return sum(row["right"] for row in rows), sum(row["tokens"] for row in rows) / sum(
-        row["forwards"] for row in rows
-    )
+def accuracy(rows: Iterable[dict[str, float]]) -> float:
+    """The mean over tasks."""
+    return statistics.mean(row["right"] / row["problems"] for row in rows)
+
+
+def tokens_a_pass(rows: Iterable[dict[str, float]]) -> float:
+    rows = list(rows)
+    return sum(row["tokens"] for row in rows) / sum(row["forwards"] for row in rows)
+
+
+def best(entries: Sequence[dict], tasks: Iterable[str]) -> dict[str, Any]:
+    """The settings that answer most of the tasks right, by fewer passes where several do."""
+
+    def merit(entry: dict) -> tuple[float, float]:
+        rows = [entry["tasks"][task] for task in tasks]
+        return accuracy(rows), tokens_a_pass(rows)
+
+    return max(entries, key=merit)["settings"]
+
+
+def fastest(entries: Sequence[dict]) -> dict[str, Any]:
+    """The settings with most tokens a pass, of those that come within TOLERANCE of the best."""
+    least = max(accuracy(entry["tasks"].values()) for entry in entries) - TOLERANCE
+    good = [entry for entry in entries if accuracy(entry["tasks"].values()) >= least]
+    return max(good, key=lambda entry: tokens_a_pass(entry["tasks"].values()))["settings"]
+
+
+def timed(validated: Sequence[dict]) -> list[dict[str, Any]]:
+    """The settings whose speed is measured: the best and the fastest, of every cache that a method has, and
+    of what commits one token a pass."""
+    kinds: dict[tuple, list[dict]] = {}
+    for entry in validated:
+        of = entry["settings"]
+        kinds.setdefault(
+            (of.get("cache"), "slot_size" not in of and of.get("token_threshold") == 1), []
+        ).append(entry)
+    chosen = []
+    for entries in kinds.values():
+        for settings in (best(entries, entries[0]["tasks"]), fastest(entries)):
+            if settings not in chosen:
+                chosen.append(settings)
+    return chosen
 
 
 def plan_of(stage: str, run: str, method: str, queries: Queries) -> list[tuple[dict[str, Any], Queries]]:
     """What to decode how: (settings, queries of tasks)."""
+    if stage == "search":
+        return [(grid(method)[0], queries)]
     if stage == "validation":
         return [(settings, queries) for settings in grid(method)]
     validated = json.loads((RESULTS / f"validation_{run}.json").read_text())["found"]
     if stage == "test":
-        best = {task: max(validated, key=lambda e, t=task: merit([e["tasks"][t]])) for task in queries}
-        return [(best[task]["settings"], {task: of_task}) for task, of_task in queries.items()]
-    by_cache: dict[str, list[dict]] = {}
-    for entry in validated:
-        by_cache.setdefault(entry["settings"].get("cache", ""), []).append(entry)
-    return [
-        (max(entries, key=lambda e: merit(list(e["tasks"].values())))["settings"], queries)
-        for entries in by_cache.values()
-    ]
+        return [(best(validated, [task]), {task: of_task}) for task, of_task in queries.items()]
+    return [(settings, queries) for settings in timed(validated)]
 
 
 def held_out() -> dict[str, Task]:
     """The tasks of configs/comparison.py that have a judge, with their settings there."""
     config = runpy.run_path("configs/comparison.py")["get_config"]()
     settings = config.data.tasks.to_dict()
+    for of in settings.values():
+        of.pop("share", None)
     return {name: make_task(name, of) for name, of in settings.items() if name != "text"}
 
 
@@ -162,17 +176,17 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="decoded together (default %(default)s)")
     flags = parser.parse_args()
     opened, tasks = opened_run(flags.run, flags.method), held_out()
-    split = "validation" if flags.stage == "validation" else "test"
+    split = "validation" if flags.stage in ("search", "validation") else "test"
     queries = {
         name: [task.example(i, split).query for i in range(flags.limit)] for name, task in tasks.items()
     }
     method = opened.defaults.method
     plan, found = plan_of(flags.stage, flags.run, method, queries), []
     if flags.stage == "speed":
-        few = {name: of_task[: max(1, flags.limit // 8)] for name, of_task in queries.items()}
         for settings, _ in plan:  # each at the shape that suits it
-            for batch_size, asked in ((1, few), (32, queries)):
-                (entry,) = every_setting(opened, tasks, [(settings, asked)], batch_size)
+            for batch_size, part in ((1, 8), (32, 2)):
+                few = {name: of_task[: max(1, flags.limit // part)] for name, of_task in queries.items()}
+                (entry,) = every_setting(opened, tasks, [(settings, few)], batch_size)
                 found.append({"batch_size": batch_size} | entry)
     else:
         found = every_setting(opened, tasks, plan, flags.batch_size)
@@ -187,19 +201,14 @@ def main() -> None:
         "found": found,
     }
     name = f"{flags.stage}_{flags.run}" + (f"_{method}" if flags.method else "")
+    RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     for entry in found:
-        shares = {task: row["right"] / row["problems"] for task, row in entry["tasks"].items()}
-        mean = sum(shares.values()) / len(shares)
-        passes = sum(row["tokens"] for row in entry["tasks"].values()) / sum(
-            row["forwards"] for row in entry["tasks"].values()
-        )
-        seconds = sum(row["seconds"] for row in entry["tasks"].values())
-        each = ", ".join(f"{task} {share:.1%}" for task, share in shares.items())
-        print(
-            f"{entry['settings']}: {mean:.1%}, {passes:.2f} tokens a pass, {seconds:.1f} s ({each})",
-            flush=True,
-        )
+        rows = entry["tasks"]
+        seconds = sum(row["seconds"] for row in rows.values())
+        each = ", ".join(f"{task} {row['right'] / row['problems']:.1%}" for task, row in rows.items())
+        mean, passes = accuracy(rows.values()), tokens_a_pass(rows.values())
+        print(f"{entry['settings']}: {mean:.1%}, {passes:.2f} tokens a pass, {seconds:.1f} s ({each})")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Trains the models that docs/comparison.md compares, one a GPU, as many side by side as there are GPUs.
 
-    python docs/comparison/train_runs.py search
-    python docs/comparison/train_runs.py main         # at the rates in RATES, which the search chose
+    python docs/comparison/train_runs.py search       # then `decode_runs.py search` of each
+    python docs/comparison/train_runs.py main         # at the rates that had most right answers
     python docs/comparison/train_runs.py ablations
 
 configs/comparison.py says which files have to be there. Of each run docs/comparison/results/train_NAME.json
-has the command, what was fed, how long it took and the curve of its loss; checkpoints stay in
-runs/comparison/NAME.
+has the command, what was fed, how long its steps took and the curve of its loss; checkpoints stay in
+runs/comparison/NAME. A run that was interrupted goes on.
 """
 
 import argparse
@@ -24,9 +24,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")
-STEPS = 900  # of 32 rows of 1024 tokens
+STEPS = 4000  # of 32 rows of 1024 tokens
 SEARCH_STEPS = 300
-RATES = {"ar": 3e-4, "refusion": 3e-4, "mdm": 3e-4, "bd3": 3e-4}
 CANDIDATES = (1e-4, 3e-4, 1e-3)
 
 # Masked diffusion is trained to fill what is left of its last blocks with EOS.
@@ -34,25 +33,35 @@ FILLED = {"data.eos_multiple": 32, "data.eos_extra_blocks": 2}
 OBJECTIVES = {"ar": {}, "refusion": {}, "mdm": FILLED, "bd3": FILLED}
 
 
-def plan(stage: str) -> Iterator[tuple[str, dict]]:
-    """(name of a run, its overrides)."""
+def plan(stage: str, only: str) -> Iterator[tuple[str, dict]]:
+    """(name of a run, its overrides), where the name begins with `only`."""
     for objective, filled in OBJECTIVES.items():
-        common = {"objective": objective} | filled
         if stage == "search":
             for rate in CANDIDATES:
                 steps = {"train.steps": SEARCH_STEPS, "optimizer.learning_rate": rate}
-                yield f"search_{objective}_{rate:g}", common | steps
-        if stage == "main":
-            yield objective, common | {"train.steps": STEPS, "optimizer.learning_rate": RATES[objective]}
+                yield searched(objective, rate), {"objective": objective} | filled | steps
+        if stage == "main" and objective.startswith(only):
+            yield objective, {"objective": objective} | filled | full(objective)
     if stage == "ablations":
-        refusion = {"objective": "refusion", "optimizer.learning_rate": RATES["refusion"]}
+        refusion = {"objective": "refusion"} | full("refusion")
         for part in (4, 2):
             yield f"refusion_data_1_{part}", refusion | {"train.steps": STEPS // part}
-        for sizes in ((4,), (8,), (16,), (32,)):
-            yield (
-                f"refusion_slots_{sizes[0]}",
-                refusion | {"diffusion.slot_sizes": sizes, "train.steps": STEPS},
-            )
+        for size in (4, 8, 16, 32):
+            yield f"refusion_slots_{size}", refusion | {"diffusion.slot_sizes": (size,)}
+
+
+def searched(objective: str, rate: float) -> str:
+    return f"{objective}_rate_{rate:g}"
+
+
+def full(objective: str) -> dict:
+    """Steps, and the rate at which the search had most right answers in validation."""
+
+    def right(rate: float) -> int:
+        result = json.loads((RESULTS / f"search_{searched(objective, rate)}.json").read_text())
+        return sum(row["right"] for row in result["found"][0]["tasks"].values())
+
+    return {"train.steps": STEPS, "optimizer.learning_rate": max(CANDIDATES, key=right)}
 
 
 def command(name: str, overrides: dict) -> list[str]:
@@ -67,11 +76,12 @@ def command(name: str, overrides: dict) -> list[str]:
     ]
 
 
-def summary(name: str, arguments: list[str], folder: Path, seconds: float) -> dict:
+def summary(name: str, arguments: list[str], folder: Path) -> dict:
     """What results/train_NAME.json says, off the logged steps in the run's metrics.csv."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     steps, logged = rows[-1]["step"], len(rows)
+    seconds = steps * sum(row["step_seconds"] for row in rows) / logged
     flops = sum(row["tflops_per_second_per_device"] * row["step_seconds"] for row in rows) / logged * 1e12
     return {
         "run": name,
@@ -84,7 +94,7 @@ def summary(name: str, arguments: list[str], folder: Path, seconds: float) -> di
     }
 
 
-def train(jobs: queue.Queue, gpu: int) -> None:
+def train(jobs: queue.Queue, gpu: str) -> None:
     """Takes runs off the queue until it is empty, on one GPU."""
     while True:
         try:
@@ -97,7 +107,7 @@ def train(jobs: queue.Queue, gpu: int) -> None:
         with open(f"{folder}.log", "w") as log:
             done = subprocess.run(
                 [sys.executable, *arguments[1:]],
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
@@ -105,7 +115,8 @@ def train(jobs: queue.Queue, gpu: int) -> None:
         seconds = time.perf_counter() - start
         print(f"{name}: exit {done.returncode} after {seconds:.0f} s", flush=True)
         if done.returncode == 0:
-            text = json.dumps(summary(name, arguments, folder, seconds), indent=1)
+            text = json.dumps(summary(name, arguments, folder), indent=1)
+            RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"train_{name}.json").write_text(text + "\n")
 
 
@@ -114,14 +125,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=("search", "main", "ablations"))
-    parser.add_argument("--gpus", type=int, default=1, help="how many there are (default %(default)s)")
+    parser.add_argument("--gpus", default="0", help="which to use, as in 0,1,2 (default %(default)s)")
     parser.add_argument("--only", default="", help="of the stage's runs those whose name begins like this")
     flags = parser.parse_args()
     jobs: queue.Queue = queue.Queue()
-    for name, overrides in plan(flags.stage):
+    for name, overrides in plan(flags.stage, flags.only):
         if name.startswith(flags.only):
             jobs.put((name, overrides))
-    workers = [threading.Thread(target=train, args=(jobs, gpu)) for gpu in range(flags.gpus)]
+    workers = [threading.Thread(target=train, args=(jobs, gpu)) for gpu in flags.gpus.split(",")]
     for worker in workers:
         worker.start()
     for worker in workers:
