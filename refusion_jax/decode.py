@@ -138,14 +138,15 @@ def first_step(model, params, state: DecodeState, shape: Shape, mask_id: Array, 
     of_block = jax.tree.map(lambda kv: kv[:, :, P:], fresh)
     state = state.replace(cache=state.cache.commit(of_prompt, places, real))
     logits = model.apply({"params": params}, x[:, P:], method="unembed")
-    scores = score_rows(logits, fed.target, jax.vmap(heat)(state.row, state.requests, fed))
+    heats = jax.vmap(heat)(state.row, state.requests, fed)
+    scores = score_rows(logits, fed.target, heats, shape.entropy)
     return advance(state, fed, Forwarded(scores, of_block, None), model.dtype, eos_id)
 
 
 def step(model, params, state: DecodeState, shape: Shape, mask_id: Array, eos_id: Array) -> DecodeState:
     """One forward pass, every row in its own phase."""
     fed = fed_by(state, mask_id, shape.ahead)
-    result = forward(model, params, state.cache, fed, state.row, state.requests)
+    result = forward(model, params, state.cache, fed, state.row, state.requests, shape.entropy)
     return advance(state, fed, result, model.dtype, eos_id)
 
 
