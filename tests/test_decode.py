@@ -128,17 +128,17 @@ def sample(cases: Sequence[Case], model=MODEL, params=PARAMS, shape=SHAPE) -> li
     return [jax.tree.map(lambda x, row=row: x[row], together) for row in range(len(cases))]
 
 
-def arguments(cases: Sequence[Case], shape=SHAPE):
+def arguments(cases: Sequence[Case]):
     """What `decode.decode`, `first_step` and `step` take of a batch."""
     prompts, requests = Requests.batch(
-        [c.prompt for c in cases], [c.config for c in cases], shape, CONFIG.vocab_size
+        [c.prompt for c in cases], [c.config for c in cases], SHAPE, CONFIG.vocab_size
     )
     return prompts, requests, jnp.int32(MASK), jnp.int32(cases[0].config.eos_id)
 
 
 def final_state(cases: Sequence[Case], model=MODEL, params=PARAMS, shape=SHAPE) -> decode.DecodeState:
     """The state a batch ends in; as compiled for `sample`."""
-    return jax.device_get(decode.decode(model, params, *arguments(cases, shape), shape=shape))
+    return jax.device_get(decode.decode(model, params, *arguments(cases), shape=shape))
 
 
 def steps(case: Case, samples: Samples) -> list[transcription.Step]:
