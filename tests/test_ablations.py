@@ -26,8 +26,9 @@ from refusion_jax.phases import Replay
 from refusion_jax.requests import SLOT_SCORES, DecodeConfig
 
 SHAPE = dataclasses.replace(test_decode.SHAPE, scores=("mean", "entropy"), recompute=True)
-ALONE_AHEAD = dataclasses.replace(SHAPE, rows=1, ahead=64)
-SETTINGS = list(itertools.product(SLOT_SCORES, (True, True, False)))
+# Without entropies.
+ALONE_AHEAD = dataclasses.replace(SHAPE, rows=1, ahead=64, scores=("mean",))
+SETTINGS = list(itertools.product(SLOT_SCORES, (True, True, True, False)))
 
 
 def changed(case: Case, **settings) -> Case:
@@ -37,7 +38,7 @@ def changed(case: Case, **settings) -> Case:
 CHANGED = [
     changed(case, slot_score=score, recompute=recompute)
     for case, (score, recompute) in zip(
-        [*CASES["fixed"], *CASES["release"][:32]], itertools.cycle(SETTINGS), strict=False
+        [*CASES["fixed"], *CASES["release"][32:]], itertools.cycle(SETTINGS), strict=False
     )
 ]
 
@@ -89,7 +90,7 @@ def assert_holds(state: decode.DecodeState, run: Run) -> None:
 
 def test_what_there_is_to_see_occurs():
     seen = collections.Counter(name for run in runs() for name in run.plain.seen)
-    assert min(seen[name] for name in ("recomputed", "recomputed with EOS", test_decode.LOST)) > 1, seen
+    assert seen["recomputed"] > 10 and seen["recomputed with EOS"] > 2 and seen[test_decode.LOST] > 0, seen
     for score in SLOT_SCORES:
         config = [run.case.config for run in runs() if run.case.config.slot_score == score]
         assert len({c.slot_threshold for c in config if 0 < c.slot_threshold < 1}) > 3, score
@@ -109,7 +110,8 @@ def test_cached_keys_and_values_are_those_of_the_pass_that_is_kept():
 def test_alone_and_ahead_of_need():
     """Some of them again, in a batch of one: the same but for passes."""
     saved, seen = 0, set()
-    for run in runs()[::5]:
+    again = [run for run in runs() if run.case.config.slot_score != "entropy"]
+    for run in [*again[::9], *(run for run in again if "recomputed with EOS" in run.plain.seen)]:
         (state,) = final_states([run.case], ALONE_AHEAD)
         assert_holds(state, run)
         for field in ("block", "planned", "iterative", "rounds", "committed"):
@@ -143,18 +145,11 @@ def test_scores_choose_differently():
         np.testing.assert_allclose(confidence, scores_of(one, logits), rtol=1e-4)
         assert confidence.min() > 0 and confidence.max() <= 1
     assert len({tuple(state.trace.planned[0]) for state in states}) == 3
-    # Where no entropy is asked for none is computed.
-    mean = dataclasses.replace(SHAPE, rows=1, scores=("mean",), recompute=False)
-    batch = decode.prepare(MODEL, [case.prompt], [cases[1].config], mean)
-    begun = quick.jit(functools.partial(decode.begin, MODEL), static_argnames="shape")(
-        PARAMS, *batch[:4], shape=mean
-    )
-    np.testing.assert_allclose(begun.row.confidence[0], scores_of(cases[1], logits), rtol=1e-4)
 
 
 def test_recomputing_changes_keys_and_values_and_no_token_of_the_infill():
     compared = 0
-    for batch in test_decode.batches(CASES["fixed"]):
+    for batch in test_decode.batches(CASES["fixed"][:32]):
         without, again = (
             final_states([changed(case, recompute=asked) for case in batch]) for asked in (False, True)
         )
