@@ -13,7 +13,7 @@ Masks of what comes next ride along (feed.py), so that most plans and refills ta
 A slot that is infilled on its own attends to the cache and to itself. The slots of a row therefore go
 through the model together, under a mask that keeps them apart, and the rule of one slot is vmapped over
 the slots as the rule of one row is vmapped over the batch. The keys and values of the pass that
-accepted a token are what is kept of it; nothing is computed twice.
+accepted a token are what is kept of it; nothing is computed twice, unless a request says `recompute`.
 
 Letters as in model.py; T is the block as padded, S the cache length, Q the tokens a row feeds.
 """

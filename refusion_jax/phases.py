@@ -127,7 +127,8 @@ def plan(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Ro
 def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Commits the chosen slots that the longest passing prefix of their drafts covers.
 
-    If it covers none, every chosen slot is to be infilled on its own from its own passing prefix.
+    If it covers none, every chosen slot is to be infilled on its own from its own passing prefix. Drafts that
+    are settled all pass.
     """
     at, groups = geometry(row, request), Groups.of(row)
     drafted = at.inside & row.chosen[at.slot]
@@ -163,7 +164,7 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
         committed=committed & ~iterate,
         keep=_spread(kept, answer.place[groups.JOINT], answer),
         accepted=accepted,
-        # None before an infill.
+        # None, unless these are the drafts of an infill.
         rounds=jnp.int32(0) if row.settled is None else jnp.max(row.rounds),
     )
     return _select(iterate, infill, done), outcome
@@ -171,7 +172,7 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
 
 def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Lets the accepted prefix of every rechecked slot grow by at least one token; commits when all are
-    whole."""
+    whole, or has them verified as settled drafts where keys and values are to be recomputed."""
     at, groups = geometry(row, request), Groups.of(row)
     slots, size = jnp.arange(row.pool.shape[0]), request.slot_size
     mine = at.inside & row.open[at.slot]
@@ -205,7 +206,7 @@ def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
         rounds=jnp.max(jnp.where(still, row.rounds, 0)),
     )
     if request.recompute is not None:
-        # The keys and values of a slot alone are those of a joint pass.
+        # For one slot a joint pass would give what there is.
         again = complete & request.recompute & (jnp.sum(still) > 1)
         settled = row.replace(
             phase=jnp.int32(Phase.VERIFY),
