@@ -13,7 +13,7 @@ Masks of what comes next ride along (feed.py), so that most plans and refills ta
 A slot that is infilled on its own attends to the cache and to itself. The slots of a row therefore go
 through the model together, under a mask that keeps them apart, and the rule of one slot is vmapped over
 the slots as the rule of one row is vmapped over the batch. The keys and values of the pass that
-accepted a token are what is kept of it; nothing is computed twice.
+accepted a token are what is kept of it; nothing is computed twice, unless a request says `recompute`.
 
 Letters as in model.py; T is the block as padded, S the cache length, Q the tokens a row feeds.
 """
@@ -138,14 +138,15 @@ def first_step(model, params, state: DecodeState, shape: Shape, mask_id: Array, 
     of_block = jax.tree.map(lambda kv: kv[:, :, P:], fresh)
     state = state.replace(cache=state.cache.commit(of_prompt, places, real))
     logits = model.apply({"params": params}, x[:, P:], method="unembed")
-    scores = score_rows(logits, fed.target, jax.vmap(heat)(state.row, state.requests, fed))
+    heats = jax.vmap(heat)(state.row, state.requests, fed)
+    scores = score_rows(logits, fed.target, heats, shape.entropy)
     return advance(state, fed, Forwarded(scores, of_block, None), model.dtype, eos_id)
 
 
 def step(model, params, state: DecodeState, shape: Shape, mask_id: Array, eos_id: Array) -> DecodeState:
     """One forward pass, every row in its own phase."""
     fed = fed_by(state, mask_id, shape.ahead)
-    result = forward(model, params, state.cache, fed, state.row, state.requests)
+    result = forward(model, params, state.cache, fed, state.row, state.requests, shape.entropy)
     return advance(state, fed, result, model.dtype, eos_id)
 
 

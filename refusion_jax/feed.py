@@ -221,6 +221,8 @@ def _plans(row: Row, request: Requests, at: Geometry, groups: Groups) -> tuple[A
     block, pool, more = next_plan(row, request, left, row.eos_found)
     # An infill with a slot yet to be refilled does not end with this pass.
     may_end = jnp.all(~row.open | row.drafted | (row.accepted == request.slot_size))
+    if request.recompute is not None:
+        may_end &= ~request.recompute | (jnp.sum(row.open) <= 1)
     there = at.inside & pool[at.slot] & more & may_end & (row.phase != Phase.DONE)
     rank = jnp.cumsum(row.chosen)
     c = jnp.arange(1, groups.prefixes + 1)[:, None]

@@ -46,8 +46,10 @@ def write_fed(cache: KVCache, fresh: LayerKV, rows: Ragged | None, positions: Ar
     return cache.write(fresh, positions, keep, rows.row[None])
 
 
-def forward(model, params, cache: KVCache, fed: Fed, row: Row, requests: Requests) -> Forwarded:
-    """Feeds what the rows feed, [B, Q], after the cache.
+def forward(
+    model, params, cache: KVCache, fed: Fed, row: Row, requests: Requests, entropy: bool
+) -> Forwarded:
+    """Feeds what the rows feed, [B, Q], after the cache; `entropy`: whether scores have that.
 
     The tokens of several rows are laid out one after the other (Ragged), so that what one row leaves out
     of its Q costs nothing.
@@ -67,7 +69,7 @@ def forward(model, params, cache: KVCache, fed: Fed, row: Row, requests: Request
             part = None if rows is None else Ragged(rows.flat, rows.row[:size], rows.place[:size])
             mask = fed.mask if rows is not None else fed.mask[:, :size, : length + size]
             logits, fresh = model.apply({"params": params}, tokens, positions, cache.layers, mask, rows=part)
-            scores = score_rows(logits, target, heats)
+            scores = score_rows(logits, target, heats, entropy)
             return (
                 jax.tree.map(lambda x: widened(x, 1, most), scores),
                 jax.tree.map(lambda x: widened(x, 2, most), fresh),
@@ -122,8 +124,8 @@ def heat(row: Row, request: Requests, fed: Fed) -> Heat:
     )
 
 
-def score_rows(logits: Array, target: Array, heats: Heat) -> Scores:
+def score_rows(logits: Array, target: Array, heats: Heat, entropy: bool) -> Scores:
     """`score` of logits [B, Q, V], target and heats [B, Q]: [B, Q]."""
     flat = jax.tree.map(lambda x: x.reshape(-1), (target, heats))
-    scores = score(logits.reshape(-1, logits.shape[-1]), *flat)
+    scores = score(logits.reshape(-1, logits.shape[-1]), *flat, entropy)
     return jax.tree.map(lambda x: x.reshape(target.shape), scores)

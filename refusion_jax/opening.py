@@ -14,7 +14,7 @@ from refusion_jax.baselines import ar, mdm
 from refusion_jax.errors import BadInput
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.model import Transformer
-from refusion_jax.requests import MOST_BLOCK_TOKENS, SEMANTICS
+from refusion_jax.requests import MOST_BLOCK_TOKENS, SEMANTICS, SLOT_SCORES
 from refusion_jax.serving import METHODS, Defaults
 from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
 
@@ -96,12 +96,25 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "slot_threshold",
-        "refusion: probability above which a slot is chosen; below 0 always, from 1 never",
+        "refusion: score, a probability, above which a slot is chosen; below 0 always, from 1 never",
         **number,
+    )
+    add(
+        "slot_score",
+        "refusion: what is compared with that: the probability of the draft of the slot's first token, the "
+        "mean of those of all its tokens, or exp of minus their mean entropy",
+        choices=SLOT_SCORES,
     )
     add("token_threshold", "probability above which a drafted token is accepted; likewise", **number)
     add("tokens_per_step", "mdm, bd3: tokens that a pass commits however unsure it is of them", **whole)
     add("cache", "mdm: keys and values that are kept while a block is filled", choices=mdm.CACHES)
+    add(
+        "recompute",
+        "refusion: compute keys and values of slots that were infilled together once more, each token seeing "
+        "all before it",
+        action="store_true",
+        default=None,
+    )
     add("temperature", "of the drafts, 0 is greedy", **number)
     add("seed", "of the drafts when temperature is above 0", **whole)
     parser.add_argument(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.feed import Fed, Groups
-from refusion_jax.requests import Requests
+from refusion_jax.requests import FIRST, MEAN, Requests
 from refusion_jax.rows import Geometry, Phase, Row, first_chosen, geometry, next_plan
 from refusion_jax.scores import Scores
 
@@ -49,6 +49,7 @@ class Answer(struct.PyTreeNode):
       confident: bool [Q], that is above the slot threshold.
       passes: bool [T], the block's token at this place has a probability, after the token before it, above
         the token threshold.
+      entropy: float32 [Q], or None, as in Scores.
       place: int32 [J, T], as in Fed.
       replay: or None.
     """
@@ -57,6 +58,7 @@ class Answer(struct.PyTreeNode):
     confidence: Array
     confident: Array
     passes: Array
+    entropy: Array | None
     place: Array
     replay: Replay | None
 
@@ -96,7 +98,7 @@ def read(scores: Scores, fed: Fed, row: Row, request: Requests, replay: Replay |
         first = at.slot * request.slot_size
         passes = at.offset < replay.accepted[row.iterations][first + row.rounds[at.slot]]
     confident = confidence > rounded(request.slot_threshold)
-    return Answer(scores.draft, confidence, confident, passes, fed.place, replay)
+    return Answer(scores.draft, confidence, confident, passes, scores.entropy, fed.place, replay)
 
 
 def _at(x: Array, place: Array) -> Array:
@@ -125,11 +127,14 @@ def plan(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Ro
 def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Commits the chosen slots that the longest passing prefix of their drafts covers.
 
-    If it covers none, every chosen slot is to be infilled on its own from its own passing prefix.
+    If it covers none, every chosen slot is to be infilled on its own from its own passing prefix. Drafts that
+    are settled all pass.
     """
     at, groups = geometry(row, request), Groups.of(row)
     drafted = at.inside & row.chosen[at.slot]
     passes = (at.offset == 0) | answer.passes
+    if row.settled is not None:
+        passes |= row.settled
     prefix = drafted & (jnp.cumsum(drafted & ~passes) == 0)
 
     eos = prefix & (row.draft == eos_id)
@@ -159,14 +164,15 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
         committed=committed & ~iterate,
         keep=_spread(kept, answer.place[groups.JOINT], answer),
         accepted=accepted,
-        rounds=jnp.int32(0),
+        # None, unless these are the drafts of an infill.
+        rounds=jnp.int32(0) if row.settled is None else jnp.max(row.rounds),
     )
     return _select(iterate, infill, done), outcome
 
 
 def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
     """Lets the accepted prefix of every rechecked slot grow by at least one token; commits when all are
-    whole."""
+    whole, or has them verified as settled drafts where keys and values are to be recomputed."""
     at, groups = geometry(row, request), Groups.of(row)
     slots, size = jnp.arange(row.pool.shape[0]), request.slot_size
     mine = at.inside & row.open[at.slot]
@@ -199,6 +205,19 @@ def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
         accepted=accepted,
         rounds=jnp.max(jnp.where(still, row.rounds, 0)),
     )
+    if request.recompute is not None:
+        # For one slot a joint pass would give what there is.
+        again = complete & request.recompute & (jnp.sum(still) > 1)
+        settled = row.replace(
+            phase=jnp.int32(Phase.VERIFY),
+            pool=left | row.chosen,
+            open=jnp.zeros_like(still),
+            drafted=jnp.zeros_like(still),
+            rounds=jnp.where(still, row.rounds, 0),
+            settled=jnp.ones((), bool),
+        )
+        done = _select(again, settled, done)
+        outcome = outcome.replace(committed=outcome.committed & ~again)
     return _select(complete, done, going), outcome
 
 
@@ -215,12 +234,16 @@ def carry_out(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tup
 
 
 def _choose(row: Row, request: Requests, answer: Answer, place: Array) -> Row:
-    """A row that reads its plan off the masks at `place` [T]: the slots whose first token is drafted with
-    confidence, or the most confident slot, are to be verified."""
+    """A row that reads its plan off the masks at `place` [T]: the slots drafted with confidence, or the most
+    confident slot, are to be verified."""
     slots = jnp.arange(row.pool.shape[0])
     first = place[jnp.minimum(slots * request.slot_size, place.shape[0] - 1)]
     confidence = jnp.where(row.pool, _at(answer.confidence, first), -1.0)
     confident = row.pool & _at(answer.confident, first)
+    if request.slot_score is not None:
+        of_first, of_whole = request.slot_score == FIRST, _whole_scores(slots, request, answer, place)
+        confidence = jnp.where(of_first | ~row.pool, confidence, of_whole)
+        confident = jnp.where(of_first, confident, row.pool & (of_whole > request.slot_threshold))
     if answer.replay is not None:
         confident = row.pool & answer.replay.planned[row.iterations]
     best = slots == jnp.argmax(confidence)  # the earliest of equals
@@ -231,6 +254,18 @@ def _choose(row: Row, request: Requests, answer: Answer, place: Array) -> Row:
         draft=_at(answer.draft, place),
         rounds=jnp.zeros_like(row.rounds),
     )
+
+
+def _whole_scores(slots: Array, request: Requests, answer: Answer, place: Array) -> Array:
+    """float32 [M], the score "mean" or "entropy" of slots [M] whose masks are at `place` [T]."""
+    slot_of = jnp.arange(place.shape[0]) // request.slot_size
+
+    def mean(x: Array) -> Array:
+        return jax.ops.segment_sum(_at(x, place), slot_of, slots.shape[0]) / request.slot_size
+
+    if answer.entropy is None:
+        return mean(answer.confidence)
+    return jnp.where(request.slot_score == MEAN, mean(answer.confidence), jnp.exp(-mean(answer.entropy)))
 
 
 def _go_on(row: Row, request: Requests, answer: Answer, left: Array, eos: Array, group: Array) -> Row:
@@ -253,6 +288,7 @@ def _go_on(row: Row, request: Requests, answer: Answer, left: Array, eos: Array,
         pool=pool,
         open=none,
         drafted=none,
+        settled=jax.tree.map(jnp.zeros_like, row.settled),
         eos_found=eos,
         iterations=row.iterations + 1,
     )

@@ -13,6 +13,8 @@ from flax import struct
 from refusion_jax.errors import BadInput
 
 SEMANTICS = ("fixed", "release")
+SLOT_SCORES = ("first", "mean", "entropy")
+FIRST, MEAN, ENTROPY = range(3)
 # Beyond these a setting is a slip of the hand, and would take more memory than there is: a block is fed at
 # once, and every request of a file is padded to the largest.
 MOST_TOKENS = 1 << 16  # of a response
@@ -28,11 +30,17 @@ class DecodeConfig:
       gen_length: most response tokens, EOS included.
       slot_size: W, tokens a slot.
       num_blocks: blocks that are decoded left to right; within a block slots are decoded in any order.
-      slot_threshold: a slot is chosen when the probability of its drafted first token is above it.
+      slot_threshold: a slot is chosen when its score is above it.
+      slot_score: "first" for the probability of the draft of the slot's first token; "mean" for the mean of
+        those of all its tokens; "entropy" for exp(-H), H the mean entropy in nats of what the model says of
+        its tokens.
       token_threshold: a drafted token is accepted when its probability after the tokens before it is
         above it. Both may be any finite number: below 0 always passes, 1 and above never does.
       temperature: of the planning drafts (Gumbel-max); 0 is greedy.
       seed: of the drafts where temperature is above 0.
+      recompute: slots that were infilled go through the model once more, each token seeing all before it as
+        when drafts are verified, and that pass's keys and values are kept, not those that each slot was
+        infilled with on its own. Takes a pass wherever several slots were infilled together.
       semantics: "fixed", or "release" for the authors' code to the letter. `fixed` differs from it in
         four places: an EOS found while infilling drops slots by their place in the text; gen_length
         must be a multiple of num_blocks * slot_size; probabilities are float32 whatever the model's
@@ -53,6 +61,8 @@ class DecodeConfig:
     temperature: float = 0.0
     seed: int = 0
     semantics: str = "fixed"
+    slot_score: str = "first"
+    recompute: bool = False
 
     def __post_init__(self):
         check_common(self)
@@ -62,6 +72,11 @@ class DecodeConfig:
             check_finite(name, getattr(self, name))
         if self.semantics not in SEMANTICS:
             raise BadInput(f"semantics must be one of {', '.join(SEMANTICS)}, found {self.semantics!r}")
+        if self.slot_score not in SLOT_SCORES:
+            found = shown(self.slot_score)
+            raise BadInput(f"slot_score must be one of {', '.join(SLOT_SCORES)}, found {found}")
+        if not isinstance(self.recompute, bool):
+            raise BadInput(f"recompute must be true or false, found {shown(self.recompute)}")
         if self.block_len > MOST_BLOCK_TOKENS:
             raise BadInput(
                 f"gen_length / num_blocks must be at most {MOST_BLOCK_TOKENS} tokens, found {self.block_len}"
@@ -143,6 +158,8 @@ class Shape:
       trace: whether one is kept.
       ahead: tokens up to which a pass of a row is filled with predictions ahead of need (feed.py); 0 for
         none, as the authors decode.
+      scores: of SLOT_SCORES those that requests ask for beside "first".
+      recompute: whether a request asks for that.
       caches: of mdm.CACHES those that requests ask for, for that method alone.
     """
 
@@ -154,12 +171,15 @@ class Shape:
     iterations: int = 0
     trace: bool = False
     ahead: int = 0
+    scores: tuple[str, ...] = ()
+    recompute: bool = False
     caches: tuple[str, ...] = ()
 
     @classmethod
     def exact(cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig]) -> "Shape":
         """The smallest shape that holds these requests as one batch."""
         check_pairs(prompts, configs)
+        asked = {c.slot_score for c in configs}
         return cls(
             rows=len(prompts),
             prompt=max(map(len, prompts)),
@@ -167,6 +187,8 @@ class Shape:
             block=max(c.block_len for c in configs),
             slots=max(c.block_len // c.slot_size for c in configs),
             iterations=max(c.response_len // c.slot_size for c in configs),
+            scores=tuple(score for score in SLOT_SCORES[MEAN:] if score in asked),
+            recompute=any(c.recompute for c in configs),
         )
 
     @classmethod
@@ -186,20 +208,28 @@ class Shape:
         tokens share one. `rows`: how many are decoded together, when not all."""
         prompt = bucket(max(64, self.prompt))
         rest = {name: bucket(getattr(self, name)) for name in ("gen", "block", "slots", "iterations")}
-        return Shape(rows or self.rows, prompt, **rest, trace=trace, ahead=ahead, caches=self.caches)
+        return dataclasses.replace(
+            self, rows=rows or self.rows, prompt=prompt, **rest, trace=trace, ahead=ahead
+        )
+
+    @property
+    def entropy(self) -> bool:
+        """Whether a request's slots are scored by it."""
+        return SLOT_SCORES[ENTROPY] in self.scores
 
     def check_holds(self, needed: "Shape") -> None:
         """Raises BadInput unless requests that need the sizes `needed` fit."""
-        for field in ("rows", "prompt", "gen", "block", "slots") + (("iterations",) if self.trace else ()):
+        lengths = ("rows", "prompt", "gen", "block", "slots") + (("iterations",) if self.trace else ())
+        for field in (*lengths, "recompute"):
             mine, theirs = getattr(self, field), getattr(needed, field)
             if mine < theirs:
                 raise BadInput(
                     f"the shape's {field} must be at least {theirs} for these requests, found {mine}"
                 )
-        if not set(needed.caches) <= set(self.caches):
-            raise BadInput(
-                f"the shape's caches must hold {needed.caches} for these requests, found {self.caches}"
-            )
+        for field in ("scores", "caches"):
+            mine, theirs = getattr(self, field), getattr(needed, field)
+            if not set(theirs) <= set(mine):
+                raise BadInput(f"the shape's {field} must hold {theirs} for these requests, found {mine}")
 
 
 def check_pairs(prompts: Sequence, configs: Sequence) -> None:
@@ -219,7 +249,11 @@ def bucket(length: int) -> int:
 
 
 class Requests(struct.PyTreeNode):
-    """A batch of requests as arrays [B]; a row of padding has no blocks. Fields as in DecodeConfig."""
+    """A batch of requests as arrays [B]; a row of padding has no blocks. Fields as in DecodeConfig.
+
+    `slot_score`, int32, one of FIRST, MEAN and ENTROPY, and `recompute` are None where no request of the
+    shape asks for anything but their defaults: then nothing is compiled for them.
+    """
 
     prompt_len: jax.Array
     slot_size: jax.Array
@@ -230,6 +264,8 @@ class Requests(struct.PyTreeNode):
     temperature: jax.Array
     release: jax.Array
     seed: jax.Array
+    slot_score: jax.Array | None
+    recompute: jax.Array | None
 
     @classmethod
     def batch(
@@ -246,6 +282,7 @@ class Requests(struct.PyTreeNode):
         def of(field: str, dtype, padding=0) -> jax.Array:
             return column([getattr(c, field) for c in configs], shape.rows, dtype, padding)
 
+        scores = [SLOT_SCORES.index(c.slot_score) for c in configs]
         requests = cls(
             prompt_len=column([len(p) for p in prompts], shape.rows, jnp.int32),
             slot_size=of("slot_size", jnp.int32, padding=1),
@@ -256,6 +293,8 @@ class Requests(struct.PyTreeNode):
             temperature=of("temperature", jnp.float32),
             release=column([c.semantics == "release" for c in configs], shape.rows, bool),
             seed=of("seed", jnp.uint32),
+            slot_score=column(scores, shape.rows, jnp.int32) if shape.scores else None,
+            recompute=of("recompute", bool) if shape.recompute else None,
         )
         return padded, requests
 

@@ -40,6 +40,8 @@ class Row(struct.PyTreeNode):
       drafted: bool [M], whether what is not accepted of an open slot is drafted (to be rechecked), or is
         to be refilled.
       rounds: int32 [M], refills of each open slot since the last plan.
+      settled: bool, whether the drafts to verify are those of an infill, accepted already: what is wanted is
+        keys and values. None where no row recomputes them.
       eos_found: bool, no further block will be decoded.
       forwards, iterations: int32, passes made, plans carried out.
     """
@@ -55,6 +57,7 @@ class Row(struct.PyTreeNode):
     cached: Array
     drafted: Array
     rounds: Array
+    settled: Array | None
     eos_found: Array
     forwards: Array
     iterations: Array
@@ -76,6 +79,7 @@ class Row(struct.PyTreeNode):
             cached=numbers,
             drafted=none,
             rounds=numbers,
+            settled=None if request.recompute is None else jnp.zeros((), bool),
             eos_found=jnp.zeros((), bool),
             forwards=number,
             iterations=number,

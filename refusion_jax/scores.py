@@ -32,20 +32,23 @@ class Scores(struct.PyTreeNode):
       draft: int32 [N], the token that its logits name.
       confidence: float32 [N], the probability of that.
       of_target: float32 [N], the probability of the token that follows it.
+      entropy: float32 [N], in nats, of its softmax; None where it was not asked for.
     """
 
     draft: Array
     confidence: Array
     of_target: Array
+    entropy: Array | None
 
 
-def score(logits: Array, target: Array, heat: Heat) -> Scores:
+def score(logits: Array, target: Array, heat: Heat, entropy: bool = False) -> Scores:
     """Scores of N tokens.
 
     Args:
       logits: [N, V], of any float dtype; what is computed of them is float32.
       target: int32 [N], the token that follows each.
       heat: how they are drafted.
+      entropy: whether that is asked for.
     """
     exact = logits.astype(jnp.float32)
     normaliser = jax.nn.logsumexp(exact, axis=-1)
@@ -55,7 +58,10 @@ def score(logits: Array, target: Array, heat: Heat) -> Scores:
         return jnp.exp(chosen - normaliser)
 
     drafted = draft(exact, heat)
-    return Scores(drafted, probability(drafted), probability(target))
+    spread = None
+    if entropy:
+        spread = jnp.sum(jax.scipy.special.entr(jnp.exp(exact - normaliser[:, None])), axis=-1)
+    return Scores(drafted, probability(drafted), probability(target), spread)
 
 
 def draft(logits: Array, heat: Heat) -> Array:

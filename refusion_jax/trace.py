@@ -18,7 +18,7 @@ class Trace(struct.PyTreeNode):
     Attributes:
       block: int32, the block.
       planned: bool [M], the slots chosen.
-      confidence: float32 [M], of every slot in the pool, -1 elsewhere.
+      confidence: float32 [M], the score of every slot in the pool, -1 elsewhere.
       iterative: bool, whether the slots were infilled one by one (False: committed as verified).
       rounds: int32, refills that the infill took.
       accepted: int32 [T]; entry m * slot_size + r is how many tokens of slot m were accepted when verified
@@ -63,15 +63,20 @@ def record(trace: Trace, before: Row, after: Row, outcome: Outcome, requests: Re
     def note(accepted: Array, before: Row, request: Requests, outcome: Outcome) -> Array:
         judged = jnp.where(before.phase == Phase.VERIFY, before.chosen, before.open & before.drafted)
         judged &= before.phase != Phase.PLAN
+        if before.settled is not None:
+            judged &= ~before.settled
         place = jnp.arange(judged.shape[0]) * request.slot_size + before.rounds
         place = jnp.where(judged, place, accepted.shape[1])
         return accepted.at[before.iterations, place].set(outcome.accepted, mode="drop")
 
+    iterative = before.phase == Phase.INFILL
+    if before.settled is not None:
+        iterative |= before.settled
     entry = Trace(
         block=before.block,
         planned=before.chosen,
         confidence=before.confidence,
-        iterative=before.phase == Phase.INFILL,
+        iterative=iterative,
         rounds=outcome.rounds,
         accepted=None,
         committed=outcome.committed,

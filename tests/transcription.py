@@ -65,12 +65,15 @@ def decode(
     mask_id: int,
     eos_id: int,
     semantics: str,
+    slot_score: str = "first",
+    recompute: bool = False,
 ) -> Decoded:
-    """Decodes `prompt` greedily under the semantics "fixed" or "release"."""
+    """Decodes `prompt` greedily under the semantics "fixed" or "release"; the last two are no part of the
+    authors' code."""
     run = _Run(
         forward, list(prompt), np.float32(slot_threshold), np.float32(token_threshold), mask_id, eos_id
     )
-    run.release = semantics == "release"
+    run.release, run.slot_score, run.recompute = semantics == "release", slot_score, recompute
     length = -(-gen_length // slot_size) * slot_size
     block_len = length // num_blocks
     for block in range(num_blocks):
@@ -140,7 +143,7 @@ class _Run:
         places = [place for slot in pool for place in slot]
         (logits,) = self.feed([([self.mask_id] * len(places), places)])
         logits = logits.reshape(len(pool), slot_size, -1)
-        confidence = [probabilities(of_slot[0]).max() for of_slot in logits]
+        confidence = [SCORES[self.slot_score](of_slot) for of_slot in logits]
         chosen = [i for i in range(len(pool)) if self.above(confidence[i], self.slot_threshold)]
         if not chosen:
             self.seen.add("fallback")
@@ -243,6 +246,10 @@ class _Run:
             tokens, places = tokens[:end], places[:end]
         else:
             self.seen.add("iterative")
+        if self.recompute and len(rows) > 1:
+            self.seen.add("recomputed with EOS" if self.eos_id in tokens else "recomputed")
+            self.feed([(tokens, places)])
+            return rounds, self.commit_joint(tokens, places), eos_row
         base = len(self.tokens)
         own = [[base + j for j in range(i - i % size, i + 1)] for i in range(len(tokens))]
         self.commit(tokens, places, [[*range(base), *seen] for seen in own])
@@ -251,8 +258,22 @@ class _Run:
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax in float32."""
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def likeliness(logits: np.ndarray) -> np.float32:
+    """exp(-H), H the mean entropy of what logits [W, V] say of W tokens."""
+    p = probabilities(logits)
+    return np.exp((p * np.log(p)).sum(-1).mean())
+
+
+# How sure the model is of a slot, by its logits [W, V].
+SCORES = {
+    "first": lambda logits: probabilities(logits[0]).max(),
+    "mean": lambda logits: probabilities(logits).max(-1).mean(),
+    "entropy": likeliness,
+}
 
 
 def joined(lists: Sequence[list[int]]) -> list[int]:
