@@ -4,9 +4,11 @@
     python docs/comparison/decode_runs.py validation RUN   # by every setting of its method
     python docs/comparison/decode_runs.py test RUN         # each task by the setting that validation chose
     python docs/comparison/decode_runs.py speed RUN        # by those it chose for all, 1 and 32 at a time
+    python docs/comparison/decode_runs.py ablations RUN    # validation problems, ReFusion's settings varied
+    python docs/comparison/decode_runs.py sizes RUN        # likewise its slot sizes alone
 
 writes docs/comparison/results/STAGE_RUN.json: for each setting (settings.py) and task how many answers were
-right, their tokens, forward passes and seconds. In all stages but the last one compilation serves all
+right, their tokens, forward passes and seconds. In all stages but `speed` one compilation serves all
 settings.
 """
 
@@ -16,15 +18,14 @@ import json
 import platform
 import runpy
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from settings import GEN_LENGTH, grid
+import settings as choices
 
 from refusion_jax import opening, serving
 from refusion_jax.config import Parser
@@ -35,9 +36,7 @@ from refusion_jax.serving import Request
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")
-STAGES = ("search", "validation", "test", "speed")
-TOLERANCE = 0.02  # of mean accuracy, given up for speed
-
+STAGES = ("search", "validation", "test", "speed", "ablations", "sizes")
 
 Queries = dict[str, list[str]]  # of each task
 
@@ -45,7 +44,7 @@ Queries = dict[str, list[str]]  # of each task
 def opened_run(run: str, method: str | None) -> opening.Opened:
     parser = Parser()
     opening.add_decoding_flags(parser)
-    arguments = [f"--checkpoint={RUNS / run}", f"--gen_length={GEN_LENGTH}"]
+    arguments = [f"--checkpoint={RUNS / run}", f"--gen_length={choices.GEN_LENGTH}"]
     return opening.open_model(parser.parse_args(arguments + ([f"--method={method}"] if method else [])))
 
 
@@ -102,60 +101,21 @@ def every_setting(
     ]
 
 
-def accuracy(rows: Iterable[dict[str, float]]) -> float:
-    """The mean over tasks."""
-    return statistics.mean(row["right"] / row["problems"] for row in rows)
-
-
-def tokens_a_pass(rows: Iterable[dict[str, float]]) -> float:
-    rows = list(rows)
-    return sum(row["tokens"] for row in rows) / sum(row["forwards"] for row in rows)
-
-
-def best(entries: Sequence[dict], tasks: Iterable[str]) -> dict[str, Any]:
-    """The settings that answer most of the tasks right, by fewer passes where several do."""
-
-    def merit(entry: dict) -> tuple[float, float]:
-        rows = [entry["tasks"][task] for task in tasks]
-        return accuracy(rows), tokens_a_pass(rows)
-
-    return max(entries, key=merit)["settings"]
-
-
-def fastest(entries: Sequence[dict]) -> dict[str, Any]:
-    """The settings with most tokens a pass, of those that come within TOLERANCE of the best."""
-    least = max(accuracy(entry["tasks"].values()) for entry in entries) - TOLERANCE
-    good = [entry for entry in entries if accuracy(entry["tasks"].values()) >= least]
-    return max(good, key=lambda entry: tokens_a_pass(entry["tasks"].values()))["settings"]
-
-
-def timed(validated: Sequence[dict]) -> list[dict[str, Any]]:
-    """The settings whose speed is measured: the best and the fastest, of every cache that a method has, and
-    of what commits one token a pass."""
-    kinds: dict[tuple, list[dict]] = {}
-    for entry in validated:
-        of = entry["settings"]
-        kinds.setdefault(
-            (of.get("cache"), "slot_size" not in of and of.get("token_threshold") == 1), []
-        ).append(entry)
-    chosen = []
-    for entries in kinds.values():
-        for settings in (best(entries, entries[0]["tasks"]), fastest(entries)):
-            if settings not in chosen:
-                chosen.append(settings)
-    return chosen
-
-
-def plan_of(stage: str, run: str, method: str, queries: Queries) -> list[tuple[dict[str, Any], Queries]]:
+def plan_of(stage: str, name: str, method: str, queries: Queries) -> list[tuple[dict[str, Any], Queries]]:
     """What to decode how: (settings, queries of tasks)."""
     if stage == "search":
-        return [(grid(method)[0], queries)]
-    if stage == "validation":
-        return [(settings, queries) for settings in grid(method)]
-    validated = json.loads((RESULTS / f"validation_{run}.json").read_text())["found"]
+        return [(choices.grid(method)[0], queries)]
+    fixed = {
+        "validation": choices.grid(method),
+        "ablations": choices.ablations(),
+        "sizes": choices.slot_sizes(),
+    }
+    if stage in fixed:
+        return [(settings, queries) for settings in fixed[stage]]
+    validated = json.loads((RESULTS / f"validation_{name}.json").read_text())["found"]
     if stage == "test":
-        return [(best(validated, [task]), {task: of_task}) for task, of_task in queries.items()]
-    return [(settings, queries) for settings in timed(validated)]
+        return [(choices.best(validated, [task]), {task: of}) for task, of in queries.items()]
+    return [(settings, queries) for settings in choices.timed(validated)]
 
 
 def held_out() -> dict[str, Task]:
@@ -176,12 +136,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="decoded together (default %(default)s)")
     flags = parser.parse_args()
     opened, tasks = opened_run(flags.run, flags.method), held_out()
-    split = "validation" if flags.stage in ("search", "validation") else "test"
+    split = "test" if flags.stage in ("test", "speed") else "validation"
     queries = {
         name: [task.example(i, split).query for i in range(flags.limit)] for name, task in tasks.items()
     }
     method = opened.defaults.method
-    plan, found = plan_of(flags.stage, flags.run, method, queries), []
+    name = flags.run + (f"_{flags.method}" if flags.method else "")
+    plan, found = plan_of(flags.stage, name, method, queries), []
     if flags.stage == "speed":
         for settings, _ in plan:  # each at the shape that suits it
             for batch_size, part in ((1, 8), (32, 2)):
@@ -200,14 +161,13 @@ def main() -> None:
         "python": platform.python_version(),
         "found": found,
     }
-    name = f"{flags.stage}_{flags.run}" + (f"_{method}" if flags.method else "")
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{flags.stage}_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     for entry in found:
         rows = entry["tasks"]
         seconds = sum(row["seconds"] for row in rows.values())
         each = ", ".join(f"{task} {row['right'] / row['problems']:.1%}" for task, row in rows.items())
-        mean, passes = accuracy(rows.values()), tokens_a_pass(rows.values())
+        mean, passes = choices.accuracy(rows.values()), choices.tokens_a_pass(rows.values())
         print(f"{entry['settings']}: {mean:.1%}, {passes:.2f} tokens a pass, {seconds:.1f} s ({each})")
 
 

@@ -1,14 +1,30 @@
-"""The decoding settings that docs/comparison.md compares, by method."""
+"""The decoding settings that docs/comparison.md compares, and the choice among them.
+
+An entry is what decode_runs.py finds of a setting: {"settings", "tasks": {task: counts}}.
+"""
 
 import itertools
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Settings = dict[str, Any]
+Entry = dict[str, Any]
+Counts = dict[str, float]
 
 GEN_LENGTH = 256
+TOLERANCE = 0.02  # of mean accuracy, given up for speed
+# What ablations vary, from the thresholds that are most frequent in arXiv 2512.13586.
+USUAL = {
+    "num_blocks": 4,
+    "slot_threshold": 0.9,
+    "token_threshold": 0.4,
+    "slot_score": "first",
+    "recompute": False,
+}
 
 
-def crossed(**choices: list[Any]) -> list[Settings]:
+def crossed(**choices: Iterable[Any]) -> list[Settings]:
     """Every combination, the last choice varying fastest."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
@@ -30,3 +46,63 @@ def grid(method: str) -> list[Settings]:
         return crossed(token_threshold=thresholds)
     longer = crossed(cache=["none"], num_blocks=[4], token_threshold=thresholds[:2])
     return crossed(cache=["dual", "prefix", "none"], num_blocks=[8], token_threshold=thresholds) + longer
+
+
+def slot_sizes() -> list[Settings]:
+    """For models trained on other slots or on less."""
+    return [size | USUAL for size in crossed(slot_size=[4, 8, 16, 32])]
+
+
+def ablations() -> list[Settings]:
+    """One or two of the usual settings varied at a time, for slots of 8 and 32; and the size of slots."""
+    varied = [
+        *crossed(num_blocks=[1, 2, 4, 8]),
+        *crossed(slot_threshold=[0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99]),
+        *crossed(token_threshold=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97]),
+        *crossed(slot_score=["first", "mean", "entropy"], slot_threshold=[0.5, 0.7, 0.9]),
+        *crossed(recompute=[False, True], slot_threshold=[0.5, 0.7, 0.9]),
+    ]
+    settings = [{"slot_size": size} | USUAL | change for size in (8, 32) for change in varied] + slot_sizes()
+    return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+
+
+def accuracy(rows: Iterable[Counts]) -> float:
+    """The mean over tasks."""
+    return statistics.mean(row["right"] / row["problems"] for row in rows)
+
+
+def tokens_a_pass(rows: Iterable[Counts]) -> float:
+    rows = list(rows)
+    return sum(row["tokens"] for row in rows) / sum(row["forwards"] for row in rows)
+
+
+def best(entries: Sequence[Entry], tasks: Iterable[str]) -> Settings:
+    """Those that answer most of the tasks right; where several do, with most tokens a pass."""
+
+    def merit(entry: Entry) -> tuple[float, float]:
+        rows = [entry["tasks"][task] for task in tasks]
+        return accuracy(rows), tokens_a_pass(rows)
+
+    return max(entries, key=merit)["settings"]
+
+
+def fastest(entries: Sequence[Entry]) -> Settings:
+    """Those with most tokens a pass that come within TOLERANCE of the best."""
+    least = max(accuracy(entry["tasks"].values()) for entry in entries) - TOLERANCE
+    good = [entry for entry in entries if accuracy(entry["tasks"].values()) >= least]
+    return max(good, key=lambda entry: tokens_a_pass(entry["tasks"].values()))["settings"]
+
+
+def timed(entries: Sequence[Entry]) -> list[Settings]:
+    """Those whose speed is measured: the best and the fastest; of methods that unmask, those of one token a
+    pass without a cache, and the fastest of every cache."""
+    if all("slot_size" in entry["settings"] or not entry["settings"] for entry in entries):
+        chosen = [best(entries, entries[0]["tasks"]), fastest(entries)]
+    else:
+        single = [entry for entry in entries if entry["settings"]["token_threshold"] == 1]
+        uncached = [entry for entry in single if entry["settings"].get("cache") in (None, "none")]
+        several = [entry for entry in entries if entry not in single]
+        caches = sorted({entry["settings"].get("cache", "") for entry in several})
+        alike = [[e for e in several if e["settings"].get("cache", "") == cache] for cache in caches]
+        chosen = [best(uncached, uncached[0]["tasks"]), *map(fastest, alike)]
+    return [setting for i, setting in enumerate(chosen) if setting not in chosen[:i]]

@@ -47,7 +47,8 @@ def plan(stage: str, only: str) -> Iterator[tuple[str, dict]]:
         for part in (4, 2):
             yield f"refusion_data_1_{part}", refusion | {"train.steps": STEPS // part}
         for size in (4, 8, 16, 32):
-            yield f"refusion_slots_{size}", refusion | {"diffusion.slot_sizes": (size,)}
+            few = {"train.steps": STEPS // 4, "diffusion.slot_sizes": (size,)}
+            yield f"refusion_slots_{size}", refusion | few
 
 
 def searched(objective: str, rate: float) -> str:

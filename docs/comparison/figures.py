@@ -1,0 +1,73 @@
+"""What docs/comparison/results holds, and the figures read off it."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from settings import USUAL, accuracy, tokens_a_pass
+
+from refusion_jax.evaluate import Z
+
+HERE = Path(__file__).parent
+NAMES = {"ar": "AR", "refusion": "ReFusion", "mdm": "MDM", "bd3": "BD3", "refusion_ar": "ReFusion's as AR"}
+
+Result = dict[str, Any]
+
+
+def results(kind: str) -> dict[str, Result]:
+    """The result files of a kind (train, search, validation, test, speed, ablations, sizes), by the rest of
+    their names: the run, and how it was decoded where it was trained for something else."""
+    paths = sorted((HERE / "results").glob(f"{kind}_*.json"))
+    return {path.stem.removeprefix(f"{kind}_"): json.loads(path.read_text()) for path in paths}
+
+
+def shown(settings: Result) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "-"
+
+
+def half_width(rows: Iterable[Result]) -> float:
+    """Of the 95 % interval of a mean accuracy: the problems of each task are a sample, the tasks are not."""
+    shares = [(row["right"] / row["problems"], row["problems"]) for row in rows]
+    return Z * math.sqrt(sum(share * (1 - share) / count for share, count in shares)) / len(shares)
+
+
+def with_interval(rows: Iterable[Result]) -> str:
+    """Mean accuracy in percent."""
+    rows = list(rows)
+    return f"{100 * accuracy(rows):.1f} ± {100 * half_width(rows):.1f} %"
+
+
+def speeds() -> list[Result]:
+    """Of every method and setting that was timed: accuracy, and what decoding took."""
+    rows = []
+    for name, result in results("speed").items():
+        for entry in result["found"]:
+            tasks = list(entry["tasks"].values())
+            seconds, problems = sum(r["seconds"] for r in tasks), sum(r["problems"] for r in tasks)
+            useful = sum(r["answer_tokens"] for r in tasks)
+            rows.append(
+                {
+                    "method": NAMES[name],
+                    "settings": entry["settings"],
+                    "batch_size": entry["batch_size"],
+                    "tasks": tasks,
+                    "tokens_per_second": useful / seconds,
+                    "tokens_a_pass": tokens_a_pass(tasks),
+                    "answer": useful / problems,
+                    "latency": seconds * min(entry["batch_size"], problems) / problems,
+                }
+            )
+    return rows
+
+
+def varied(*keys: str) -> list[tuple[Result, list[Result]]]:
+    """(settings, counts of tasks) of the ablations in which nothing but `keys` and the size of slots differs
+    from the usual."""
+    entries = results("ablations")["refusion"]["found"]
+    return [
+        (entry["settings"], list(entry["tasks"].values()))
+        for entry in entries
+        if all(entry["settings"][key] == value for key, value in USUAL.items() if key not in keys)
+    ]

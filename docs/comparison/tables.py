@@ -1,0 +1,136 @@
+"""The tables of docs/comparison.md."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from figures import NAMES, Result, results, shown, speeds, varied, with_interval
+from settings import accuracy, tokens_a_pass
+
+from refusion_jax.evaluate import wilson
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def share(row: Result) -> str:
+    """In percent, with its 95 % interval."""
+    low, high = wilson(row["right"] / row["problems"], row["problems"])
+    return f"{row['right'] / row['problems']:.1%} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def trained() -> str:
+    """What every run was fed."""
+    rows = [
+        [
+            f"`{run}`",
+            f"{r['steps']:,}",
+            f"{r['tokens'] / 1e6:.1f}",
+            f"{r['flops'] / 1e15:.1f}",
+            f"{r['seconds']:.0f}",
+        ]
+        for run, r in results("train").items()
+        if "_rate_" not in run
+    ]
+    return table(["run", "steps", "million tokens", "PFLOP", "seconds on one GPU"], rows)
+
+
+def search() -> str:
+    """The runs that chose the rates: mean accuracy in validation."""
+    found: dict[str, dict[str, str]] = {}
+    for run, result in results("search").items():
+        objective, rate = run.split("_rate_")
+        rows = result["found"][0]["tasks"].values()
+        found.setdefault(objective, {})[rate] = with_interval(rows)
+    rates = sorted({rate for of in found.values() for rate in of}, key=float)
+    rows = [[NAMES[name], *(of.get(rate, "") for rate in rates)] for name, of in found.items()]
+    return table(["method", *rates], rows)
+
+
+def right_answers() -> str:
+    """Accuracy on held-out problems, each task by the setting that validation chose for it."""
+    found: dict[str, dict[str, tuple[Result, Result]]] = {}  # method -> task -> (counts, settings)
+    for name, result in results("test").items():
+        for entry in result["found"]:
+            rows = {task: (row, entry["settings"]) for task, row in entry["tasks"].items()}
+            found.setdefault(name, {}).update(rows)
+    methods = [name for name in NAMES if name in found]
+    tasks = sorted({task for of in found.values() for task in of})
+    rows = [[f"`{task}`", *(share(found[name][task][0]) for name in methods)] for task in tasks]
+    means = [with_interval(row for row, _ in found[name].values()) for name in methods]
+    return table(["task", *map(NAMES.get, methods)], [*rows, ["mean", *means]])
+
+
+def chosen() -> str:
+    """The settings by which the tests were decoded."""
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for name, result in results("test").items():
+        for entry in result["found"]:
+            tasks.setdefault((NAMES[name], shown(entry["settings"])), []).extend(entry["tasks"])
+    return table(["method", "setting", "tasks"], [[*key, ", ".join(of)] for key, of in tasks.items()])
+
+
+def speed() -> str:
+    header = ["method", "setting", "at a time", "accuracy", "tokens/s", "tokens a pass", "answer", "latency"]
+    rows = [
+        [
+            row["method"],
+            shown(row["settings"]),
+            row["batch_size"],
+            with_interval(row["tasks"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_a_pass']:.2f}",
+            f"{row['answer']:.0f} tokens",
+            f"{1e3 * row['latency']:.0f} ms",
+        ]
+        for row in sorted(speeds(), key=lambda row: (row["batch_size"], row["method"]))
+    ]
+    return table(header, rows)
+
+
+def ablation(key: str, *others: str) -> str:
+    """Accuracy and tokens a pass where nothing but these settings and the size of slots varies; of the other
+    settings those that `key` was varied at."""
+    rows: dict[tuple, list[list]] = {}
+    for settings, of in varied(key, *others):
+        at = (settings["slot_size"], *(settings[other] for other in others))
+        rows.setdefault(at, []).append([*at, settings[key], with_interval(of), f"{tokens_a_pass(of):.2f}"])
+    alike = [rows[at] for at in sorted(rows) if len(rows[at]) > 1]
+    return table(
+        ["slot_size", *others, key, "accuracy", "tokens a pass"], [row for of in alike for row in of]
+    )
+
+
+def sizes() -> str:
+    """Accuracy and tokens a pass by the slots that were trained and those that are decoded."""
+    rows = []
+    for run, result in results("sizes").items():
+        cells = [
+            f"{accuracy(of):.1%}, {tokens_a_pass(of):.2f}"
+            for of in (list(entry["tasks"].values()) for entry in result["found"])
+        ]
+        rows.append([f"`{run}`", *cells])
+        header = [f"slots of {entry['settings']['slot_size']}" for entry in result["found"]]
+    return table(["run", *header], rows)
+
+
+def commands() -> str:
+    """Of every result file."""
+    kinds = ("train", "search", "validation", "test", "speed", "ablations", "sizes")
+    lines = [
+        f"results/{kind}_{name}.json: {result['command']}"
+        for kind in kinds
+        for name, result in results(kind).items()
+    ]
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def device() -> str:
+    """What decoded, and with what."""
+    found = {
+        f"{r['device']}, JAX {r['jax']}, Python {r['python']}"
+        for kind in ("validation", "test", "speed")
+        for r in results(kind).values()
+    }
+    return "; ".join(sorted(found))
