@@ -6,7 +6,7 @@
 
 configs/comparison.py says which files have to be there. Of each run docs/comparison/results/train_NAME.json
 has the command, what was fed, how long its steps took and the curve of its loss; checkpoints stay in
-runs/comparison/NAME. A run that was interrupted goes on.
+runs/comparison/NAME. On SIGTERM runs save and end; the same command goes on with them.
 """
 
 import argparse
@@ -15,12 +15,15 @@ import json
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")
@@ -95,8 +98,8 @@ def summary(name: str, arguments: list[str], folder: Path) -> dict:
     }
 
 
-def train(jobs: queue.Queue, gpu: str) -> None:
-    """Takes runs off the queue until it is empty, on one GPU."""
+def train(jobs: queue.Queue, gpu: str, codes: list[int]) -> None:
+    """Takes runs off the queue until it is empty or one was ended by SIGTERM; adds their exit codes."""
     while True:
         try:
             name, overrides = jobs.get_nowait()
@@ -105,7 +108,7 @@ def train(jobs: queue.Queue, gpu: str) -> None:
         arguments, folder = command(name, overrides), RUNS / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        with open(f"{folder}.log", "w") as log:
+        with open(f"{folder}.log", "a") as log:
             done = subprocess.run(
                 [sys.executable, *arguments[1:]],
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
@@ -115,6 +118,9 @@ def train(jobs: queue.Queue, gpu: str) -> None:
             )
         seconds = time.perf_counter() - start
         print(f"{name}: exit {done.returncode} after {seconds:.0f} s", flush=True)
+        codes.append(done.returncode)
+        if done.returncode == PREEMPTED_EXIT_CODE:
+            return
         if done.returncode == 0:
             text = json.dumps(summary(name, arguments, folder), indent=1)
             RESULTS.mkdir(exist_ok=True)
@@ -129,15 +135,18 @@ def main() -> None:
     parser.add_argument("--gpus", default="0", help="which to use, as in 0,1,2 (default %(default)s)")
     parser.add_argument("--only", default="", help="of the stage's runs those whose name begins like this")
     flags = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: None)  # sent to the group, it is the runs' to act on
     jobs: queue.Queue = queue.Queue()
     for name, overrides in plan(flags.stage, flags.only):
         if name.startswith(flags.only):
             jobs.put((name, overrides))
-    workers = [threading.Thread(target=train, args=(jobs, gpu)) for gpu in flags.gpus.split(",")]
+    codes: list[int] = []
+    workers = [threading.Thread(target=train, args=(jobs, gpu, codes)) for gpu in flags.gpus.split(",")]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    sys.exit(max(codes, default=0))
 
 
 if __name__ == "__main__":
