@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from refusion_jax import collectives, sharding
 from refusion_jax.chips import Topology
 from refusion_jax.decode import decode, prepare
+from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.feed import tokens_ahead
 from refusion_jax.loader import boxed_params, decoding_model
 from refusion_jax.model_config import ModelConfig
-from refusion_jax.requests import DecodeConfig
 from refusion_jax.sharding import MeshConfig
 from refusion_jax.train_step import RunConfig, make_program
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from refusion_jax import hf, serving, sharding
 from refusion_jax.baselines import ar, mdm
+from refusion_jax.decode_config import MOST_BLOCK_TOKENS, SEMANTICS, SLOT_SCORES
 from refusion_jax.errors import BadInput
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.model import Transformer
-from refusion_jax.requests import MOST_BLOCK_TOKENS, SEMANTICS, SLOT_SCORES
 from refusion_jax.serving import METHODS, Defaults
 from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
 

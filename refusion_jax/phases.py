@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.decode_config import FIRST, MEAN
 from refusion_jax.feed import Fed, Groups
-from refusion_jax.requests import FIRST, MEAN, Requests
+from refusion_jax.requests import Requests
 from refusion_jax.rows import Geometry, Phase, Row, first_chosen, geometry, next_plan
 from refusion_jax.scores import Scores
 

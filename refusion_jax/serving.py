@@ -17,10 +17,11 @@ import numpy as np
 
 from refusion_jax import decode
 from refusion_jax.baselines import ar, bd3, mdm
+from refusion_jax.decode_config import DecodeConfig, shown
 from refusion_jax.errors import BadInput
 from refusion_jax.feed import tokens_ahead
 from refusion_jax.kv_cache import insert_rows, take_rows
-from refusion_jax.requests import DecodeConfig, Shape, check_prompt, shown
+from refusion_jax.requests import Shape, check_prompt
 from refusion_jax.samples import Samples
 from refusion_jax.tokenizer import Tokenizer
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.decode_config import check_common, shown
 from refusion_jax.errors import BadInput
 from refusion_jax.kv_cache import KVCache, scatter_rows
 from refusion_jax.model import exact_matmuls
-from refusion_jax.requests import Prepared, Shape, check_common, check_pairs, column, pad_prompts, shown
+from refusion_jax.requests import Prepared, Shape, check_pairs, column, pad_prompts
 from refusion_jax.samples import Samples, in_text_order
 from refusion_jax.scores import Heat, draft
 

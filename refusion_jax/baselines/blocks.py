@@ -14,20 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.decode_config import MOST_BLOCK_TOKENS, MOST_TOKENS, check_common, check_finite, check_whole
 from refusion_jax.errors import BadInput
 from refusion_jax.kv_cache import KVCache, scatter_rows
-from refusion_jax.requests import (
-    MOST_BLOCK_TOKENS,
-    MOST_TOKENS,
-    Prepared,
-    Shape,
-    check_common,
-    check_finite,
-    check_pairs,
-    check_whole,
-    column,
-    pad_prompts,
-)
+from refusion_jax.requests import Prepared, Shape, check_pairs, column, pad_prompts
 from refusion_jax.samples import Samples, in_text_order
 from refusion_jax.scores import Heat, draft
 

@@ -29,11 +29,12 @@ import jax.numpy as jnp
 from refusion_jax.baselines import blocks
 from refusion_jax.baselines.blocks import BlockConfig, BlockRequests, BlockState, finish
 from refusion_jax.baselines.passes import Fed, padded_pass, quarters, read_block, sized_pass
+from refusion_jax.decode_config import MOST_TOKENS, check_whole, shown
 from refusion_jax.errors import BadInput
 from refusion_jax.feed import SMALLEST_PASS
 from refusion_jax.forward import pass_sizes
 from refusion_jax.model import exact_matmuls
-from refusion_jax.requests import MOST_TOKENS, Prepared, Shape, check_whole, shown
+from refusion_jax.requests import Prepared, Shape
 from refusion_jax.samples import Samples
 
 Array = jax.Array
