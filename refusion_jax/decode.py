@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from refusion_jax.answers import Replay, read
 from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.feed import Fed, feed, tokens_ahead
 from refusion_jax.forward import Forwarded, forward, heat, score_rows
 from refusion_jax.kv_cache import KVCache, scatter_rows
 from refusion_jax.model import exact_matmuls
-from refusion_jax.phases import Replay, carry_out, read
+from refusion_jax.phases import carry_out
 from refusion_jax.requests import Prepared, Requests, Shape
 from refusion_jax.rows import Phase, Row, geometry
 from refusion_jax.samples import Samples, in_text_order

@@ -17,51 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.decode_config import FIRST, MEAN
-from refusion_jax.feed import Fed, Groups
+from refusion_jax.answers import Answer, at_places, slot_scores
+from refusion_jax.feed import Groups
 from refusion_jax.requests import Requests
 from refusion_jax.rows import Geometry, Phase, Row, first_chosen, geometry, next_plan
-from refusion_jax.scores import Scores
 
 Array = jax.Array
-
-
-class Replay(struct.PyTreeNode):
-    """A recorded course to follow whatever the logits say.
-
-    Attributes:
-      planned: bool [I, M], the slots chosen by each plan.
-      accepted: int32 [I, T]; entry m * slot_size + r is how many tokens of slot m are accepted when verified
-        (r = 0) or after the r-th refill.
-      length: int32, plans after which decoding ends.
-    """
-
-    planned: Array
-    accepted: Array
-    length: Array
-
-
-class Answer(struct.PyTreeNode):
-    """What a row reads off its pass.
-
-    Attributes:
-      draft: int32 [Q], the token that each token fed stands for or is followed by.
-      confidence: float32 [Q], its probability.
-      confident: bool [Q], that is above the slot threshold.
-      passes: bool [T], the block's token at this place has a probability, after the token before it, above
-        the token threshold.
-      entropy: float32 [Q], or None, as in Scores.
-      place: int32 [J, T], as in Fed.
-      replay: or None.
-    """
-
-    draft: Array
-    confidence: Array
-    confident: Array
-    passes: Array
-    entropy: Array | None
-    place: Array
-    replay: Replay | None
 
 
 class Outcome(struct.PyTreeNode):
@@ -78,33 +39,6 @@ class Outcome(struct.PyTreeNode):
     keep: Array
     accepted: Array
     rounds: Array
-
-
-def read(scores: Scores, fed: Fed, row: Row, request: Requests, replay: Replay | None, dtype) -> Answer:
-    """What a row reads off the scores [Q] of what it fed.
-
-    `fixed` works in float32. `release` rounds probabilities and thresholds to the dtype of the logits,
-    as the authors do (quirks 1 and 2 of the recordings).
-    """
-
-    def rounded(x: Array) -> Array:
-        return jnp.where(request.release, x.astype(dtype).astype(jnp.float32), x)
-
-    confidence = rounded(scores.confidence)
-    next_passes = rounded(scores.of_target) > rounded(request.token_threshold)
-    needed = jnp.where(row.phase == Phase.VERIFY, fed.place[Groups.JOINT], fed.place[Groups.ALONE])
-    passes = jnp.roll(_at(next_passes, needed), 1)
-    if replay is not None:
-        at = geometry(row, request)
-        first = at.slot * request.slot_size
-        passes = at.offset < replay.accepted[row.iterations][first + row.rounds[at.slot]]
-    confident = confidence > rounded(request.slot_threshold)
-    return Answer(scores.draft, confidence, confident, passes, scores.entropy, fed.place, replay)
-
-
-def _at(x: Array, place: Array) -> Array:
-    """x [Q] at places, zero where these are none of the Q."""
-    return x.at[place].get(mode="fill", fill_value=0)
 
 
 def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -> Array:
@@ -238,13 +172,7 @@ def _choose(row: Row, request: Requests, answer: Answer, place: Array) -> Row:
     """A row that reads its plan off the masks at `place` [T]: the slots drafted with confidence, or the most
     confident slot, are to be verified."""
     slots = jnp.arange(row.pool.shape[0])
-    first = place[jnp.minimum(slots * request.slot_size, place.shape[0] - 1)]
-    confidence = jnp.where(row.pool, _at(answer.confidence, first), -1.0)
-    confident = row.pool & _at(answer.confident, first)
-    if request.slot_score is not None:
-        of_first, of_whole = request.slot_score == FIRST, _whole_scores(slots, request, answer, place)
-        confidence = jnp.where(of_first | ~row.pool, confidence, of_whole)
-        confident = jnp.where(of_first, confident, row.pool & (of_whole > request.slot_threshold))
+    confidence, confident = slot_scores(row, request, answer, place)
     if answer.replay is not None:
         confident = row.pool & answer.replay.planned[row.iterations]
     best = slots == jnp.argmax(confidence)  # the earliest of equals
@@ -252,21 +180,9 @@ def _choose(row: Row, request: Requests, answer: Answer, place: Array) -> Row:
         phase=jnp.int32(Phase.VERIFY),
         chosen=jnp.where(confident.any(), confident, best),
         confidence=confidence,
-        draft=_at(answer.draft, place),
+        draft=at_places(answer.draft, place),
         rounds=jnp.zeros_like(row.rounds),
     )
-
-
-def _whole_scores(slots: Array, request: Requests, answer: Answer, place: Array) -> Array:
-    """float32 [M], the score "mean" or "entropy" of slots [M] whose masks are at `place` [T]."""
-    slot_of = jnp.arange(place.shape[0]) // request.slot_size
-
-    def mean(x: Array) -> Array:
-        return jax.ops.segment_sum(_at(x, place), slot_of, slots.shape[0]) / request.slot_size
-
-    if answer.entropy is None:
-        return mean(answer.confidence)
-    return jnp.where(request.slot_score == MEAN, mean(answer.confidence), jnp.exp(-mean(answer.entropy)))
 
 
 def _go_on(row: Row, request: Requests, answer: Answer, left: Array, eos: Array, group: Array) -> Row:
@@ -311,7 +227,7 @@ def _refilled(row: Row, request: Requests, answer: Answer, more: Array) -> Row:
     slots = jnp.arange(row.open.shape[0])
     drafted = row.open & jax.vmap(lambda m: jnp.any(fed & (at.slot == m)))(slots)
     return row.replace(
-        draft=jnp.where(fed, _at(answer.draft, place), row.draft),
+        draft=jnp.where(fed, at_places(answer.draft, place), row.draft),
         drafted=drafted,
         rounds=row.rounds + drafted,
     )

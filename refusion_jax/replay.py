@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from refusion_jax.answers import Replay
 from refusion_jax.decode_config import DecodeConfig, shown
 from refusion_jax.errors import BadInput
-from refusion_jax.phases import Replay
 from refusion_jax.requests import Shape
 
 Course = Sequence[Mapping[str, Any]]  # the "trace" of a result

@@ -21,8 +21,8 @@ import transcription
 from test_decode import CASES, CLOSE_CALL, MASK, MODEL, NEVER, PARAMS, WHOLE, Case
 
 from refusion_jax import decode, opening, serving
+from refusion_jax.answers import Replay
 from refusion_jax.errors import BadInput
-from refusion_jax.phases import Replay
 from refusion_jax.requests import SLOT_SCORES, DecodeConfig
 
 SHAPE = dataclasses.replace(test_decode.SHAPE, scores=("mean", "entropy"), recompute=True)

@@ -21,11 +21,11 @@ import pytest
 import transcription
 
 from refusion_jax import decode, hf
+from refusion_jax.answers import Replay, read
 from refusion_jax.errors import BadInput
 from refusion_jax.forward import pass_sizes
 from refusion_jax.kv_cache import insert_rows
 from refusion_jax.model import ModelConfig, Transformer
-from refusion_jax.phases import Replay, read
 from refusion_jax.requests import DecodeConfig, Requests, Shape, bucket
 from refusion_jax.rows import Phase, own_entries
 from refusion_jax.samples import Samples
