@@ -479,18 +479,20 @@ def test_a_folder_with_somebody_elses_model(config_file, tmp_path, capsys):
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
-def test_a_finished_run_has_nothing_left_to_do(config_file, finished):
+def test_a_finished_run_has_nothing_left_to_do(config_file, finished, capsys):
     path = finished.workdir / "metrics.csv"
     before = path.read_text()
-    assert "resuming from step 24 of 24" in Run(config_file, finished.workdir).finish()
+    assert main([f"--config={config_file}", f"--workdir={finished.workdir}"]) == 0
+    assert "resuming from step 24 of 24" in capsys.readouterr().out
     assert path.read_text() == before
 
 
-def test_a_damaged_checkpoint_is_one_line(config_file, finished, tmp_path):
+def test_a_damaged_checkpoint_is_one_line(config_file, finished, tmp_path, capfd):
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", finished.workdir, folder], check=True)
     for path in (folder / "checkpoints" / "24" / "params" / "d").iterdir():
         path.unlink()
-    text = Run(config_file, folder).finish(2)
-    assert text.count("\n") == 1
-    assert f"{folder}/checkpoints/24" in text
+    assert main([f"--config={config_file}", f"--workdir={folder}"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"{folder}/checkpoints/24" in err
