@@ -16,7 +16,6 @@ import decoding
 import jax
 import numpy as np
 import pytest
-import quick
 import transcription
 from decoding import CASES, CLOSE_CALL, MASK, MODEL, NEVER, PARAMS, WHOLE, Case
 
@@ -42,7 +41,7 @@ CHANGED = [
     )
 ]
 
-decoder = quick.jit(functools.partial(decode.decode, MODEL), static_argnames="shape")
+decoder = jax.jit(functools.partial(decode.decode, MODEL), static_argnames="shape")
 
 
 def final_states(cases: Sequence[Case], shape=SHAPE, params=PARAMS, replay=None) -> list[decode.DecodeState]:
