@@ -35,9 +35,10 @@ demo: $(STAMP)
 		$(BIN)/python -m refusion_jax.train --config=configs/tiny.py --workdir=$(RUN)
 	JAX_PLATFORMS=cpu $(BIN)/python -m refusion_jax.demo --checkpoint=$(RUN)
 
-# Two processes: much of a test is one thread that compiles. Files stay whole, as their tests share programs.
+# Two processes: much of a test is one thread that compiles. Files stay whole, as their tests share programs,
+# in the order that tests/conftest.py gives them.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long

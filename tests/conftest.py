@@ -2,6 +2,9 @@
 
 Processes that tests start find in the cache what others have compiled. It goes with the run, unless
 JAX_COMPILATION_CACHE_DIR names a folder: then the next run need not compile again what has not changed.
+
+Most of the time of the tests is XLA's, which compiles programs that are run a few times. It is told to make
+little effort, unless XLA_FLAGS says how much: XLA_FLAGS=--xla_backend_optimization_level=3 is what users get.
 """
 
 import atexit
@@ -9,10 +12,75 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in flags:
+    flags += " --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = flags + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+
+pytest.register_assert_rewrite("decoding", "sampling")
+
+# With the others after them, no process is left with much at the end.
+LONGEST = (
+    "test_train",
+    "test_parity",
+    "test_bench",
+    "test_blocks",
+    "test_launch",
+    "test_lora_training",
+    "test_triton_attention",
+    "test_sample",
+    "test_readme",
+    "test_evaluate",
+    "test_decode",
+    "test_decode_loop",
+    "test_ablations",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first; the rest as before."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+# What tests of several files share. What imports JAX is imported when it is asked for.
+
+
+@pytest.fixture(scope="session")
+def eventful():
+    """The batch of slot decoding in which most happens."""
+    from decoding import eventful_batch
+
+    return eventful_batch()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder with a trained model."""
+    from sampling import copied
+
+    return copied(tmp_path_factory.mktemp("sample") / "model")
+
+
+@pytest.fixture(scope="session")
+def opened(checkpoint):
+    """Its model, parameters and tokenizer."""
+    from refusion_jax import load
+
+    return load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def served(checkpoint, tmp_path_factory):
+    """What `sample` makes of a file of requests."""
+    from sampling import serve
+
+    return serve(checkpoint, tmp_path_factory.mktemp("served"))

@@ -1,6 +1,6 @@
 """Scores of slots, and keys and values of infills computed once more, against the transcription.
 
-The cases are those of test_decode.py, with these settings mixed in every batch.
+The cases are those of decoding.py, with these settings mixed in every batch.
 """
 
 import argparse
@@ -12,20 +12,19 @@ import types
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import decoding
 import jax
 import numpy as np
 import pytest
-import quick
-import test_decode
 import transcription
-from test_decode import CASES, CLOSE_CALL, MASK, MODEL, NEVER, PARAMS, WHOLE, Case
+from decoding import CASES, CLOSE_CALL, MASK, MODEL, NEVER, PARAMS, WHOLE, Case
 
 from refusion_jax import decode, opening, serving
 from refusion_jax.answers import Replay
 from refusion_jax.errors import BadInput
 from refusion_jax.requests import SLOT_SCORES, DecodeConfig
 
-SHAPE = dataclasses.replace(test_decode.SHAPE, scores=("mean", "entropy"), recompute=True)
+SHAPE = dataclasses.replace(decoding.SHAPE, scores=("mean", "entropy"), recompute=True)
 # Without entropies.
 ALONE_AHEAD = dataclasses.replace(SHAPE, rows=1, ahead=64, scores=("mean",))
 SETTINGS = list(itertools.product(SLOT_SCORES, (True, True, True, False)))
@@ -42,19 +41,19 @@ CHANGED = [
     )
 ]
 
-decoder = quick.jit(functools.partial(decode.decode, MODEL), static_argnames="shape")
+decoder = jax.jit(functools.partial(decode.decode, MODEL), static_argnames="shape")
 
 
 def final_states(cases: Sequence[Case], shape=SHAPE, params=PARAMS, replay=None) -> list[decode.DecodeState]:
     """The states that rows end in, decoded as one batch."""
     batch = decode.prepare(MODEL, [c.prompt for c in cases], [c.config for c in cases], shape)
     state = jax.device_get(decoder(params, *batch[:4], replay, shape=shape))
-    return [test_decode.rows_of(state, row) for row in range(len(cases))]
+    return [decoding.rows_of(state, row) for row in range(len(cases))]
 
 
 def steps(case: Case, state: decode.DecodeState) -> list[transcription.Step]:
     made = types.SimpleNamespace(trace=state.trace, num_iterations=state.row.iterations)
-    return test_decode.steps(case, made)
+    return decoding.steps(case, made)
 
 
 class Run(NamedTuple):
@@ -66,8 +65,8 @@ class Run(NamedTuple):
 @functools.cache
 def runs() -> list[Run]:
     """All cases but those that the order of a sum decides, by the transcription and by the package."""
-    states = [state for batch in test_decode.batches(CHANGED) for state in final_states(batch)]
-    plain = [test_decode.transcribed(case) for case in CHANGED]
+    states = [state for batch in decoding.batches(CHANGED) for state in final_states(batch)]
+    plain = [decoding.transcribed(case) for case in CHANGED]
     kept = [run for run in map(Run, CHANGED, plain, states) if run.plain.margin >= CLOSE_CALL]
     assert len(kept) > 0.9 * len(CHANGED)
     return kept
@@ -80,7 +79,7 @@ def assert_holds(state: decode.DecodeState, run: Run) -> None:
     assert state.tokens[plain.positions].tolist() == plain.tokens, run.case
     if not plain.tokens:
         return
-    _, kv = WHOLE.with_kv(plain.tokens, plain.positions, test_decode.as_mask(plain.sees))
+    _, kv = WHOLE.with_kv(plain.tokens, plain.positions, decoding.as_mask(plain.sees))
     for ours, theirs in zip(jax.tree.leaves(state.cache.layers), jax.tree.leaves(kv), strict=True):
         np.testing.assert_allclose(ours[:, plain.positions], theirs, rtol=0, atol=5e-5, err_msg=str(run.case))
 
@@ -90,7 +89,7 @@ def assert_holds(state: decode.DecodeState, run: Run) -> None:
 
 def test_what_there_is_to_see_occurs():
     seen = collections.Counter(name for run in runs() for name in run.plain.seen)
-    assert seen["recomputed"] > 10 and seen["recomputed with EOS"] > 2 and seen[test_decode.LOST] > 0, seen
+    assert seen["recomputed"] > 10 and seen["recomputed with EOS"] > 2 and seen[decoding.LOST] > 0, seen
     for score in SLOT_SCORES:
         config = [run.case.config for run in runs() if run.case.config.slot_score == score]
         assert len({c.slot_threshold for c in config if 0 < c.slot_threshold < 1}) > 3, score
@@ -150,7 +149,7 @@ def test_scores_choose_differently():
 
 def test_recomputing_changes_keys_and_values_and_no_token_of_the_infill():
     compared = 0
-    for batch in test_decode.batches(CASES["fixed"][:32]):
+    for batch in decoding.batches(CASES["fixed"][:32]):
         without, again = (
             final_states([changed(case, recompute=asked) for case in batch]) for asked in (False, True)
         )
@@ -183,7 +182,7 @@ def test_a_recomputing_course_is_replayed():
 
 
 def test_default_requests_carry_nothing_of_it():
-    shape = test_decode.SHAPE
+    shape = decoding.SHAPE
     batch = decode.prepare(MODEL, [[1]], [DecodeConfig(MASK, NEVER, 8)], shape)
     assert batch.requests.slot_score is None and batch.requests.recompute is None
     init = functools.partial(decode.init, MODEL, shape=shape)
@@ -245,4 +244,4 @@ def test_impossible_settings(settings, message):
 def test_a_shape_that_does_not_hold_them_is_refused(settings, message):
     config = DecodeConfig(MASK, NEVER, 8, **settings)
     with pytest.raises(BadInput, match=message):
-        decode.sample(MODEL, PARAMS, [[1]], config, shape=test_decode.SHAPE)
+        decode.sample(MODEL, PARAMS, [[1]], config, shape=decoding.SHAPE)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decode import CONFIG, random_params
+from decoding import CONFIG, random_params
 
 from refusion_jax import joined, serving
 from refusion_jax.baselines import bd3, mdm

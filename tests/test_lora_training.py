@@ -1,17 +1,15 @@
 """Training adapters: on every mesh the same, resumed to the last bit, merged for all readers."""
 
+import contextlib
 import dataclasses
 import functools
-import os
+import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import quick
 from flax.traverse_util import flatten_dict
 
 from refusion_jax import checkpoint, hf, joined, load, lora
@@ -69,7 +67,7 @@ def take_steps(run: RunConfig):
     def value(leaf):
         return jax.device_put(random.normal(size=leaf.shape, scale=0.2).astype(leaf.dtype), leaf.sharding)
 
-    start = program.start.lower(program.state.base).compile(quick.QUICK)
+    start = program.start.lower(program.state.base).compile()
     state = start(jax.tree.map(value, program.state.base))
     before = jax.tree.map(np.asarray, state)
     batch = {
@@ -79,7 +77,7 @@ def take_steps(run: RunConfig):
         "index": np.arange(8),
     }
     batch = jax.device_put({name: x.astype("i4") for name, x in batch.items()}, program.rows)
-    step = program.step.lower(program.state, batch).compile(quick.QUICK)
+    step = program.step.lower(program.state, batch).compile()
     taken = []
     for _ in range(3):
         state, values = step(state, batch)
@@ -130,23 +128,11 @@ def test_it_needs_a_model_to_adapt():
 
 
 def command(config_file: Path, folder: Path) -> str:
-    """What the command prints, in a process of its own."""
-    xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "refusion_jax.train",
-            f"--config={config_file}",
-            f"--workdir={folder}",
-        ],
-        env=os.environ | {"XLA_FLAGS": xla},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What the command prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([f"--config={config_file}", f"--workdir={folder}"]) == 0
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +186,7 @@ def test_who_reads_the_run_gets_the_merged_model(finished, tmp_path):
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
 
-    @functools.partial(quick.jit, static_argnames="model")
+    @functools.partial(jax.jit, static_argnames="model")
     def logits(model, params):
         return model.apply({"params": params}, tokens, positions)[0]
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from refusion_jax import diffusion, sharding
 from refusion_jax.attention import attend_fed
@@ -58,7 +57,7 @@ def objective(name: str, places: int = 4, **settings):
     return make_objective(name, DiffusionConfig((4, 8), **{"block_len": BLOCK} | settings), places, MASK)
 
 
-@functools.partial(quick.jit, static_argnames="name")
+@functools.partial(jax.jit, static_argnames="name")
 def of_batch(params, batch, name: str):
     """Losses of a batch, and the logits and noise they are of."""
     asked = objective(name, batch["index"].reshape(len(batch["tokens"]), -1).shape[1])
@@ -68,7 +67,7 @@ def of_batch(params, batch, name: str):
     return diffusion.loss(logits, noised)[1], logits, noised
 
 
-@quick.jit
+@jax.jit
 def masked_logits(params, tokens, positions, mask):
     return Transformer(MODEL).apply(params, tokens, positions, mask=mask)[0]
 
@@ -173,7 +172,7 @@ def test_mdm_sees_all_of_its_example_and_nothing_else(params, groups):
     changed["tokens"][0, 24] += 1  # within the second example
     asked = objective("mdm")
 
-    @quick.jit
+    @jax.jit
     def logits(batch):
         clean = ar_objective.labelled(batch["tokens"], batch["prompt_len"], batch["total_len"])
         model = Transformer(MODEL, causal=asked.causal)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from refusion_jax import diffusion, sharding
 from refusion_jax.data.packing import best_fit
@@ -236,7 +235,7 @@ def noised(request, packed_and_alone):
         drawn = diffusion.draw(jax.random.key(2), batch["index"], total_len - prompt_len, most, config)
         return drawn, diffusion.rearrange(batch["tokens"], prompt_len, total_len, drawn, MASK, config)
 
-    return [jax.device_get(quick.jit(of)(batch)) for batch in packed_and_alone[:2]]
+    return [jax.device_get(jax.jit(of)(batch)) for batch in packed_and_alone[:2]]
 
 
 def test_an_example_is_noised_as_it_would_be_alone(packed_and_alone, noised):
@@ -269,7 +268,7 @@ def test_an_example_is_noised_as_it_would_be_alone(packed_and_alone, noised):
 def test_losses_and_gradients_are_those_of_the_examples_alone(noised):
     model = Transformer(ModelConfig(260, 1, 16, 2, 1, 8, 32))
     nothing = jnp.zeros((1, 1), jnp.int32)
-    params = sharding.unbox(quick.jit(model.init)(jax.random.key(0), nothing, nothing))
+    params = sharding.unbox(jax.jit(model.init)(jax.random.key(0), nothing, nothing))
     params = jax.tree.map(lambda x: x * 5, params)  # so that who attends to whom matters
 
     def loss(params, part, segments):
@@ -277,7 +276,7 @@ def test_losses_and_gradients_are_those_of_the_examples_alone(noised):
         return diffusion.loss(logits, part, 0.7)
 
     (_, together), (_, apart) = noised
-    value_and_grad = quick.jit(jax.value_and_grad(loss, has_aux=True))
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, ours), our_gradients = value_and_grad(params, together, together.segments)
     (_, theirs), their_gradients = value_and_grad(params, apart, None)
     assert all(value > 0.1 for value in theirs.values())
@@ -289,7 +288,7 @@ def test_losses_and_gradients_are_those_of_the_examples_alone(noised):
         our_gradients,
         their_gradients,
     )
-    _, blind = quick.jit(loss)(params, together, None)
+    _, blind = jax.jit(loss)(params, together, None)
     assert abs(blind["loss"] - theirs["loss"]) > 1e-3, "without segments examples see each other"
 
 
@@ -306,8 +305,8 @@ def step_metrics(batch, packing: bool, mesh=(1, 1, 1), **changes) -> dict[str, f
     )
     program = make_program(run, make_mesh(run.mesh, jax.devices()[: np.prod(mesh)]), MASK)
     placed = jax.make_array_from_process_local_data(program.rows, batch)
-    state = program.init.lower().compile(quick.QUICK)()
-    _, values = program.step.lower(state, placed).compile(quick.QUICK)(state, placed)
+    state = program.init.lower().compile()()
+    _, values = program.step.lower(state, placed).compile()(state, placed)
     return {name: float(value) for name, value in values.items()}
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from refusion_jax import attention, sharding
 from refusion_jax.attention import attend_fed, fitting_kernel
@@ -40,7 +39,7 @@ def value_and_gradients(kernel: str, qkv, weights, segments, causal=True):
     return out, gradients
 
 
-dense = quick.jit(functools.partial(value_and_gradients, "dense"), static_argnames="causal")
+dense = jax.jit(functools.partial(value_and_gradients, "dense"), static_argnames="causal")
 
 
 def assert_agree(found, wanted):
@@ -53,7 +52,7 @@ def assert_agree(found, wanted):
 def test_grouped_queries_and_segments(interpreted, segmented, causal):
     qkv, weights, segments = random_inputs(2, 256, 4, 2, 64)
     segments = segments if segmented else None
-    found = quick.jit(functools.partial(value_and_gradients, "splash", causal=causal))(qkv, weights, segments)
+    found = jax.jit(functools.partial(value_and_gradients, "splash", causal=causal))(qkv, weights, segments)
     assert_agree(found, dense(qkv, weights, segments, causal=causal))
 
 
@@ -69,7 +68,7 @@ def test_on_a_mesh(interpreted, heads, kv_heads):
     layout = sharding.layout(boxed, mesh)
     qkv, weights, segments = random_inputs(4, 128, heads, kv_heads, 64)
 
-    @quick.jit
+    @jax.jit
     def run(qkv, weights, segments):
         with layout.scope():
             q, k, v = qkv

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from refusion_jax import sharding
 from refusion_jax.attention import attend, attend_visible, fitting_decode_kernel
@@ -33,7 +32,7 @@ def random_mask(B: int, T: int, filled: np.ndarray) -> np.ndarray:
     return mask
 
 
-@quick.jit
+@jax.jit
 def kernel(qkv, cache, mask):
     return attend_visible(qkv, cache, 1, visible(jnp.asarray(mask), qkv.shape[3] - 2))
 
@@ -84,7 +83,7 @@ PARAMS, _ = params_of(CONFIG)
 JOINED = join(PARAMS)
 
 
-@functools.partial(quick.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def hidden(model, params, tokens, positions, cache=None, mask=None, rows=None):
     return model.apply({"params": params}, tokens, positions, cache, mask, rows=rows, method="hidden")
 

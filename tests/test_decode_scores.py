@@ -1,0 +1,157 @@
+"""What the slot decoder drafts at a temperature, and how it compares probabilities with thresholds."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transcription
+from decoding import (
+    CONFIG,
+    MASK,
+    MODEL,
+    NEVER,
+    PARAMS,
+    SHAPE,
+    WHOLE,
+    Case,
+    arguments,
+    assert_same,
+    committed_places,
+    final_state,
+    hot,
+    raw_ids,
+    sample,
+)
+
+from refusion_jax import decode
+from refusion_jax.answers import read
+from refusion_jax.requests import DecodeConfig
+from refusion_jax.rows import Phase
+from refusion_jax.scores import Heat, score
+
+# Temperature.
+
+
+def test_a_seed_decides_and_the_batch_does_not(eventful):
+    batch = [hot(case, 1.0, seed) for seed, case in enumerate(eventful)]
+    ours = sample(batch)
+    for again, first in zip(sample(batch), ours, strict=True):
+        assert_same(again, first)
+    for again, first in zip(sample(batch[::-1])[::-1], ours, strict=True):
+        assert_same(again, first)
+    (alone,) = sample(batch[2:3])
+    assert_same(alone, ours[2])
+    # Cold neighbours stay cold.
+    mixed = [case if i % 2 else batch[i] for i, case in enumerate(eventful)]
+    for i, (got, cold) in enumerate(zip(sample(mixed), sample(eventful), strict=True)):
+        assert_same(got, cold if i % 2 else ours[i])
+
+
+def test_seeds_differ():
+    case = Case([5, 9, 2], DecodeConfig(MASK, NEVER, gen_length=32))
+    assert len({tuple(raw_ids(s)) for s in sample([hot(case, 3.0, seed) for seed in range(8)])}) == 8
+
+
+def test_no_temperature_is_the_limit_of_a_small_one(eventful):
+    for tiny, cold in zip(sample([hot(case, 1e-9) for case in eventful]), sample(eventful), strict=True):
+        assert_same(tiny, cold)
+
+
+def test_drafts_are_samples_of_the_tempered_softmax_with_confidence_of_the_plain_one():
+    """One token after one prompt, many seeds."""
+    case, temperature, count = Case([5, 9, 2], DecodeConfig(MASK, NEVER, 1, 1)), 2.0, 640
+    _, (logits,) = np.split(
+        WHOLE(np.asarray([5, 9, 2, MASK]), np.arange(4), np.tril(np.ones((4, 4), bool))), [3]
+    )
+    drawn = [s for i in range(0, count, 8) for s in sample([hot(case, temperature, i + k) for k in range(8)])]
+    counts = np.bincount([s.raw_ids[0] for s in drawn], minlength=CONFIG.vocab_size)
+    expected = transcription.probabilities(logits / temperature)
+    deviation = np.sqrt(count * expected * (1 - expected))
+    assert (np.abs(counts - count * expected) < 4 * deviation + 1).all()
+    assert np.abs(expected - transcription.probabilities(logits)).max() > 0.1, "temperature 1 would pass, too"
+    plain = transcription.probabilities(logits)
+    for s in drawn[:50]:
+        np.testing.assert_allclose(s.trace.confidence[0, 0], plain[s.raw_ids[0]], rtol=1e-4)
+
+
+# Probabilities.
+
+
+class Judged(NamedTuple):
+    """Of rows [B] in their plan: the first slot's draft and confidence, and what passes where."""
+
+    draft: np.ndarray
+    confidence: np.ndarray
+    confident: np.ndarray
+    next_passes: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def judge(state, logits, dtype, target):
+    fed = decode.fed_by(state, jnp.int32(MASK), ahead=0)
+    cold = Heat(*(jnp.zeros(SHAPE.block, x) for x in (jnp.float32, jnp.uint32, jnp.int32, jnp.int32)))
+    scored = jax.vmap(lambda x, y: score(x, y, cold))(logits, jnp.full(logits.shape[:2], target))
+    verifying = state.row.replace(phase=jnp.full_like(state.row.phase, Phase.VERIFY))
+    # As if the masks fed were drafts to verify: place 0 of JOINT is the first token.
+    fed = fed.replace(place=jnp.broadcast_to(jnp.arange(SHAPE.block), fed.place.shape))
+    answer = jax.vmap(lambda *args: read(*args, None, dtype))(scored, fed, verifying, state.requests)
+    return Judged(answer.draft, answer.confidence, answer.confident, answer.passes)
+
+
+def scores(logits: np.ndarray, configs: Sequence[DecodeConfig], target=0) -> Judged:
+    """What rows make of their logits [V], all alike along the block."""
+    prompts, requests, *_ = arguments([Case([1], config) for config in configs])
+    state = decode.init(MODEL, prompts, requests, shape=SHAPE)
+    logits = np.broadcast_to(logits, (SHAPE.rows, SHAPE.block, logits.shape[-1]))
+    return jax.device_get(judge(state, logits, logits.dtype, target))
+
+
+def test_thresholds_are_strict():
+    thresholds = [1.0, 2.0, 0.999, 0.0, -1.0]
+    configs = [DecodeConfig(MASK, NEVER, slot_threshold=x, token_threshold=x) for x in thresholds]
+    logits = np.zeros(CONFIG.vocab_size, np.float32)
+    logits[7] = 200  # a probability of 1, and of 0 for all others
+    sure = scores(logits, configs, target=7)
+    assert sure.confidence[0, 0] == 1 and sure.draft[0, 0] == 7
+    assert (
+        sure.confident[:5, 0].tolist() == sure.next_passes[:5, 1].tolist() == [False, False, True, True, True]
+    )
+    assert scores(logits, configs, target=8).next_passes[:5, 1].tolist() == [False, False, False, False, True]
+
+
+def test_release_rounds_probabilities_and_thresholds_to_the_type_of_the_logits():
+    """p = 0.4005 is above 0.4, but rounded to bfloat16 they are the same number."""
+    configs = [
+        DecodeConfig(MASK, NEVER, slot_threshold=0.4, token_threshold=0.4, semantics=semantics)
+        for semantics in ("fixed", "release")
+    ]
+    logits = np.full(CONFIG.vocab_size, -100, np.float32)
+    logits[:4] = [0.6953125, 0, 0, 0]  # e^0.6953125 is 2.0043
+    rough = scores(logits.astype(jnp.bfloat16), configs)
+    assert abs(rough.confidence[0, 0] - 0.4005) < 1e-4 and rough.confidence[1, 0] == 0.400390625
+    assert rough.confident[:2, 0].tolist() == rough.next_passes[:2, 1].tolist() == [True, False]
+    exact = scores(logits, configs)
+    assert exact.confident[:2, 0].tolist() == exact.next_passes[:2, 1].tolist() == [True, True]
+
+
+def test_bfloat16_model_decodes(eventful):
+    model = MODEL.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    release = [c._replace(config=dataclasses.replace(c.config, semantics="release")) for c in eventful]
+    batch = [*eventful[:4], *release[:4]]
+    ours = sample(batch, model, params)
+    state = final_state(batch, model, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.cache.layers)} == {jnp.dtype(jnp.bfloat16)}
+    for i, (case, s) in enumerate(zip(batch, ours, strict=True)):
+        assert np.flatnonzero(state.cache.filled[i])[len(case.prompt) :].tolist() == committed_places(case, s)
+        assert s.num_raw > 0 and (s.raw_ids < CONFIG.vocab_size).all()
+        confidences = s.trace.confidence[s.trace.confidence >= 0]
+        in_bfloat16 = (confidences == confidences.astype(jnp.bfloat16).astype(np.float32)).all()
+        assert in_bfloat16 == (case.config.semantics == "release")
+    shuffled = [6, 0, 3, 5]
+    for again, i in zip(sample([batch[i] for i in shuffled], model, params), shuffled, strict=True):
+        assert_same(again, ours[i])
