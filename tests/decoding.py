@@ -184,25 +184,30 @@ class Run(NamedTuple):
 
 
 @functools.cache
+def transcriptions(semantics: str) -> list[transcription.Decoded]:
+    return [transcribed(case) for case in CASES[semantics]]
+
+
+@functools.cache
 def run(semantics: str) -> Run:
     ours, states = [], []
     for batch in batches(CASES[semantics]):
         ours += sample(batch)
         state = final_state(batch)
         states += [rows_of(state, row) for row in range(len(batch))]
-    return Run(CASES[semantics], ours, states, [transcribed(case) for case in CASES[semantics]])
+    return Run(CASES[semantics], ours, states, transcriptions(semantics))
 
 
 def eventful_batch() -> Sequence[Case]:
     """The batch in which most happens."""
-    fixed = run("fixed")
+    plain = transcriptions("fixed")
 
     def happened(first: int) -> int:
-        return len({name for plain in fixed.plain[first : first + SHAPE.rows] for name in plain.seen})
+        return len({name for decoded in plain[first : first + SHAPE.rows] for name in decoded.seen})
 
-    first = max(range(0, len(fixed.cases), SHAPE.rows), key=happened)
+    first = max(range(0, len(plain), SHAPE.rows), key=happened)
     assert happened(first) >= 8
-    return fixed.cases[first : first + SHAPE.rows]
+    return CASES["fixed"][first : first + SHAPE.rows]
 
 
 def committed_places(case: Case, samples: Samples) -> list[int]:
