@@ -127,12 +127,16 @@ def judge(task: Task, examples: Sequence[Example], answers: Sequence[dict[str, A
         answer["task"] = task.name
 
 
+def useful_tokens(answer: Mapping[str, Any]) -> int:
+    """Of a result as `sample` writes it: those of the answer and the EOS after it."""
+    return min(len(answer["ids"]) + 1, answer["num_tokens"])  # raw_ids go on where ids end at an EOS
+
+
 def summary(answers: list[dict[str, Any]], seconds: float, compile_seconds: float, batch_size: int) -> Score:
     """The figures of answers that were judged, decoded `batch_size` at a time."""
     count = len(answers)
     forwards = sum(answer["num_forwards"] for answer in answers)
-    # raw_ids go on where ids end at an EOS.
-    useful = sum(min(len(answer["ids"]) + 1, answer["num_tokens"]) for answer in answers)
+    useful = sum(map(useful_tokens, answers))
     accuracy = sum(answer["correct"] for answer in answers) / count
     return Score(
         accuracy=accuracy,

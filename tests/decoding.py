@@ -16,8 +16,9 @@ import numpy as np
 import transcription
 
 from refusion_jax import decode
+from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.model import ModelConfig, Transformer
-from refusion_jax.requests import DecodeConfig, Requests, Shape
+from refusion_jax.requests import Requests, Shape
 from refusion_jax.samples import Samples
 from refusion_jax.sharding import unbox
 

@@ -21,8 +21,8 @@ from decoding import CASES, CLOSE_CALL, MASK, MODEL, NEVER, PARAMS, WHOLE, Case
 
 from refusion_jax import decode, opening, serving
 from refusion_jax.answers import Replay
+from refusion_jax.decode_config import SLOT_SCORES, DecodeConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.requests import SLOT_SCORES, DecodeConfig
 
 SHAPE = dataclasses.replace(decoding.SHAPE, scores=("mean", "entropy"), recompute=True)
 # Without entropies.

@@ -36,8 +36,8 @@ from decoding import (
 )
 
 from refusion_jax import decode, hf
+from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.model import Transformer
-from refusion_jax.requests import DecodeConfig
 from refusion_jax.rows import Phase
 from refusion_jax.sharding import MeshConfig, layout, make_mesh
 

@@ -29,7 +29,7 @@ from decoding import (
 
 from refusion_jax import decode
 from refusion_jax.answers import read
-from refusion_jax.requests import DecodeConfig
+from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.rows import Phase
 from refusion_jax.scores import Heat, score
 

@@ -20,9 +20,10 @@ import pytest
 
 from refusion_jax import decode, diffusion, hf
 from refusion_jax.baselines import ar
+from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.errors import BadInput
 from refusion_jax.model import Transformer, stack_layers
-from refusion_jax.requests import DecodeConfig, Requests, Shape, bucket
+from refusion_jax.requests import Requests, Shape, bucket
 
 ORACLE = Path(os.environ.get("REFUSION_ORACLE", Path(__file__).parent / "data" / "oracle"))
 FOLDERS = sorted(path.parent for path in ORACLE.glob("*/config.json"))

@@ -15,8 +15,9 @@ from decoding import (
 )
 
 from refusion_jax import decode
+from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.requests import DecodeConfig, Shape, bucket
+from refusion_jax.requests import Shape, bucket
 
 # Shapes.
 

@@ -31,8 +31,9 @@ from sampling import (
 )
 
 from refusion_jax import decode, opening
+from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.feed import tokens_ahead
-from refusion_jax.requests import DecodeConfig, Shape
+from refusion_jax.requests import Shape
 
 
 def test_results_come_in_the_order_of_the_requests(served):

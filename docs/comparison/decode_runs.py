@@ -30,8 +30,9 @@ import settings as choices
 
 from refusion_jax import opening, serving
 from refusion_jax.config import Parser
+from refusion_jax.data.pipeline import make_tasks
 from refusion_jax.data.task import Task
-from refusion_jax.data.tasks import make_task
+from refusion_jax.evaluate import useful_tokens
 from refusion_jax.requests import Shape
 from refusion_jax.serving import Request
 
@@ -59,62 +60,58 @@ def requests_of(opened: opening.Opened, queries: Sequence[str], settings: dict[s
 
 
 def decode(
-    opened: opening.Opened, tasks: dict[str, Task], queries: Queries, settings: dict[str, Any], shape: Shape
+    opened: opening.Opened,
+    tasks: dict[str, Task],
+    queries: Queries,
+    requests: dict[str, list[Request]],
+    shape: Shape,
+    repeats: int,
 ) -> dict[str, dict[str, float]]:
-    """What a setting makes of the queries of every task."""
+    """What becomes of the requests of every task; seconds are the median of `repeats` times."""
     model, params, tokenizer, *_ = opened
     found = {}
-    for name, of_task in queries.items():
-        requests = requests_of(opened, of_task, settings)
-        start = time.perf_counter()
-        answers = list(serving.serve(model, params, tokenizer, requests, shape))
-        seconds = time.perf_counter() - start
-        right = tasks[name].check_all([(q, a["text"]) for q, a in zip(of_task, answers, strict=True)])
+    for name, of_task in requests.items():
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            answers = list(serving.serve(model, params, tokenizer, of_task, shape))
+            seconds.append(time.perf_counter() - start)
+        right = tasks[name].check_all([(q, a["text"]) for q, a in zip(queries[name], answers, strict=True)])
         found[name] = {
             "problems": len(of_task),
             "right": sum(right),
-            "answer_tokens": sum(len(a["ids"]) + (a["finish_reason"] == "eos") for a in answers),
+            "answer_tokens": sum(map(useful_tokens, answers)),
             "tokens": sum(a["num_tokens"] for a in answers),
             "forwards": sum(a["num_forwards"] for a in answers),
-            "seconds": round(seconds, 4),
+            "seconds": round(statistics.median(seconds), 4),
         }
     return found
 
 
 def every_setting(
-    opened: opening.Opened, tasks: dict[str, Task], plan: Sequence[tuple[dict, Queries]], batch_size: int
+    opened: opening.Opened,
+    tasks: dict[str, Task],
+    plan: Sequence[tuple[dict, Queries]],
+    batch_size: int,
+    repeats: int = 1,
 ) -> list[dict[str, Any]]:
     """Decodes each of (settings, queries) at one shape that holds them all."""
-    requests = [
-        request
+    asked = [
+        {task: requests_of(opened, of_task, settings) for task, of_task in queries.items()}
         for settings, queries in plan
-        for of_task in queries.values()
-        for request in requests_of(opened, of_task, settings)
     ]
-    shape = serving.fitting_shape(requests, batch_size)
-    serving.warm_up(opened.model, opened.params, opened.tokenizer, requests[0], shape)
+    flat = [request for requests in asked for of_task in requests.values() for request in of_task]
+    shape = serving.fitting_shape(flat, batch_size)
+    serving.warm_up(opened.model, opened.params, opened.tokenizer, flat[0], shape)
     return [
         {
             "settings": settings,
+            "repeats": repeats,
             "shape": dataclasses.asdict(shape),
-            "tasks": decode(opened, tasks, queries, settings, shape),
+            "tasks": decode(opened, tasks, queries, requests, shape, repeats),
         }
-        for settings, queries in plan
+        for (settings, queries), requests in zip(plan, asked, strict=True)
     ]
-
-
-def timed(
-    opened: opening.Opened,
-    tasks: dict[str, Task],
-    settings: dict[str, Any],
-    queries: Queries,
-    batch_size: int,
-) -> dict[str, Any]:
-    """An entry at the shape that suits the setting, its seconds the median of REPEATS."""
-    entries = every_setting(opened, tasks, [(settings, queries)] * REPEATS, batch_size)
-    for task, row in entries[0]["tasks"].items():
-        row["seconds"] = statistics.median(entry["tasks"][task]["seconds"] for entry in entries)
-    return {"repeats": REPEATS} | entries[0]
 
 
 def plan_of(stage: str, name: str, method: str, queries: Queries) -> list[tuple[dict[str, Any], Queries]]:
@@ -137,10 +134,8 @@ def plan_of(stage: str, name: str, method: str, queries: Queries) -> list[tuple[
 def held_out() -> dict[str, Task]:
     """The tasks of configs/comparison.py that have a judge, with their settings there."""
     config = runpy.run_path("configs/comparison.py")["get_config"]()
-    settings = config.data.tasks.to_dict()
-    for of in settings.values():
-        of.pop("share", None)
-    return {name: make_task(name, of) for name, of in settings.items() if name != "text"}
+    tasks, _ = make_tasks(config.data.tasks.to_dict())
+    return {task.name: task for task in tasks if task.judged}
 
 
 def main() -> None:
@@ -163,7 +158,8 @@ def main() -> None:
         for settings, _ in plan:
             for batch_size, part in ((1, 8), (32, 2)):
                 few = {task: of[: max(1, flags.limit // part)] for task, of in queries.items()}
-                found.append({"batch_size": batch_size} | timed(opened, tasks, settings, few, batch_size))
+                (entry,) = every_setting(opened, tasks, [(settings, few)], batch_size, REPEATS)
+                found.append({"batch_size": batch_size} | entry)
     else:
         found = every_setting(opened, tasks, plan, flags.batch_size)
     result = {

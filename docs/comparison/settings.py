@@ -29,6 +29,11 @@ def crossed(**choices: Iterable[Any]) -> list[Settings]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+def distinct(settings: Sequence[Settings]) -> list[Settings]:
+    """Each once, where it comes first."""
+    return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+
+
 def grid(method: str) -> list[Settings]:
     """What validation chooses from; its first is what the search for learning rates decodes by."""
     if method == "ar":
@@ -63,7 +68,7 @@ def ablations() -> list[Settings]:
         *crossed(recompute=[False, True], slot_threshold=[0.5, 0.7, 0.9]),
     ]
     settings = [{"slot_size": size} | USUAL | change for size in (8, 32) for change in varied] + slot_sizes()
-    return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+    return distinct(settings)
 
 
 def accuracy(rows: Iterable[Counts]) -> float:
@@ -105,4 +110,4 @@ def timed(entries: Sequence[Entry]) -> list[Settings]:
         caches = sorted({entry["settings"].get("cache", "") for entry in several})
         alike = [[e for e in several if e["settings"].get("cache", "") == cache] for cache in caches]
         chosen = [best(uncached, uncached[0]["tasks"]), *map(fastest, alike)]
-    return [setting for i, setting in enumerate(chosen) if setting not in chosen[:i]]
+    return distinct(chosen)

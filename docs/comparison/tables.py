@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from figures import NAMES, Result, results, shown, speeds, varied, with_interval
-from settings import accuracy, tokens_a_pass
+from settings import accuracy, slot_sizes, tokens_a_pass
 
 from refusion_jax.evaluate import wilson
 
@@ -50,15 +50,14 @@ def search() -> str:
 
 def right_answers() -> str:
     """Accuracy on held-out problems, each task by the setting that validation chose for it."""
-    found: dict[str, dict[str, tuple[Result, Result]]] = {}  # method -> task -> (counts, settings)
+    found: dict[str, dict[str, Result]] = {}  # method -> task -> counts
     for name, result in results("test").items():
         for entry in result["found"]:
-            rows = {task: (row, entry["settings"]) for task, row in entry["tasks"].items()}
-            found.setdefault(name, {}).update(rows)
+            found.setdefault(name, {}).update(entry["tasks"])
     methods = [name for name in NAMES if name in found]
     tasks = sorted({task for of in found.values() for task in of})
-    rows = [[f"`{task}`", *(share(found[name][task][0]) for name in methods)] for task in tasks]
-    means = [with_interval(row for row, _ in found[name].values()) for name in methods]
+    rows = [[f"`{task}`", *(share(found[name][task]) for name in methods)] for task in tasks]
+    means = [with_interval(found[name].values()) for name in methods]
     return table(["task", *map(NAMES.get, methods)], [*rows, ["mean", *means]])
 
 
@@ -111,8 +110,7 @@ def sizes() -> str:
             for of in (list(entry["tasks"].values()) for entry in result["found"])
         ]
         rows.append([f"`{run}`", *cells])
-        header = [f"slots of {entry['settings']['slot_size']}" for entry in result["found"]]
-    return table(["run", *header], rows)
+    return table(["run", *(f"slots of {setting['slot_size']}" for setting in slot_sizes())], rows)
 
 
 def commands() -> str:

@@ -36,40 +36,42 @@ FILLED = {"data.eos_multiple": 32, "data.eos_extra_blocks": 2}
 OBJECTIVES = {"ar": {}, "refusion": {}, "mdm": FILLED, "bd3": FILLED}
 
 
-def plan(stage: str, only: str) -> Iterator[tuple[str, dict]]:
-    """(name of a run, its overrides), where the name begins with `only`."""
+def plan(stage: str) -> Iterator[tuple[str, dict]]:
+    """(name of a run, its overrides)."""
     for objective, filled in OBJECTIVES.items():
         if stage == "search":
             for rate in CANDIDATES:
                 steps = {"train.steps": SEARCH_STEPS, "optimizer.learning_rate": rate}
                 yield searched(objective, rate), {"objective": objective} | filled | steps
-        if stage == "main" and objective.startswith(only):
-            yield objective, {"objective": objective} | filled | full(objective)
+        if stage == "main":
+            yield objective, {"objective": objective} | filled | {"train.steps": STEPS}
     if stage == "ablations":
-        refusion = {"objective": "refusion"} | full("refusion")
         for part in (4, 2):
-            yield f"refusion_data_1_{part}", refusion | {"train.steps": STEPS // part}
+            yield f"refusion_data_1_{part}", {"objective": "refusion", "train.steps": STEPS // part}
         for size in (4, 8, 16, 32):
-            few = {"train.steps": STEPS // 4, "diffusion.slot_sizes": (size,)}
-            yield f"refusion_slots_{size}", refusion | few
+            few = {"objective": "refusion", "train.steps": STEPS // 4}
+            yield f"refusion_slots_{size}", few | {"diffusion.slot_sizes": (size,)}
 
 
 def searched(objective: str, rate: float) -> str:
     return f"{objective}_rate_{rate:g}"
 
 
-def full(objective: str) -> dict:
-    """Steps, and the rate at which the search had most right answers in validation."""
+def best_rate(objective: str) -> float:
+    """That at which the search had most right answers in validation."""
 
     def right(rate: float) -> int:
         result = json.loads((RESULTS / f"search_{searched(objective, rate)}.json").read_text())
         return sum(row["right"] for row in result["found"][0]["tasks"].values())
 
-    return {"train.steps": STEPS, "optimizer.learning_rate": max(CANDIDATES, key=right)}
+    return max(CANDIDATES, key=right)
 
 
 def command(name: str, overrides: dict) -> list[str]:
+    """What trains a run; at the best rate where the overrides say none."""
     settings = {"train.save_every": overrides["train.steps"]} | overrides
+    if "optimizer.learning_rate" not in settings:
+        settings["optimizer.learning_rate"] = best_rate(settings["objective"])
     return [
         "python",
         "-m",
@@ -137,7 +139,7 @@ def main() -> None:
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: None)  # sent to the group, it is the runs' to act on
     jobs: queue.Queue = queue.Queue()
-    for name, overrides in plan(flags.stage, flags.only):
+    for name, overrides in plan(flags.stage):
         if name.startswith(flags.only):
             jobs.put((name, overrides))
     codes: list[int] = []

@@ -88,7 +88,7 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
     template = {} if config.enable_thinking else {"enable_thinking": False}
     encoder = Encoder(tokenizer, config.max_length, template, config.eos_multiple, config.eos_extra_blocks)
     if config.source == "tasks":
-        tasks, shares = _make_tasks(config.tasks)
+        tasks, shares = make_tasks(config.tasks)
         drawn = TaskExamples(encoder, tasks, config.split, seed, shares)
         return PackedTaskExamples(drawn, config.max_length, config.places) if config.packing else drawn
     shuffle_seed = seed if config.shuffle else None
@@ -116,8 +116,12 @@ def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:
     raise BadInput(f"data.source is {config.source!r}, expected tasks, jsonl or tfds")
 
 
-def _make_tasks(tasks: Mapping[str, Mapping] | Sequence[str] | str) -> tuple[list[Task], list[int]]:
-    """The tasks and their shares."""
+def make_tasks(tasks: Mapping[str, Mapping] | Sequence[str] | str) -> tuple[list[Task], list[int]]:
+    """The tasks that `DataConfig.tasks` names, and their shares.
+
+    Raises:
+      BadInput: there is none, or one is unknown or set wrongly.
+    """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise BadInput(f"data.tasks is empty, expected some of {', '.join(TASKS)}")
