@@ -28,11 +28,11 @@ def get_config() -> ConfigDict:
     tasks = {
         "arithmetic": {},
         "multiplication": {"left_digits": 2, "right_digits": 2},
-        "countdown": {"numbers": 3},
-        "word_problems": {"max_steps": 4},
-        "paths": {"nodes": 7, "extra": 3, "max_steps": 3},
+        "countdown": {"numbers": 3, "largest": 12},
+        "word_problems": {"max_steps": 3},
+        "paths": {"nodes": 6, "extra": 2, "max_steps": 3},
         "extraction": {},
-        "json_records": {},
+        "json_records": {"records": 1, "fields": 4},
         "functions": {},
     }
     c.data = ConfigDict(
@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         }
     )
     c.train = ConfigDict(
-        {"steps": 8000, "batch_size": 32, "save_every": 2000, "log_every": 100, "dtype": "bfloat16"}
+        {"steps": 36000, "batch_size": 32, "save_every": 9000, "log_every": 100, "dtype": "bfloat16"}
     )
     c.optimizer = ConfigDict({"learning_rate": 2e-3, "warmup_steps": 200, "b2": 0.99})
     return c
