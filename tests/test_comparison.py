@@ -1,6 +1,7 @@
 """The scripts of docs/comparison: what they would run can be run, and how they choose and count."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_every_run_can_be_trained(stage):
         assert (run.objective, run.train.save_every) == (name.split("_")[0], run.train.steps)
         assert (run.data.eos_multiple == 32) == (run.objective in ("mdm", "bd3"))
         names.append(name)
-    assert len(set(names)) == {"search": 12, "main": 4, "ablations": 6}[stage]
+    assert len(set(names)) == {"search": 12, "main": 4, "ablations": 5}[stage]
 
 
 def test_the_rate_is_the_one_with_most_right_answers(tmp_path, monkeypatch):
@@ -109,3 +110,17 @@ def test_the_interval_of_a_mean():
     assert figures.half_width([row]) == pytest.approx(1.96 * 0.15811, rel=1e-4)
     assert figures.half_width([row, row]) == pytest.approx(1.96 * 0.15811 / 2**0.5, rel=1e-4)
     assert figures.with_interval([row]) == "50.0 ± 31.0 %"
+
+
+def test_the_page_is_made_of_the_results():
+    tables = of("tables").TABLES
+
+    def part(match):
+        name = match[1]
+        return tables[name]() if name in tables else f"![{name}](comparison/{name.replace(' ', '_')}.svg)"
+
+    text = (ROOT / "docs/comparison/text.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    assert re.sub(r"\{\{(.+?)\}\}", part, text) == page
+    for plot in re.findall(r"\]\((comparison/.+?\.svg)\)", page):
+        assert (ROOT / "docs" / plot).read_text(encoding="utf-8").rstrip().endswith("</svg>")

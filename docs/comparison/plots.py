@@ -5,7 +5,10 @@ from typing import Any
 
 from figures import HERE, NAMES, half_width, results, speeds, varied
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from settings import accuracy, tokens_a_pass
+
+COLOURS = {name: f"C{i}" for i, name in enumerate(NAMES)}
 
 
 def plot(name: str, draw: Callable[..., None], panels: int = 1) -> str:
@@ -23,7 +26,7 @@ def plot(name: str, draw: Callable[..., None], panels: int = 1) -> str:
 
 def accuracy_against_speed(single: Any, many: Any) -> None:
     for axes, batch_size in ((single, 1), (many, 32)):
-        for method in NAMES.values():
+        for name, method in NAMES.items():
             rows = [r for r in speeds() if r["method"] == method and r["batch_size"] == batch_size]
             if rows:
                 axes.errorbar(
@@ -32,10 +35,30 @@ def accuracy_against_speed(single: Any, many: Any) -> None:
                     yerr=[100 * half_width(r["tasks"]) for r in rows],
                     fmt="o",
                     capsize=2,
+                    color=COLOURS[name],
                     label=method,
                 )
         axes.set(xscale="log", xlabel=f"tokens/s, {batch_size} at a time", ylabel="mean accuracy, %")
-    single.legend()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    single.legend(loc="lower right")
+
+
+def accuracy_against_passes(axes: Any) -> None:
+    """Every setting of validation."""
+    for name, result in results("validation").items():
+        of = [list(entry["tasks"].values()) for entry in result["found"]]
+        axes.plot(
+            [tokens_a_pass(rows) for rows in of],
+            [100 * accuracy(rows) for rows in of],
+            "o",
+            markersize=4,
+            color=COLOURS[name],
+            label=NAMES[name],
+        )
+    axes.set(xlabel="tokens a pass", ylabel="mean accuracy in validation, %")
+    axes.legend(loc="upper right")
 
 
 def thresholds(slot: Any, token: Any) -> None:
@@ -52,7 +75,7 @@ def thresholds(slot: Any, token: Any) -> None:
             )
             right.plot(at, [tokens_a_pass(of) for _, of in rows], ".--", color=colour, alpha=0.6)
         axes.set(xlabel=key, ylabel="mean accuracy in validation, %")
-    slot.legend()
+    token.legend(loc="lower center")
 
 
 def curves(axes: Any) -> None:
@@ -60,6 +83,6 @@ def curves(axes: Any) -> None:
         if run in NAMES:
             curve = result["curve"]
             tokens = [step * result["tokens"] / result["steps"] / 1e6 for step in curve["step"]]
-            axes.plot(tokens, curve["loss"], label=NAMES[run], linewidth=1)
+            axes.plot(tokens, curve["loss"], color=COLOURS[run], label=NAMES[run], linewidth=1)
     axes.set(xlabel="million tokens", ylabel="training loss, each method's own", yscale="log")
     axes.legend()
