@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["refusion_jax", "refusion_jax.*"]),
-    package_data={"refusion_jax": ["traces/*.jsonl"]},
+    package_data={"refusion_jax": ["small/*", "traces/*.jsonl"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

@@ -3,8 +3,9 @@
     python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction --task_settings='{"fields": 2}' \
         --output=runs/eval
     python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction,arithmetic --output=runs/eval
+    python -m refusion_jax.evaluate --checkpoint=DIR --config=configs/small.py --output=runs/eval
 
-writes OUTPUT/results.json (the figures and every setting) and OUTPUT/samples.jsonl (one line a problem).
+write OUTPUT/results.json (the figures and every setting) and OUTPUT/samples.jsonl (one line a problem).
 """
 
 import argparse
@@ -22,12 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refusion_jax import opening, serving
-from refusion_jax.config import Parser
+from refusion_jax import config, opening, serving
+from refusion_jax.data.pipeline import make_tasks
 from refusion_jax.data.task import SPLITS, Task
 from refusion_jax.data.tasks import TASKS, Example, make_task
 from refusion_jax.errors import BadInput, command
 from refusion_jax.serving import Request
+from refusion_jax.train_step import RunConfig
 
 Z = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
 
@@ -160,7 +162,26 @@ def require_judged(task: Task, split: str, limit: int) -> None:
         raise BadInput(f"--limit is {limit}, but {task.name} has {size} problems in its {split} split")
 
 
-def asked_tasks(names: str, settings: Mapping[str, Any]) -> list[Task]:
+def asked_tasks(flags: argparse.Namespace) -> list[Task]:
+    """The tasks of --task or --config; raises BadInput unless there is one of the two."""
+    if (flags.task is None) == (flags.config is None):
+        raise BadInput("--task and --config: give one of the two")
+    if flags.task is not None:
+        return named_tasks(flags.task, read_settings(flags.task_settings or "{}"))
+    if flags.task_settings is not None:
+        raise BadInput("--task_settings is for --task alone, found --config")
+    return config_tasks(flags.config)
+
+
+def config_tasks(path: str) -> list[Task]:
+    """The tasks that a configuration file trains on, as it sets them; raises BadInput if it does not."""
+    data = config.load(path, [], RunConfig).data
+    if data.source != "tasks":
+        raise BadInput(f"--config={path}: must train on tasks, found data.source {data.source!r}")
+    return make_tasks(data.tasks)[0]
+
+
+def named_tasks(names: str, settings: Mapping[str, Any]) -> list[Task]:
     """The tasks of --task, names with commas.
 
     Args:
@@ -204,20 +225,22 @@ def write(folder: Path, figures: Mapping[str, Any], answers: Sequence[Mapping[st
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(
+    parser = config.Parser(
         prog="python -m refusion_jax.evaluate",
         description="Scores a checkpoint on embedded tasks.",
         allow_abbrev=False,
     )
     opening.add_decoding_flags(parser)
-    parser.add_argument(
-        "--task", metavar="NAME,…", required=True, help=f"one or several with commas: {', '.join(TASKS)}"
-    )
+    parser.add_argument("--task", metavar="NAME,…", help=f"one or several with commas: {', '.join(TASKS)}")
     parser.add_argument(
         "--task_settings",
         metavar="JSON",
-        default="{}",
-        help="of the task, or of several by their names (default %(default)s)",
+        help="of the task, or of several by their names (default {})",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="in place of --task, a configuration whose tasks are scored, as set there",
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="problems (default %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", default=200, help="problems (default %(default)s)")
@@ -225,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if flags.limit < 1:
         raise BadInput(f"--limit must be at least 1 problem, found {flags.limit}")
-    tasks = asked_tasks(flags.task, read_settings(flags.task_settings))
+    tasks = asked_tasks(flags)
     for task in tasks:
         require_judged(task, flags.split, flags.limit)
     opened = opening.open_model(flags)
@@ -250,7 +273,7 @@ def results(
     figures = by_task[tasks[0].name] if len(tasks) == 1 else {"tasks": by_task}
     return figures | {
         "checkpoint": flags.checkpoint,
-        "task": flags.task,
+        "task": ",".join(task.name for task in tasks),
         "split": flags.split,
         "problems": flags.limit,
         "method": defaults.method,

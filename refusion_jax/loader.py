@@ -14,15 +14,23 @@ from refusion_jax.errors import BadInput
 from refusion_jax.model import ModelConfig, Transformer
 from refusion_jax.tokenizer import Tokenizer, load_tokenizer
 
+SMALL = Path(__file__).with_name(
+    "small"
+)  # the model that comes with the package, trained by configs/small.py
+
 
 def load(
-    folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: Any = None, int8: bool = False
+    folder: str | Path = SMALL,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    int8: bool = False,
 ) -> tuple[Transformer, dict[str, Any], Tokenizer]:
     """A model ready for decoding.
 
     Args:
       folder: a Hugging Face model folder (config.json, safetensors), or one that training or
-        conversion wrote (config.json, checkpoints/STEP); both carry their tokenizer.
+        conversion wrote (config.json, checkpoints/STEP); both carry their tokenizer. Without it, the
+        small model that comes with the package.
       mesh: devices to spread the parameters over, each process reading what its own hold; None is the
         default device.
       dtype: of parameters and computation; None keeps what is stored.

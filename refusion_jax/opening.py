@@ -13,7 +13,7 @@ from refusion_jax import hf, serving, sharding
 from refusion_jax.baselines import ar, mdm
 from refusion_jax.decode_config import MOST_BLOCK_TOKENS, SEMANTICS, SLOT_SCORES
 from refusion_jax.errors import BadInput
-from refusion_jax.loader import decoding_scope, load
+from refusion_jax.loader import SMALL, decoding_scope, load
 from refusion_jax.model import Transformer
 from refusion_jax.serving import METHODS, Defaults
 from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
@@ -25,7 +25,11 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model decodes and how; shared by the commands that decode."""
     add = parser.add_argument
     add(
-        "--checkpoint", metavar="DIR", required=True, help="model folder: Hugging Face's, or written by train"
+        "--checkpoint",
+        metavar="DIR",
+        default=str(SMALL),
+        help="model folder: Hugging Face's, or written by train "
+        "(default: the small model that comes with the package)",
     )
     add("--method", choices=tuple(METHODS), help="decoder (default: what the checkpoint was trained for)")
     add_setting_flags(parser)

@@ -1,8 +1,11 @@
 """Decodes prompts from the command line, a file of requests, or a terminal.
 
+python -m refusion_jax.sample --prompt="..."
 python -m refusion_jax.sample --checkpoint=DIR --prompt="..."
 python -m refusion_jax.sample --checkpoint=DIR --input=requests.jsonl --output=results.jsonl
 python -m refusion_jax.sample --checkpoint=DIR
+
+Without --checkpoint the small model that comes with the package decodes.
 """
 
 import argparse

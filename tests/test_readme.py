@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = {
     "train": " --config.train.steps=2 --config.train.save_every=2 --config.train.log_every=1",
-    "evaluate": " --limit=8",
+    "evaluate": " --limit=3",
 }
 
 
@@ -55,8 +55,9 @@ def test_every_module_command_works(clone):
         output = run(line + SHORT.get(name, ""), clone)
         assert output.strip(), line
         ran.append(name)
-    assert ran == ["train", "bench", "sample", "convert", "evaluate"]
-    for written in ("runs/tiny/metrics.csv", "runs/exported/model.safetensors", "runs/eval/results.json"):
+    assert ran == ["sample", "evaluate", "train", "bench", "sample", "convert", "evaluate"]
+    results = ("runs/small_eval/results.json", "runs/eval/results.json")
+    for written in ("runs/tiny/metrics.csv", "runs/exported/model.safetensors", *results):
         assert (clone / written).exists()
     (snippet,) = blocks("python")
     (clone / "snippet.py").write_text(snippet)

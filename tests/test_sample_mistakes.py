@@ -68,10 +68,6 @@ def test_a_prompt_that_is_no_text(checkpoint):
     assert_refused(command(f"--checkpoint={checkpoint}", "--prompt=\ud800"), "lone surrogate")
 
 
-def test_the_checkpoint_must_be_named():
-    assert_refused(command("--prompt=1+1"), "--checkpoint")
-
-
 def test_help_names_every_flag_with_its_default():
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stopped:

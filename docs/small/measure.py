@@ -1,0 +1,82 @@
+"""Measures the model that comes with the package, for README.md and for `bench decode --replay`.
+
+    python docs/small/measure.py
+
+writes what `evaluate` finds by slots and left to right to docs/small/METHOD.json and, as a table, to
+README.md, and courses of decoding a few problems of each task to refusion_jax/traces/. It is all that is left
+to do where another model has taken the place of the one in refusion_jax/small.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refusion_jax import config, evaluate, opening
+from refusion_jax.replay import KEYS
+
+ROOT = Path(__file__).parents[2]
+# The dtype is what a CPU takes by itself, so that README's command finds about the same on every machine.
+MODEL = ["--checkpoint=refusion_jax/small", "--dtype=float32", "--gen_length=256"]
+CONFIG = "configs/small.py"
+METHODS = {"refusion": ["--num_blocks=4", "--batch_size=1"], "ar": ["--method=ar"]}
+MARKS = "<!-- by docs/small/measure.py -->\n", "\n<!-- end -->"
+TRACES = {"small_slots8_blocks4": 8, "small_slots32_blocks4": 32}  # file -> tokens of a slot
+COURSES = 4  # of each task
+
+Figures = Mapping[str, Any]
+
+
+def measured(flags: Sequence[str]) -> Figures:
+    with tempfile.TemporaryDirectory() as folder:
+        if evaluate.main([*MODEL, *flags, f"--config={CONFIG}", f"--output={folder}"]):
+            raise SystemExit(2)
+        return json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+
+
+def table(results: Mapping[str, Figures]) -> str:
+    """README's, of the results of METHODS."""
+    asked, cost = f"right of {results['ar']['problems']}", "tokens per forward"
+    columns = ("task", f"ReFusion, {asked}", cost, f"left to right, {asked}", cost)
+    lines = [f"| {' | '.join(columns)} |", "|---" * 5 + "|"]
+    for task in results["refusion"]["tasks"]:
+        cells = [f"`{task}`"]
+        for figures in (results[method]["tasks"][task] for method in METHODS):
+            low, high = figures["interval"]
+            cells.append(f"{figures['accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})")
+            cells.append(f"{figures['tokens_per_forward']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def courses(slot_size: int) -> Iterator[Figures]:
+    """Results with traces, a problem of each task in turn, and no more in them than a replay needs."""
+    parser = config.Parser()
+    opening.add_decoding_flags(parser)
+    opened = opening.open_model(parser.parse_args([*MODEL, "--num_blocks=4", f"--slot_size={slot_size}"]))
+    scores = evaluate.score(opened, evaluate.config_tasks(CONFIG), "test", COURSES, 1, trace=True)
+    for answers in zip(*(scored.answers for scored in scores), strict=True):
+        for answer in answers:
+            trace = [{key: plan[key] for key in KEYS} for plan in answer["trace"]]
+            counts = {key: answer[key] for key in ("num_tokens", "num_forwards")}
+            yield {"id": f"{answer['task']}-{answer['id']}", **counts, "trace": trace}
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    results = {}
+    for method, flags in METHODS.items():
+        results[method] = measured(flags)
+        Path(f"docs/small/{method}.json").write_text(json.dumps(results[method], indent=2) + "\n")
+    readme, (begin, end) = Path("README.md"), map(re.escape, MARKS)
+    readme.write_text(re.sub(f"(?s)(?<={begin}).*(?={end})", lambda _: table(results), readme.read_text()))
+    for name, slot_size in TRACES.items():
+        lines = [json.dumps(course, separators=(",", ":")) + "\n" for course in courses(slot_size)]
+        Path(f"refusion_jax/traces/{name}.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The model that comes with the package: it is there, answers, and is as good as README.md says."""
+
+import ast
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from refusion_jax import bench, bench_decode, evaluate, loader, sample
+from refusion_jax.decode_config import DecodeConfig
+from refusion_jax.replay import read_courses, replay
+from refusion_jax.requests import Shape
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("\n## A model that comes with it\n")[1].split("\n## ")[0]
+MEASURE = runpy.run_path(str(ROOT / "docs" / "small" / "measure.py"))
+RESULTS = {
+    method: json.loads((ROOT / "docs" / "small" / f"{method}.json").read_text())
+    for method in MEASURE["METHODS"]
+}
+FILES = {"config.json", "model.safetensors", "tokenizer_config.json"}
+
+
+def flags(command: str) -> list[str]:
+    """Those of README's command."""
+    return shlex.split(re.search(rf"python -m refusion_jax\.{command} (.*)", SECTION)[1])
+
+
+def test_its_files_are_small():
+    assert {path.name for path in loader.SMALL.iterdir()} == FILES
+    assert sum(path.stat().st_size for path in loader.SMALL.iterdir()) <= 12e6
+
+
+def test_sample_answers_as_in_the_readme(capsys):
+    assert sample.main([*flags("sample"), "--batch_size=1"]) == 0
+    (expected,) = re.findall(r"```\n(.*?)```", SECTION.split("```sh")[1].split("```", 1)[1], flags=re.DOTALL)
+    assert capsys.readouterr().out == expected
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    begin, end = MEASURE["MARKS"]
+    assert SECTION.split(begin)[1].split(end)[0] == MEASURE["table"](RESULTS)
+
+
+def test_what_was_measured_is_what_the_readme_says():
+    asked = set(flags("evaluate"))
+    assert {f"--config={MEASURE['CONFIG']}", "--gen_length=256", *MEASURE["METHODS"]["refusion"]} <= asked
+    for method, results in RESULTS.items():
+        assert results["method"] == method and results["dtype"] == "float32"
+        assert f"--gen_length={results['settings']['gen_length']}" in asked
+
+
+def assert_as_right_as_stated(folder: Path, tasks: set[str]) -> None:
+    """What evaluate found of a few problems, whose intervals are wide, is compatible with README's."""
+    found = json.loads((folder / "results.json").read_text())["tasks"]
+    assert set(found) == tasks
+    for task, figures in found.items():
+        (lower, upper), (least, most) = figures["interval"], RESULTS["refusion"]["tasks"][task]["interval"]
+        assert lower <= most and least <= upper, task
+
+
+@pytest.mark.long
+def test_the_readmes_command_finds_its_accuracies(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert evaluate.main([*flags("evaluate"), "--limit=40", f"--output={tmp_path}"]) == 0
+    assert_as_right_as_stated(tmp_path, set(RESULTS["refusion"]["tasks"]))
+
+
+def test_short_problems_are_as_often_right_as_the_readme_says(tmp_path):
+    """Those whose prompts share `sample`'s compilation."""
+    stated = RESULTS["refusion"]["tasks"]
+    settings = {task: stated[task]["task_settings"] for task in ("arithmetic", "multiplication", "countdown")}
+    asked = [f"--task={','.join(settings)}", f"--task_settings={json.dumps(settings)}"]
+    assert evaluate.main([*asked, "--limit=30", "--batch_size=1", f"--output={tmp_path}"]) == 0
+    assert_as_right_as_stated(tmp_path, set(settings))
+
+
+def test_without_its_files_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("refusion_jax.opening.SMALL", tmp_path / "small")
+    assert sample.main(["--prompt=1+1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'small'} is no folder" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--task and --config: give one of the two"),
+        (["--task=paths", "--config=configs/small.py"], "--task and --config: give one of the two"),
+        (["--config=missing.py"], "--config=missing.py: no such file"),
+        (["--config=configs/small.py", "--task_settings={}"], "--task_settings is for --task alone"),
+        ([f"--config={ROOT}/configs/qwen3_8b.py"], "must train on tasks, found data.source 'jsonl'"),
+    ],
+)
+def test_mistakes_in_what_to_evaluate(capsys, arguments, message):
+    assert evaluate.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+TRACES = pytest.mark.parametrize("name", MEASURE["TRACES"])
+
+
+def trace_file(name: str) -> Path:
+    return loader.SMALL.with_name("traces") / f"{name}.jsonl"
+
+
+@TRACES
+def test_its_courses_fit_the_settings_of_their_name(name):
+    config = DecodeConfig(0, 1, gen_length=256, num_blocks=4, slot_size=MEASURE["TRACES"][name])
+    courses = read_courses(trace_file(name))
+    assert len(courses) == MEASURE["COURSES"] * len(RESULTS["refusion"]["tasks"])
+    rows = len(courses)
+    followed = replay(courses, config, Shape.fitting([[2]] * rows, [config] * rows))
+    assert followed.length.tolist() == [len(course) for course in courses]
+    assert trace_file(name).stat().st_size < 300e3
+
+
+@TRACES
+@pytest.mark.long
+def test_its_courses_are_followed(tmp_path, monkeypatch, name):
+    """By weights of no meaning, which commit whole slots where an EOS cut short what was recorded."""
+    monkeypatch.setattr(bench_decode, "memory_bandwidth", lambda: 1e10)
+    figures, size = tmp_path / "figures.json", MEASURE["TRACES"][name]
+    courses = read_courses(trace_file(name))[:4]
+    shape = [f"--config={ROOT}/configs/tiny.py", "--config.model.num_layers=1", "--dtype=float32"]
+    settings = ["--gen_length=256", "--num_blocks=4", f"--slot_size={size}", "--prompt_length=8"]
+    work = ["--method=refusion", f"--batch_size={len(courses)}", "--repeats=1"]
+    work += [f"--replay={trace_file(name)}", f"--output={figures}"]
+    assert bench.main(["decode", *shape, *settings, *work]) == 0
+    (row,) = json.loads(figures.read_text())
+
+    def begun(plan) -> int:
+        """Slots of a plan that something was committed of."""
+        iterative = plan["branch"] == "iterative"
+        return sum(
+            iterative or not {*range(at, at + size)}.isdisjoint(plan["committed"]) for at in plan["planned"]
+        )
+
+    assert row["tokens"] == size * sum(begun(plan) for course in courses for plan in course)
+
+
+def test_what_is_no_python_is_packed():
+    """setup.py names by its patterns every such file of the package."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (data,) = (node.value for node in ast.walk(tree) if getattr(node, "arg", None) == "package_data")
+    package = ROOT / "refusion_jax"
+    packed = {path for pattern in ast.literal_eval(data)["refusion_jax"] for path in package.glob(pattern)}
+    there = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert packed == {path for path in there if path.suffix != ".py"}
