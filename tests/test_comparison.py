@@ -122,5 +122,6 @@ def test_the_page_is_made_of_the_results():
     text = (ROOT / "docs/comparison/text.md").read_text(encoding="utf-8")
     page = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
     assert re.sub(r"\{\{(.+?)\}\}", part, text) == page
+    assert tables["summary"]() in (ROOT / "README.md").read_text(encoding="utf-8")
     for plot in re.findall(r"\]\((comparison/.+?\.svg)\)", page):
         assert (ROOT / "docs" / plot).read_text(encoding="utf-8").rstrip().endswith("</svg>")

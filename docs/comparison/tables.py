@@ -20,21 +20,41 @@ def share(row: Result) -> str:
     return f"{100 * row['right'] / row['problems']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def claims() -> str:
-    """Arithmetic on means in the test split, and on the speeds of timed()'s first settings: those with most
-    right answers, and of MDM one token a pass without a cache."""
-    right = {
-        name: 100 * accuracy([row for entry in result["found"] for row in entry["tasks"].values()])
+def tested() -> dict[str, list[Result]]:
+    """Of each method the counts of every task in the test split."""
+    return {
+        name: [row for entry in result["found"] for row in entry["tasks"].values()]
         for name, result in results("test").items()
     }
+
+
+def first_speeds() -> dict[tuple[str, int], float]:
+    """Tokens/s by method and batch size, of timed()'s first settings: those with most right answers, and of
+    methods that unmask those of one token a pass, without a cache."""
     first: dict[tuple[str, int], float] = {}
     for row in speeds():
         first.setdefault((row["method"], row["batch_size"]), row["tokens_per_second"])
+    return first
+
+
+def summary() -> str:
+    """A line a method, for README.md."""
+    speed = first_speeds()
+    rows = [
+        [name, with_interval(tested()[key]), *(f"{speed[name, size]:,.0f}" for size in (1, 32))]
+        for key, name in NAMES.items()
+        if (name, 1) in speed
+    ]
+    return table(["method", "right answers", "tokens/s, 1 at a time", "32 at a time"], rows)
+
+
+def claims() -> str:
+    speed = first_speeds()
 
     def against(method: str, batch_size: int) -> str:
-        return f"{first['ReFusion', batch_size] / first[method, batch_size]:.2f}x"
+        return f"{speed['ReFusion', batch_size] / speed[method, batch_size]:.2f}x"
 
-    refusion, ar, mdm = (right[name] for name in ("refusion", "ar", "mdm"))
+    refusion, ar, mdm = (100 * accuracy(tested()[name]) for name in ("refusion", "ar", "mdm"))
     rows = [
         ["right answers, against MDM's", "34 % more", f"{100 * (refusion / mdm - 1):.0f} % more"],
         ["right answers, against AR's", "5.8 points fewer", f"{ar - refusion:.1f} points fewer"],
@@ -163,6 +183,7 @@ def device() -> str:
 # What the page's text calls them.
 TABLES = {
     "device": device,
+    "summary": summary,
     "claims": claims,
     "trained": trained,
     "search": search,
