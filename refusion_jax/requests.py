@@ -139,7 +139,7 @@ class Requests(struct.PyTreeNode):
     @classmethod
     def batch(
         cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig], shape: Shape, vocab_size: int
-    ) -> tuple[jax.Array, "Requests"]:
+    ) -> tuple[np.ndarray, "Requests"]:
         """Prompts int32 [B, P], padded on the right, and their requests.
 
         Raises:
@@ -169,7 +169,8 @@ class Requests(struct.PyTreeNode):
 
 
 class Prepared(NamedTuple):
-    """A batch ready to decode: what `begin` takes beside the model and its parameters.
+    """A batch ready to decode: what `begin` takes beside the model and its parameters. Its arrays are those
+    of NumPy: on the device each would take a call of its own to make.
 
     Attributes:
       prompts: int32 [B, P], padded on the right.
@@ -178,14 +179,16 @@ class Prepared(NamedTuple):
       shape: the padded sizes.
     """
 
-    prompts: jax.Array
+    prompts: np.ndarray
     requests: Any
-    mask_id: jax.Array
-    eos_id: jax.Array
+    mask_id: np.int32
+    eos_id: np.int32
     shape: Shape
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shape, vocab_size: int):
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shape, vocab_size: int
+) -> np.ndarray:
     """Prompts int32 [B, P], padded on the right.
 
     Raises:
@@ -201,7 +204,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shap
     for row, prompt in enumerate(prompts):
         check_prompt(prompt, vocab_size)
         padded[row, : len(prompt)] = prompt
-    return jnp.asarray(padded)
+    return padded
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
@@ -210,6 +213,6 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
         check_whole("an id of a prompt", token, 0, vocab_size - 1)
 
 
-def column(values: Sequence, rows: int, dtype, padding=0) -> jax.Array:
+def column(values: Sequence, rows: int, dtype, padding=0) -> np.ndarray:
     """values as an array [rows], padded at the end."""
-    return jnp.asarray([*values, *[padding] * (rows - len(values))], dtype)
+    return np.asarray([*values, *[padding] * (rows - len(values))], dtype)

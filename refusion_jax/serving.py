@@ -7,8 +7,9 @@ request that cannot be served gets a result with `error`, and the others go on.
 
 import collections
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -185,17 +186,29 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
             taken = [(row, *waiting.popleft()) for row in itertools.islice(free, min(few.rows, len(waiting)))]
             rows, numbers, asked = zip(*taken, strict=True)
             *inputs, _ = method.prepare(model, [r.prompt for r in asked], [r.config for r in asked], few)
-            begun = method.begin(model, params, *inputs, shape=few)
-            state = begun if few == shape else insert_rows(state, begun, _fill(rows, few.rows, shape.rows))
+            if few == shape:
+                state = None  # So that the next may lie where it lay: CUDA graphs are slow to follow.
+                state = method.begin(model, params, *inputs, shape=few)
+            else:
+                begun = method.begin(model, params, *inputs, shape=few)
+                state = insert_rows(state, begun, _fill(rows, few.rows, shape.rows))
+                del begun
             running |= zip(rows, numbers, strict=True)
         state = method.resume(model, params, state, *special, max(0, len(running) - few.rows), shape=shape)
         done = np.asarray(state.done)
         ended = [row for row in running if done[row]]
         for rows in (ended[i : i + few.rows] for i in range(0, len(ended), few.rows)):
-            part = take_rows(state, _fill(rows, few.rows, 0))
-            samples = jax.device_get(method.finish(part, blank.eos_id, few))
+            taken = _finished(method.finish, state, _fill(rows, few.rows, 0), blank.eos_id, few)
+            samples = jax.device_get(taken)
+            del taken
             for i, row in enumerate(rows):
                 yield running.pop(row), jax.tree.map(lambda x, i=i: x[i], samples)
+
+
+@functools.partial(jax.jit, static_argnames=("finish", "shape"))
+def _finished(finish: Callable, state: Any, rows: jax.Array, eos_id: jax.Array, shape: Shape) -> Samples:
+    """The answers in some rows of a state; one call to the device for all that takes."""
+    return finish(take_rows(state, rows), eos_id, shape)
 
 
 def _fill(rows: Sequence[int], length: int, filler: int) -> np.ndarray:

@@ -108,7 +108,7 @@ def arguments(cases: Sequence[Case]):
     prompts, requests = Requests.batch(
         [c.prompt for c in cases], [c.config for c in cases], SHAPE, CONFIG.vocab_size
     )
-    return prompts, requests, jnp.int32(MASK), jnp.int32(cases[0].config.eos_id)
+    return prompts, requests, np.int32(MASK), np.int32(cases[0].config.eos_id)
 
 
 def final_state(cases: Sequence[Case], model=MODEL, params=PARAMS, shape=SHAPE) -> decode.DecodeState:
