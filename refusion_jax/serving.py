@@ -168,7 +168,8 @@ def serve(
 def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterator[tuple[int, Samples]]:
     """(number of a request, its row of samples), as they finish.
 
-    The longest are begun first: at the end, when none waits, fewer rows stand idle.
+    The longest are begun first: at the end, when none waits, fewer rows stand idle. Answers are given out
+    while the device decodes on with others.
     """
     method = DECODERS[type(requests[0].config)]
     # Rows are taken in and given out a few at a time: each time costs a pass over their prompts.
@@ -180,6 +181,7 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
     by_length = sorted(enumerate(requests), key=lambda item: -item[1].config.gen_length)
     waiting = collections.deque(by_length)
     running: dict[int, int] = {}  # row -> number of the request in it
+    leaving: list[tuple[list[int], Samples]] = []  # numbers of requests, their samples on the device
     while waiting or running:
         free = (row for row in range(shape.rows) if row not in running)
         while waiting and len(running) < shape.rows:
@@ -195,14 +197,22 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
                 del begun
             running |= zip(rows, numbers, strict=True)
         state = method.resume(model, params, state, *special, max(0, len(running) - few.rows), shape=shape)
+        yield from _given_out(leaving)
         done = np.asarray(state.done)
         ended = [row for row in running if done[row]]
         for rows in (ended[i : i + few.rows] for i in range(0, len(ended), few.rows)):
-            taken = _finished(method.finish, state, _fill(rows, few.rows, 0), blank.eos_id, few)
-            samples = jax.device_get(taken)
-            del taken
-            for i, row in enumerate(rows):
-                yield running.pop(row), jax.tree.map(lambda x, i=i: x[i], samples)
+            samples = _finished(method.finish, state, _fill(rows, few.rows, 0), blank.eos_id, few)
+            leaving.append(([running.pop(row) for row in rows], samples))
+    yield from _given_out(leaving)
+
+
+def _given_out(leaving: list[tuple[list[int], Samples]]) -> Iterator[tuple[int, Samples]]:
+    """Every request and its row of samples, off the device; leaves none in the list."""
+    while leaving:
+        numbers, samples = leaving.pop(0)
+        samples = jax.device_get(samples)
+        for i, number in enumerate(numbers):
+            yield number, jax.tree.map(lambda x, i=i: x[i], samples)
 
 
 @functools.partial(jax.jit, static_argnames=("finish", "shape"))
