@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from refusion_jax.answers import Replay, read
@@ -248,7 +247,7 @@ def prepare(
         shape = needed.padded(ahead=tokens_ahead(needed.rows))
     shape.check_holds(needed)
     padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
-    return Prepared(padded, requests, np.int32(configs[0].mask_id), np.int32(configs[0].eos_id), shape)
+    return Prepared.of(padded, requests, configs, shape)
 
 
 def finish(state: DecodeState, eos_id: Array, shape: Shape) -> Samples:

@@ -6,7 +6,6 @@ Held-out problems are decoded by both methods; two answers are shown with the or
 were filled. The last line is JSON: accuracy, tokens per forward and seconds of both.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,11 +46,7 @@ def trained_task(folder: Path) -> Task:
 
 def open_model(folder: Path, method: str) -> opening.Opened:
     """The checkpoint with the decoding flags of the demo."""
-    parser = argparse.ArgumentParser()
-    opening.add_decoding_flags(parser)
-    return opening.open_model(
-        parser.parse_args([f"--checkpoint={folder}", f"--method={method}", *DECODING[method]])
-    )
+    return opening.open_by([f"--checkpoint={folder}", f"--method={method}", *DECODING[method]])
 
 
 def show(console: Console, answer: Mapping[str, Any], prompt_len: int) -> None:

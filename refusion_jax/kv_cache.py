@@ -110,7 +110,6 @@ def insert_rows(state: Any, others: Any, rows: Array) -> Any:
     return merged.replace(cache=state.cache.insert(others.cache, rows))
 
 
-@jax.jit
 def take_rows(state: Any, rows: Array) -> Any:
     """The rows `rows` int32 [A] of a decoder's state, keys and values left out."""
     cache = state.cache.replace(layers=None)

@@ -14,9 +14,8 @@ from refusion_jax.errors import BadInput
 from refusion_jax.model import ModelConfig, Transformer
 from refusion_jax.tokenizer import Tokenizer, load_tokenizer
 
-SMALL = Path(__file__).with_name(
-    "small"
-)  # the model that comes with the package, trained by configs/small.py
+# The model that comes with the package, trained by configs/small.py.
+SMALL = Path(__file__).with_name("small")
 
 
 def load(

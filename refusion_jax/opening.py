@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from refusion_jax import hf, serving, sharding
 from refusion_jax.baselines import ar, mdm
+from refusion_jax.config import Parser
 from refusion_jax.decode_config import MOST_BLOCK_TOKENS, SEMANTICS, SLOT_SCORES
 from refusion_jax.errors import BadInput
 from refusion_jax.loader import SMALL, decoding_scope, load
@@ -170,6 +172,13 @@ def open_model(flags: argparse.Namespace) -> Opened:
     template = {} if flags.enable_thinking is None else {"enable_thinking": flags.enable_thinking == "true"}
     defaults = Defaults(method, settings, flags.raw, template, tuple(flags.stop), flags.ahead)
     return Opened(model, params, tokenizer, defaults, mesh)
+
+
+def open_by(arguments: Sequence[str]) -> Opened:
+    """The model and default settings that these decoding flags name, as on a command line."""
+    parser = Parser()
+    add_decoding_flags(parser)
+    return open_model(parser.parse_args(arguments))
 
 
 def asked_method(flags: argparse.Namespace) -> str:

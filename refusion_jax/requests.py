@@ -185,6 +185,11 @@ class Prepared(NamedTuple):
     eos_id: np.int32
     shape: Shape
 
+    @classmethod
+    def of(cls, prompts: np.ndarray, requests: Any, configs: Sequence, shape: Shape) -> "Prepared":
+        """With the special tokens that the settings share."""
+        return cls(prompts, requests, np.int32(configs[0].mask_id), np.int32(configs[0].eos_id), shape)
+
 
 def pad_prompts(
     prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shape, vocab_size: int

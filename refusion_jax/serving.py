@@ -190,27 +190,28 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
             *inputs, _ = method.prepare(model, [r.prompt for r in asked], [r.config for r in asked], few)
             if few == shape:
                 state = None  # So that the next may lie where it lay: CUDA graphs are slow to follow.
-                state = method.begin(model, params, *inputs, shape=few)
-            else:
-                begun = method.begin(model, params, *inputs, shape=few)
-                state = insert_rows(state, begun, _fill(rows, few.rows, shape.rows))
-                del begun
+            begun = method.begin(model, params, *inputs, shape=few)
+            state = begun if few == shape else insert_rows(state, begun, _fill(rows, few.rows, shape.rows))
+            del begun  # likewise
             running |= zip(rows, numbers, strict=True)
         state = method.resume(model, params, state, *special, max(0, len(running) - few.rows), shape=shape)
         yield from _given_out(leaving)
         done = np.asarray(state.done)
         ended = [row for row in running if done[row]]
-        for rows in (ended[i : i + few.rows] for i in range(0, len(ended), few.rows)):
-            samples = _finished(method.finish, state, _fill(rows, few.rows, 0), blank.eos_id, few)
-            leaving.append(([running.pop(row) for row in rows], samples))
+        leaving = [
+            (
+                [running.pop(row) for row in rows],
+                _finished(method.finish, state, _fill(rows, few.rows, 0), blank.eos_id, few),
+            )
+            for rows in (ended[i : i + few.rows] for i in range(0, len(ended), few.rows))
+        ]
     yield from _given_out(leaving)
 
 
-def _given_out(leaving: list[tuple[list[int], Samples]]) -> Iterator[tuple[int, Samples]]:
-    """Every request and its row of samples, off the device; leaves none in the list."""
-    while leaving:
-        numbers, samples = leaving.pop(0)
-        samples = jax.device_get(samples)
+def _given_out(leaving: Sequence[tuple[list[int], Samples]]) -> Iterator[tuple[int, Samples]]:
+    """The number of every request and its row of samples, off the device."""
+    for numbers, on_device in leaving:
+        samples = jax.device_get(on_device)
         for i, number in enumerate(numbers):
             yield number, jax.tree.map(lambda x, i=i: x[i], samples)
 

@@ -12,15 +12,12 @@ from sampling import FLAGS, OF_OTHERS, SUM, assert_refused, change_config, comma
 
 from refusion_jax import opening, serving
 from refusion_jax.baselines import ar, bd3, mdm
-from refusion_jax.config import Parser
 from refusion_jax.feed import tokens_ahead
 from refusion_jax.requests import Shape
 
 
 def open_model(folder: Path, *flags: str):
-    parser = Parser()
-    opening.add_decoding_flags(parser)
-    return opening.open_model(parser.parse_args([f"--checkpoint={folder}", *flags])).defaults
+    return opening.open_by([f"--checkpoint={folder}", *flags]).defaults
 
 
 @pytest.mark.parametrize(
@@ -143,13 +140,11 @@ def test_block_by_block(checkpoint, opened, tmp_path, method, flags, config):
 
 
 def test_dtype(checkpoint):
-    parser = Parser()
-    opening.add_decoding_flags(parser)
     for flags, dtype in (
         ([], jnp.float32),
         (["--dtype=bfloat16"], jnp.bfloat16),
         (["--dtype=float32"], jnp.float32),
     ):
-        model, params, *_ = opening.open_model(parser.parse_args([f"--checkpoint={checkpoint}", *flags]))
+        model, params, *_ = opening.open_by([f"--checkpoint={checkpoint}", *flags])
         assert model.dtype == model.param_dtype == dtype
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import platform
-import runpy
 import shlex
 import statistics
 import sys
@@ -29,10 +28,8 @@ import jax
 import settings as choices
 
 from refusion_jax import opening, serving
-from refusion_jax.config import Parser
-from refusion_jax.data.pipeline import make_tasks
 from refusion_jax.data.task import Task
-from refusion_jax.evaluate import useful_tokens
+from refusion_jax.evaluate import config_tasks, useful_tokens
 from refusion_jax.requests import Shape
 from refusion_jax.serving import Request
 
@@ -45,10 +42,8 @@ Queries = dict[str, list[str]]  # of each task
 
 
 def opened_run(run: str, method: str | None) -> opening.Opened:
-    parser = Parser()
-    opening.add_decoding_flags(parser)
-    arguments = [f"--checkpoint={RUNS / run}", f"--gen_length={choices.GEN_LENGTH}"]
-    return opening.open_model(parser.parse_args(arguments + ([f"--method={method}"] if method else [])))
+    flags = [f"--checkpoint={RUNS / run}", f"--gen_length={choices.GEN_LENGTH}"]
+    return opening.open_by(flags + ([f"--method={method}"] if method else []))
 
 
 def requests_of(opened: opening.Opened, queries: Sequence[str], settings: dict[str, Any]) -> list[Request]:
@@ -133,9 +128,7 @@ def plan_of(stage: str, name: str, method: str, queries: Queries) -> list[tuple[
 
 def held_out() -> dict[str, Task]:
     """The tasks of configs/comparison.py that have a judge, with their settings there."""
-    config = runpy.run_path("configs/comparison.py")["get_config"]()
-    tasks, _ = make_tasks(config.data.tasks.to_dict())
-    return {task.name: task for task in tasks if task.judged}
+    return {task.name: task for task in config_tasks("configs/comparison.py") if task.judged}
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ def share(row: Result) -> str:
     return f"{100 * row['right'] / row['problems']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def tested() -> dict[str, list[Result]]:
+def tested() -> dict[str, dict[str, Result]]:
     """Of each method the counts of every task in the test split."""
     return {
-        name: [row for entry in result["found"] for row in entry["tasks"].values()]
+        name: {task: row for entry in result["found"] for task, row in entry["tasks"].items()}
         for name, result in results("test").items()
     }
 
@@ -39,9 +39,9 @@ def first_speeds() -> dict[tuple[str, int], float]:
 
 def summary() -> str:
     """A line a method, for README.md."""
-    speed = first_speeds()
+    speed, right = first_speeds(), tested()
     rows = [
-        [name, with_interval(tested()[key]), *(f"{speed[name, size]:,.0f}" for size in (1, 32))]
+        [name, with_interval(right[key].values()), *(f"{speed[name, size]:,.0f}" for size in (1, 32))]
         for key, name in NAMES.items()
         if (name, 1) in speed
     ]
@@ -49,12 +49,12 @@ def summary() -> str:
 
 
 def claims() -> str:
-    speed = first_speeds()
+    speed, right = first_speeds(), tested()
 
     def against(method: str, batch_size: int) -> str:
         return f"{speed['ReFusion', batch_size] / speed[method, batch_size]:.2f}x"
 
-    refusion, ar, mdm = (100 * accuracy(tested()[name]) for name in ("refusion", "ar", "mdm"))
+    refusion, ar, mdm = (100 * accuracy(right[name].values()) for name in ("refusion", "ar", "mdm"))
     rows = [
         ["right answers, against MDM's", "34 % more", f"{100 * (refusion / mdm - 1):.0f} % more"],
         ["right answers, against AR's", "5.8 points fewer", f"{ar - refusion:.1f} points fewer"],
@@ -96,10 +96,7 @@ def search() -> str:
 
 def right_answers() -> str:
     """Accuracy on held-out problems, each task by the setting that validation chose for it."""
-    found: dict[str, dict[str, Result]] = {}  # method -> task -> counts
-    for name, result in results("test").items():
-        for entry in result["found"]:
-            found.setdefault(name, {}).update(entry["tasks"])
+    found = tested()
     methods = [name for name in NAMES if name in found]
     tasks = sorted({task for of in found.values() for task in of})
     rows = [[f"`{task}`", *(share(found[name][task]) for name in methods)] for task in tasks]

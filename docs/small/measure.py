@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refusion_jax import config, evaluate, opening
+from refusion_jax import evaluate, opening
 from refusion_jax.replay import KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -54,9 +54,7 @@ def table(results: Mapping[str, Figures]) -> str:
 
 def courses(slot_size: int) -> Iterator[Figures]:
     """Results with traces, a problem of each task in turn, and no more in them than a replay needs."""
-    parser = config.Parser()
-    opening.add_decoding_flags(parser)
-    opened = opening.open_model(parser.parse_args([*MODEL, "--num_blocks=4", f"--slot_size={slot_size}"]))
+    opened = opening.open_by([*MODEL, "--num_blocks=4", f"--slot_size={slot_size}"])
     scores = evaluate.score(opened, evaluate.config_tasks(CONFIG), "test", COURSES, 1, trace=True)
     for answers in zip(*(scored.answers for scored in scores), strict=True):
         for answer in answers:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from refusion_jax.decode_config import check_common, shown
@@ -197,7 +196,7 @@ def prepare(
     shape.check_holds(needed)
     padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
     requests = ARRequests.batch(prompts, configs, shape.rows)
-    return Prepared(padded, requests, np.int32(configs[0].mask_id), np.int32(configs[0].eos_id), shape)
+    return Prepared.of(padded, requests, configs, shape)
 
 
 def finish(state: ARState, eos_id: Array, shape: Shape) -> Samples:

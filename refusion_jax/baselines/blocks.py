@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from refusion_jax.decode_config import MOST_BLOCK_TOKENS, MOST_TOKENS, check_common, check_finite, check_whole
@@ -253,7 +252,7 @@ def prepare(
     shape.check_holds(needed)
     padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
     asked = requests.batch(prompts, configs, shape.rows)
-    return Prepared(padded, asked, np.int32(configs[0].mask_id), np.int32(configs[0].eos_id), shape)
+    return Prepared.of(padded, asked, configs, shape)
 
 
 def finish(state: BlockState, eos_id: Array, shape: Shape) -> Samples:
