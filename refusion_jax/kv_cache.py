@@ -5,7 +5,6 @@ slots that are committed out of text order need no cropping, concatenating or so
 where they stand in the text, and the bitmap says what may be attended to.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -96,11 +95,10 @@ def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Ar
     return buffer.at[rows, index].set(new.astype(buffer.dtype), mode="drop")
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
 def insert_rows(state: Any, others: Any, rows: Array) -> Any:
     """A decoder's state with its rows `rows` int32 [A] taken over from the A rows of another.
 
-    A number beyond the last row takes over none. Uses `state` up.
+    A number beyond the last row takes over none.
     """
 
     def put(mine: Array, theirs: Array) -> Array:
@@ -108,9 +106,3 @@ def insert_rows(state: Any, others: Any, rows: Array) -> Any:
 
     merged = jax.tree.map(put, state.replace(cache=None), others.replace(cache=None))
     return merged.replace(cache=state.cache.insert(others.cache, rows))
-
-
-def take_rows(state: Any, rows: Array) -> Any:
-    """The rows `rows` int32 [A] of a decoder's state, keys and values left out."""
-    cache = state.cache.replace(layers=None)
-    return jax.tree.map(lambda x: x[rows], state.replace(cache=cache))

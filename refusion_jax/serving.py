@@ -21,7 +21,7 @@ from refusion_jax.baselines import ar, bd3, mdm
 from refusion_jax.decode_config import DecodeConfig, shown
 from refusion_jax.errors import BadInput
 from refusion_jax.feed import tokens_ahead
-from refusion_jax.kv_cache import insert_rows, take_rows
+from refusion_jax.kv_cache import insert_rows
 from refusion_jax.requests import Shape, check_prompt
 from refusion_jax.samples import Samples
 from refusion_jax.tokenizer import Tokenizer
@@ -169,62 +169,49 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
     """(number of a request, its row of samples), as they finish.
 
     The longest are begun first: at the end, when none waits, fewer rows stand idle. Answers are given out
-    while the device decodes on with others.
+    after the device was told to decode on with others.
     """
     method = DECODERS[type(requests[0].config)]
-    # Rows are taken in and given out a few at a time: each time costs a pass over their prompts.
+    # Rows are taken in a few at a time: each time costs a pass over their prompts.
     few = dataclasses.replace(shape, rows=max(1, shape.rows // 8))
     blank = method.prepare(model, [requests[0].prompt], [requests[0].config], shape)
     special = blank.mask_id, blank.eos_id
-    # Of as many rows as are taken in at once the state is the one they were begun in.
-    state = None if few == shape else method.init(model, blank.prompts, blank.requests, shape=shape)
+    state = method.init(model, blank.prompts, blank.requests, shape=shape)
     by_length = sorted(enumerate(requests), key=lambda item: -item[1].config.gen_length)
     waiting = collections.deque(by_length)
     running: dict[int, int] = {}  # row -> number of the request in it
-    leaving: list[tuple[list[int], Samples]] = []  # numbers of requests, their samples on the device
+    leaving: list[tuple[int, Samples]] = []
     while waiting or running:
         free = (row for row in range(shape.rows) if row not in running)
         while waiting and len(running) < shape.rows:
             taken = [(row, *waiting.popleft()) for row in itertools.islice(free, min(few.rows, len(waiting)))]
             rows, numbers, asked = zip(*taken, strict=True)
             *inputs, _ = method.prepare(model, [r.prompt for r in asked], [r.config for r in asked], few)
-            if few == shape:
-                state = None  # So that the next may lie where it lay: CUDA graphs are slow to follow.
-            begun = method.begin(model, params, *inputs, shape=few)
-            state = begun if few == shape else insert_rows(state, begun, _fill(rows, few.rows, shape.rows))
-            del begun  # likewise
+            places = np.asarray([*rows, *[shape.rows] * (few.rows - len(rows))], np.int32)
+            state = _taken_in(method.begin, model, params, state, places, *inputs, shape=few)
             running |= zip(rows, numbers, strict=True)
         state = method.resume(model, params, state, *special, max(0, len(running) - few.rows), shape=shape)
-        yield from _given_out(leaving)
-        done = np.asarray(state.done)
+        yield from leaving
+        done, samples = jax.device_get(_answers(method.finish, state, blank.eos_id, shape))
         ended = [row for row in running if done[row]]
-        leaving = [
-            (
-                [running.pop(row) for row in rows],
-                _finished(method.finish, state, _fill(rows, few.rows, 0), blank.eos_id, few),
-            )
-            for rows in (ended[i : i + few.rows] for i in range(0, len(ended), few.rows))
-        ]
-    yield from _given_out(leaving)
+        leaving = [(running.pop(row), jax.tree.map(lambda x, row=row: x[row], samples)) for row in ended]
+    yield from leaving
 
 
-def _given_out(leaving: Sequence[tuple[list[int], Samples]]) -> Iterator[tuple[int, Samples]]:
-    """The number of every request and its row of samples, off the device."""
-    for numbers, on_device in leaving:
-        samples = jax.device_get(on_device)
-        for i, number in enumerate(numbers):
-            yield number, jax.tree.map(lambda x, i=i: x[i], samples)
+# A call to the device, and an array brought from it, cost a small model as much as a pass: what can be is
+# done in one. A state is never made anew, as CUDA graphs are slow to follow arrays to another address.
+
+
+@functools.partial(jax.jit, static_argnames=("begin", "model", "shape"), donate_argnames=("state",))
+def _taken_in(begin: Callable, model, params, state: Any, rows: jax.Array, *inputs, shape: Shape) -> Any:
+    """The state with its rows `rows` taken over by the batch that begins with these inputs."""
+    return insert_rows(state, begin(model, params, *inputs, shape=shape), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("finish", "shape"))
-def _finished(finish: Callable, state: Any, rows: jax.Array, eos_id: jax.Array, shape: Shape) -> Samples:
-    """The answers in some rows of a state; one call to the device for all that takes."""
-    return finish(take_rows(state, rows), eos_id, shape)
-
-
-def _fill(rows: Sequence[int], length: int, filler: int) -> np.ndarray:
-    """rows as int32 [length]."""
-    return np.asarray([*rows, *[filler] * (length - len(rows))], np.int32)
+def _answers(finish: Callable, state: Any, eos_id: jax.Array, shape: Shape) -> tuple[jax.Array, Samples]:
+    """Which rows are done, and the answers of all."""
+    return state.done, finish(state, eos_id, shape)
 
 
 def warm_up(model, params, tokenizer: Tokenizer, like: Request, shape: Shape) -> None:
