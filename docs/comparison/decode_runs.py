@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,10 @@ def decode(
     return found
 
 
-def every_setting(
-    opened: opening.Opened,
-    tasks: dict[str, Task],
-    plan: Sequence[tuple[dict, Queries]],
-    batch_size: int,
-    repeats: int = 1,
-) -> list[dict[str, Any]]:
-    """Decodes each of (settings, queries) at one shape that holds them all."""
+def compiled(
+    opened: opening.Opened, plan: Sequence[tuple[dict, Queries]], batch_size: int
+) -> tuple[list[dict[str, list[Request]]], Shape]:
+    """The requests of each (settings, queries), and one shape that holds them all and is compiled for."""
     asked = [
         {task: requests_of(opened, of_task, settings) for task, of_task in queries.items()}
         for settings, queries in plan
@@ -98,6 +95,18 @@ def every_setting(
     flat = [request for requests in asked for of_task in requests.values() for request in of_task]
     shape = serving.fitting_shape(flat, batch_size)
     serving.warm_up(opened.model, opened.params, opened.tokenizer, flat[0], shape)
+    return asked, shape
+
+
+def every_setting(
+    opened: opening.Opened,
+    tasks: dict[str, Task],
+    plan: Sequence[tuple[dict, Queries]],
+    batch_size: int,
+    repeats: int = 1,
+) -> list[dict[str, Any]]:
+    """Decodes each of (settings, queries)."""
+    asked, shape = compiled(opened, plan, batch_size)
     return [
         {
             "settings": settings,
@@ -106,6 +115,24 @@ def every_setting(
             "tasks": decode(opened, tasks, queries, requests, shape, repeats),
         }
         for (settings, queries), requests in zip(plan, asked, strict=True)
+    ]
+
+
+def speeds(
+    opened: opening.Opened, tasks: dict[str, Task], plan: Sequence[tuple[dict, Queries]], limit: int
+) -> list[dict[str, Any]]:
+    """Each of (settings, queries) by itself, 1 and 32 at a time."""
+    cases = [
+        ([(settings, {task: of[: max(1, limit // part)] for task, of in queries.items()})], batch_size)
+        for settings, queries in plan
+        for batch_size, part in ((1, 8), (32, 2))
+    ]
+    with ThreadPoolExecutor() as pool:  # Compiling takes longer than decoding.
+        list(pool.map(lambda case: compiled(opened, *case), cases))
+    return [
+        {"batch_size": case[1]} | entry
+        for case in cases
+        for entry in every_setting(opened, tasks, *case, REPEATS)
     ]
 
 
@@ -146,13 +173,9 @@ def main() -> None:
     }
     method = opened.defaults.method
     name = flags.run + (f"_{flags.method}" if flags.method else "")
-    plan, found = plan_of(flags.stage, name, method, queries), []
+    plan = plan_of(flags.stage, name, method, queries)
     if flags.stage == "speed":
-        for settings, _ in plan:
-            for batch_size, part in ((1, 8), (32, 2)):
-                few = {task: of[: max(1, flags.limit // part)] for task, of in queries.items()}
-                (entry,) = every_setting(opened, tasks, [(settings, few)], batch_size, REPEATS)
-                found.append({"batch_size": batch_size} | entry)
+        found = speeds(opened, tasks, plan, flags.limit)
     else:
         found = every_setting(opened, tasks, plan, flags.batch_size)
     result = {
