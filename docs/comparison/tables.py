@@ -74,24 +74,24 @@ def trained() -> str:
             f"{r['steps']:,}",
             f"{r['tokens'] / 1e6:.1f}",
             f"{r['flops'] / 1e15:.1f}",
-            f"{r['seconds']:.0f}",
+            f"{r['seconds'] * r.get('gpus', 1):.0f}",
         ]
         for run, r in results("train").items()
         if "_rate_" not in run
     ]
-    return table(["run", "steps", "million tokens", "PFLOP", "seconds on one GPU"], rows)
+    return table(["run", "steps", "million tokens", "PFLOP", "GPU seconds"], rows)
 
 
 def search() -> str:
     """The runs that chose the rates: mean accuracy in validation."""
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[tuple[int, str], str]] = {}
     for run, result in results("search").items():
         objective, rate = run.split("_rate_")
-        rows = result["found"][0]["tasks"].values()
-        found.setdefault(objective, {})[rate] = with_interval(rows)
-    rates = sorted({rate for of in found.values() for rate in of}, key=float)
-    rows = [[NAMES[name], *(of.get(rate, "") for rate in rates)] for name, of in found.items()]
-    return table(["method", *rates], rows)
+        at = results("train")[run]["steps"], rate.split("_")[0]
+        found.setdefault(objective, {})[at] = with_interval(result["found"][0]["tasks"].values())
+    tried = sorted({at for of in found.values() for at in of}, key=lambda at: (at[0], float(at[1])))
+    rows = [[NAMES[name], *(of.get(at, "") for at in tried)] for name, of in found.items()]
+    return table(["method", *(f"{rate}, {steps} steps" for steps, rate in tried)], rows)
 
 
 def right_answers() -> str:

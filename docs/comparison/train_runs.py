@@ -1,7 +1,7 @@
-"""Trains the models that docs/comparison.md compares, one a GPU, as many side by side as there are GPUs.
+"""Trains the models that docs/comparison.md compares, side by side on as many GPUs as there are.
 
     python docs/comparison/train_runs.py search       # then `decode_runs.py search` of each
-    python docs/comparison/train_runs.py main         # at the rates that had most right answers
+    python docs/comparison/train_runs.py main
     python docs/comparison/train_runs.py ablations
 
 configs/comparison.py says which files have to be there. Of each run docs/comparison/results/train_NAME.json
@@ -28,8 +28,9 @@ from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")
 STEPS = 3600  # of 32 rows of 1024 tokens
-SEARCH_STEPS = 300
-CANDIDATES = (1e-4, 3e-4, 1e-3)
+# Steps of the search: learning rates. The longer is among those that were best in the shorter.
+SEARCH = {300: (1e-4, 3e-4, 1e-3, 3e-3), 900: (1e-3, 3e-3)}
+LEARNING_RATE = 1e-3  # what it chose, for all four
 
 # Masked diffusion is trained to fill what is left of its last blocks with EOS.
 FILLED = {"data.eos_multiple": 32, "data.eos_extra_blocks": 2}
@@ -40,37 +41,32 @@ def plan(stage: str) -> Iterator[tuple[str, dict]]:
     """(name of a run, its overrides)."""
     for objective, filled in OBJECTIVES.items():
         if stage == "search":
-            for rate in CANDIDATES:
-                steps = {"train.steps": SEARCH_STEPS, "optimizer.learning_rate": rate}
-                yield searched(objective, rate), {"objective": objective} | filled | steps
+            for steps, rates in SEARCH.items():
+                for rate in rates:
+                    tried = {"train.steps": steps, "optimizer.learning_rate": rate}
+                    yield searched(objective, rate, steps), {"objective": objective} | filled | tried
         if stage == "main":
-            yield objective, {"objective": objective} | filled | {"train.steps": STEPS}
+            chosen = {"train.steps": STEPS, "optimizer.learning_rate": LEARNING_RATE}
+            yield objective, {"objective": objective} | filled | chosen
     if stage == "ablations":
-        few = {"objective": "refusion", "train.steps": STEPS // 4}
+        few = {
+            "objective": "refusion",
+            "train.steps": STEPS // 4,
+            "optimizer.learning_rate": LEARNING_RATE,
+        }
         yield "refusion_data_1_4", few
         for size in (4, 8, 16, 32):
             yield f"refusion_slots_{size}", few | {"diffusion.slot_sizes": (size,)}
 
 
-def searched(objective: str, rate: float) -> str:
-    return f"{objective}_rate_{rate:g}"
-
-
-def best_rate(objective: str) -> float:
-    """That at which the search had most right answers in validation."""
-
-    def right(rate: float) -> int:
-        result = json.loads((RESULTS / f"search_{searched(objective, rate)}.json").read_text())
-        return sum(row["right"] for row in result["found"][0]["tasks"].values())
-
-    return max(CANDIDATES, key=right)
+def searched(objective: str, rate: float, steps: int) -> str:
+    """A run of the search."""
+    return f"{objective}_rate_{rate:g}" + (f"_{steps}" if steps > min(SEARCH) else "")
 
 
 def command(name: str, overrides: dict) -> list[str]:
-    """What trains a run; at the best rate where the overrides say none."""
+    """What trains a run."""
     settings = {"train.save_every": overrides["train.steps"]} | overrides
-    if "optimizer.learning_rate" not in settings:
-        settings["optimizer.learning_rate"] = best_rate(settings["objective"])
     return [
         "python",
         "-m",
@@ -81,26 +77,31 @@ def command(name: str, overrides: dict) -> list[str]:
     ]
 
 
-def summary(name: str, arguments: list[str], folder: Path) -> dict:
+def summary(name: str, arguments: list[str], folder: Path, gpus: int) -> dict:
     """What results/train_NAME.json says, off the logged steps in the run's metrics.csv."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     steps, logged = rows[-1]["step"], len(rows)
     seconds = steps * sum(row["step_seconds"] for row in rows) / logged
-    flops = sum(row["tflops_per_second_per_device"] * row["step_seconds"] for row in rows) / logged * 1e12
+    tflops = gpus * sum(row["tflops_per_second_per_device"] * row["step_seconds"] for row in rows) / logged
     return {
         "run": name,
         "command": shlex.join(arguments),
+        "gpus": gpus,
         "seconds": round(seconds, 1),
         "steps": int(steps),
         "tokens": round(steps * sum(row["tokens"] for row in rows) / logged),
-        "flops": float(f"{steps * flops:.4g}"),
+        "flops": float(f"{steps * tflops * 1e12:.4g}"),
         "curve": {key: [row[key] for row in rows] for key in ("step", "loss", "ar_loss", "diffusion_loss")},
     }
 
 
-def train(jobs: queue.Queue, gpu: str, codes: list[int]) -> None:
-    """Takes runs off the queue until it is empty or one was ended by SIGTERM; adds their exit codes."""
+def train(jobs: queue.Queue, gpus: str, codes: list[int]) -> None:
+    """Takes runs off the queue until it is empty or one was ended by SIGTERM; adds their exit codes.
+
+    Each is trained on all of `gpus`, as in 2+3.
+    """
+    visible = gpus.split("+")
     while True:
         try:
             name, overrides = jobs.get_nowait()
@@ -112,7 +113,7 @@ def train(jobs: queue.Queue, gpu: str, codes: list[int]) -> None:
         with open(f"{folder}.log", "a") as log:
             done = subprocess.run(
                 [sys.executable, *arguments[1:]],
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
@@ -123,7 +124,7 @@ def train(jobs: queue.Queue, gpu: str, codes: list[int]) -> None:
         if done.returncode == PREEMPTED_EXIT_CODE:
             return
         if done.returncode == 0:
-            text = json.dumps(summary(name, arguments, folder), indent=1)
+            text = json.dumps(summary(name, arguments, folder, len(visible)), indent=1)
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"train_{name}.json").write_text(text + "\n")
 
@@ -133,7 +134,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=("search", "main", "ablations"))
-    parser.add_argument("--gpus", default="0", help="which to use, as in 0,1,2 (default %(default)s)")
+    parser.add_argument(
+        "--gpus",
+        default="0",
+        help="a run on each, as in 0,1, or on several, as in 0,1+2 (default %(default)s)",
+    )
     parser.add_argument("--only", default="", help="of the stage's runs those whose name begins like this")
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: None)  # sent to the group, it is the runs' to act on
@@ -142,7 +147,7 @@ def main() -> None:
         if name.startswith(flags.only):
             jobs.put((name, overrides))
     codes: list[int] = []
-    workers = [threading.Thread(target=train, args=(jobs, gpu, codes)) for gpu in flags.gpus.split(",")]
+    workers = [threading.Thread(target=train, args=(jobs, gpus, codes)) for gpus in flags.gpus.split(",")]
     for worker in workers:
         worker.start()
     for worker in workers:
