@@ -22,6 +22,7 @@ from refusion_jax.decode_config import DecodeConfig, shown
 from refusion_jax.errors import BadInput
 from refusion_jax.feed import tokens_ahead
 from refusion_jax.kv_cache import insert_rows
+from refusion_jax.one_array import OneArray
 from refusion_jax.requests import Shape, check_prompt
 from refusion_jax.samples import Samples
 from refusion_jax.tokenizer import Tokenizer
@@ -175,7 +176,7 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
     # Rows are taken in a few at a time: each time costs a pass over their prompts.
     few = dataclasses.replace(shape, rows=max(1, shape.rows // 8))
     blank = method.prepare(model, [requests[0].prompt], [requests[0].config], shape)
-    special = blank.mask_id, blank.eos_id
+    mask_id, eos_id = jax.device_put((blank.mask_id, blank.eos_id))
     state = method.init(model, blank.prompts, blank.requests, shape=shape)
     by_length = sorted(enumerate(requests), key=lambda item: -item[1].config.gen_length)
     waiting = collections.deque(by_length)
@@ -188,30 +189,32 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
             rows, numbers, asked = zip(*taken, strict=True)
             *inputs, _ = method.prepare(model, [r.prompt for r in asked], [r.config for r in asked], few)
             places = np.asarray([*rows, *[shape.rows] * (few.rows - len(rows))], np.int32)
-            state = _taken_in(method.begin, model, params, state, places, *inputs, shape=few)
+            state = _taken_in(method.begin, model, params, state, OneArray.of((places, inputs)), few)
             running |= zip(rows, numbers, strict=True)
-        state = method.resume(model, params, state, *special, max(0, len(running) - few.rows), shape=shape)
+        until = max(0, len(running) - few.rows)
+        state = method.resume(model, params, state, mask_id, eos_id, until, shape=shape)
         yield from leaving
-        done, samples = jax.device_get(_answers(method.finish, state, blank.eos_id, shape))
+        done, samples = jax.device_get(_answers(method.finish, state, eos_id, shape)).tree()
         ended = [row for row in running if done[row]]
         leaving = [(running.pop(row), jax.tree.map(lambda x, row=row: x[row], samples)) for row in ended]
     yield from leaving
 
 
-# A call to the device, and an array brought from it, cost a small model as much as a pass: what can be is
-# done in one. A state is never made anew, as CUDA graphs are slow to follow arrays to another address.
+# Calls to the device and arrays that come or go cost a small model as much as passes, so there are as few as
+# can be. A state is never made anew: CUDA graphs are slow to follow arrays to another address.
 
 
 @functools.partial(jax.jit, static_argnames=("begin", "model", "shape"), donate_argnames=("state",))
-def _taken_in(begin: Callable, model, params, state: Any, rows: jax.Array, *inputs, shape: Shape) -> Any:
-    """The state with its rows `rows` taken over by the batch that begins with these inputs."""
+def _taken_in(begin: Callable, model, params, state: Any, packed: OneArray, shape: Shape) -> Any:
+    """The state with some rows taken over by a batch that begins; `packed` has (the rows, its inputs)."""
+    rows, inputs = packed.tree()
     return insert_rows(state, begin(model, params, *inputs, shape=shape), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("finish", "shape"))
-def _answers(finish: Callable, state: Any, eos_id: jax.Array, shape: Shape) -> tuple[jax.Array, Samples]:
-    """Which rows are done, and the answers of all."""
-    return state.done, finish(state, eos_id, shape)
+def _answers(finish: Callable, state: Any, eos_id: jax.Array, shape: Shape) -> OneArray:
+    """Which rows are done, and the Samples of all."""
+    return OneArray.of((state.done, finish(state, eos_id, shape)))
 
 
 def warm_up(model, params, tokenizer: Tokenizer, like: Request, shape: Shape) -> None:

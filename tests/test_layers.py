@@ -113,6 +113,7 @@ def test_decoding_does_not_bring_training_along(module):
         ("layers", {"model_config", "rope", "attention", "triton_attention", "triton_int8"}),
         ("model", {"attention", "layers", "model_config", "rope", "triton_attention"}),
         ("kv_cache", {"model", "attention"}),
+        ("one_array", set()),
         ("cross_entropy", set()),
         ("segments", set()),
         ("diffusion", {"cross_entropy", "segments"}),

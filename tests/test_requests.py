@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 from decoding import (
     CONFIG,
@@ -17,6 +19,7 @@ from decoding import (
 from refusion_jax import decode
 from refusion_jax.decode_config import DecodeConfig
 from refusion_jax.errors import BadInput
+from refusion_jax.one_array import OneArray
 from refusion_jax.requests import Shape, bucket
 
 # Shapes.
@@ -127,3 +130,25 @@ def test_a_scanned_model_is_refused():
 def test_as_many_settings_as_prompts_are_needed_with_a_shape_too():
     with pytest.raises(BadInput, match="as many settings as prompts"):
         decode.sample(MODEL, PARAMS, [[1], [2]], [DecodeConfig(MASK, NEVER, 8)], shape=SHAPE)
+
+
+# Small arrays as one.
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_arrays_come_back_bit_for_bit_from_one_array(on_device):
+    odd = np.asarray([0x7FC00001, 0x80000000, 1], np.uint32).view(np.float32)  # a NaN, -0, the least above 0
+    tree = {
+        "flags": np.asarray([[True, False], [False, True]]),
+        "numbers": (np.arange(-3, 3, dtype=np.int32).reshape(1, 2, 3), np.asarray([2**32 - 1], np.uint32)),
+        "odd": odd,
+        "scalar": np.int32(7),
+        "none": None,
+    }
+    packed = OneArray.of(jax.device_put(tree) if on_device else tree)
+    assert packed.words.dtype == np.int32 and packed.words.shape == (4 + 6 + 1 + 3 + 1,)
+    for back in (packed.tree(), jax.jit(lambda packed: OneArray.of(packed.tree()))(packed).tree()):
+        assert jax.tree.structure(back) == jax.tree.structure(tree)
+        for ours, given in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+            assert ours.dtype == given.dtype and ours.shape == given.shape
+            assert np.asarray(ours).tobytes() == np.asarray(given).tobytes()
