@@ -102,11 +102,11 @@ def every_setting(
     opened: opening.Opened,
     tasks: dict[str, Task],
     plan: Sequence[tuple[dict, Queries]],
-    batch_size: int,
+    asked: Sequence[dict[str, list[Request]]],
+    shape: Shape,
     repeats: int = 1,
 ) -> list[dict[str, Any]]:
-    """Decodes each of (settings, queries)."""
-    asked, shape = compiled(opened, plan, batch_size)
+    """Decodes each of (settings, queries), for which `compiled` gave requests and a shape."""
     return [
         {
             "settings": settings,
@@ -128,11 +128,11 @@ def speeds(
         for batch_size, part in ((1, 8), (32, 2))
     ]
     with ThreadPoolExecutor() as pool:  # Compiling takes longer than decoding.
-        list(pool.map(lambda case: compiled(opened, *case), cases))
+        ready = list(pool.map(lambda case: compiled(opened, *case), cases))
     return [
-        {"batch_size": case[1]} | entry
-        for case in cases
-        for entry in every_setting(opened, tasks, *case, REPEATS)
+        {"batch_size": batch_size} | entry
+        for (single, batch_size), (asked, shape) in zip(cases, ready, strict=True)
+        for entry in every_setting(opened, tasks, single, asked, shape, REPEATS)
     ]
 
 
@@ -177,7 +177,7 @@ def main() -> None:
     if flags.stage == "speed":
         found = speeds(opened, tasks, plan, flags.limit)
     else:
-        found = every_setting(opened, tasks, plan, flags.batch_size)
+        found = every_setting(opened, tasks, plan, *compiled(opened, plan, flags.batch_size))
     result = {
         "run": flags.run,
         "method": method,

@@ -85,13 +85,14 @@ def trained() -> str:
 def search() -> str:
     """The runs that chose the rates: mean accuracy in validation."""
     found: dict[str, dict[tuple[int, str], str]] = {}
+    steps = {run: result["steps"] for run, result in results("train").items()}
     for run, result in results("search").items():
         objective, rate = run.split("_rate_")
-        at = results("train")[run]["steps"], rate.split("_")[0]
+        at = steps[run], rate.split("_")[0]
         found.setdefault(objective, {})[at] = with_interval(result["found"][0]["tasks"].values())
     tried = sorted({at for of in found.values() for at in of}, key=lambda at: (at[0], float(at[1])))
     rows = [[NAMES[name], *(of.get(at, "") for at in tried)] for name, of in found.items()]
-    return table(["method", *(f"{rate}, {steps} steps" for steps, rate in tried)], rows)
+    return table(["method", *(f"{rate}, {count} steps" for count, rate in tried)], rows)
 
 
 def right_answers() -> str:

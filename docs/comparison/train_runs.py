@@ -46,14 +46,9 @@ def plan(stage: str) -> Iterator[tuple[str, dict]]:
                     tried = {"train.steps": steps, "optimizer.learning_rate": rate}
                     yield searched(objective, rate, steps), {"objective": objective} | filled | tried
         if stage == "main":
-            chosen = {"train.steps": STEPS, "optimizer.learning_rate": LEARNING_RATE}
-            yield objective, {"objective": objective} | filled | chosen
+            yield objective, {"objective": objective} | filled | {"train.steps": STEPS}
     if stage == "ablations":
-        few = {
-            "objective": "refusion",
-            "train.steps": STEPS // 4,
-            "optimizer.learning_rate": LEARNING_RATE,
-        }
+        few = {"objective": "refusion", "train.steps": STEPS // 4}
         yield "refusion_data_1_4", few
         for size in (4, 8, 16, 32):
             yield f"refusion_slots_{size}", few | {"diffusion.slot_sizes": (size,)}
@@ -65,8 +60,9 @@ def searched(objective: str, rate: float, steps: int) -> str:
 
 
 def command(name: str, overrides: dict) -> list[str]:
-    """What trains a run."""
-    settings = {"train.save_every": overrides["train.steps"]} | overrides
+    """What trains a run; at the chosen rate where the overrides say none."""
+    chosen = {"train.save_every": overrides["train.steps"], "optimizer.learning_rate": LEARNING_RATE}
+    settings = chosen | overrides
     return [
         "python",
         "-m",
