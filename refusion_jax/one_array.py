@@ -28,8 +28,8 @@ class OneArray(struct.PyTreeNode):
         """From arrays whose entries are bool or take 32 bits."""
         leaves, structure = jax.tree.flatten(tree)
         join = jnp.concatenate if isinstance(leaves[0], jax.Array) else np.concatenate
-        words = [leaf.astype(np.int32) if leaf.dtype == bool else leaf.view(np.int32) for leaf in leaves]
-        layout = structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves)
+        words = [leaf.astype(np.int32) if leaf.dtype.kind == "b" else leaf.view(np.int32) for leaf in leaves]
+        layout = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         return cls(join([part.reshape(-1) for part in words]), layout)
 
     def tree(self) -> Any:
@@ -37,7 +37,8 @@ class OneArray(struct.PyTreeNode):
         structure, arrays = self.layout
         leaves, start = [], 0
         for shape, dtype in arrays:
-            part = self.words[start : start + math.prod(shape)].reshape(shape)
+            end = start + math.prod(shape)
+            part = self.words[start:end].reshape(shape)
             leaves.append(part != 0 if dtype.kind == "b" else part.view(dtype))
-            start += math.prod(shape)
+            start = end
         return jax.tree.unflatten(structure, leaves)

@@ -23,7 +23,7 @@ from refusion_jax.errors import BadInput
 from refusion_jax.feed import tokens_ahead
 from refusion_jax.kv_cache import insert_rows
 from refusion_jax.one_array import OneArray
-from refusion_jax.requests import Shape, check_prompt
+from refusion_jax.requests import Shape, check_prompt, column
 from refusion_jax.samples import Samples
 from refusion_jax.tokenizer import Tokenizer
 
@@ -188,7 +188,7 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
             taken = [(row, *waiting.popleft()) for row in itertools.islice(free, min(few.rows, len(waiting)))]
             rows, numbers, asked = zip(*taken, strict=True)
             *inputs, _ = method.prepare(model, [r.prompt for r in asked], [r.config for r in asked], few)
-            places = np.asarray([*rows, *[shape.rows] * (few.rows - len(rows))], np.int32)
+            places = column(rows, few.rows, np.int32, padding=shape.rows)
             state = _taken_in(method.begin, model, params, state, OneArray.of((places, inputs)), few)
             running |= zip(rows, numbers, strict=True)
         until = max(0, len(running) - few.rows)
