@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from refusion_jax import decode
 from refusion_jax.baselines import ar, bd3, mdm
@@ -25,6 +26,7 @@ from refusion_jax.kv_cache import insert_rows
 from refusion_jax.one_array import OneArray
 from refusion_jax.requests import Shape, check_prompt, column
 from refusion_jax.samples import Samples
+from refusion_jax.sharding import replicated
 from refusion_jax.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "messages", "prompt_ids")
@@ -175,9 +177,9 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
     method = DECODERS[type(requests[0].config)]
     # Rows are taken in a few at a time: each time costs a pass over their prompts.
     few = dataclasses.replace(shape, rows=max(1, shape.rows // 8))
-    blank = method.prepare(model, [requests[0].prompt], [requests[0].config], shape)
-    mask_id, eos_id = jax.device_put((blank.mask_id, blank.eos_id))
-    state = method.init(model, blank.prompts, blank.requests, shape=shape)
+    *blank, _ = method.prepare(model, [requests[0].prompt], [requests[0].config], shape)
+    prompts, settings, mask_id, eos_id = _beside(params, blank)
+    state = method.init(model, prompts, settings, shape=shape)
     by_length = sorted(enumerate(requests), key=lambda item: -item[1].config.gen_length)
     waiting = collections.deque(by_length)
     running: dict[int, int] = {}  # row -> number of the request in it
@@ -198,6 +200,15 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
         ended = [row for row in running if done[row]]
         leaving = [(running.pop(row), jax.tree.map(lambda x, row=row: x[row], samples)) for row in ended]
     yield from leaving
+
+
+def _beside(params, tree: Any) -> Any:
+    """The arrays of `tree` where those of `params` are, whole on each device.
+
+    Else programs are compiled for a state that may be anywhere, and again for what comes of it.
+    """
+    place = jax.tree.leaves(params)[0].sharding
+    return jax.device_put(tree, replicated(place.mesh) if isinstance(place, NamedSharding) else place)
 
 
 # Calls to the device and arrays that come or go cost a small model as much as passes, so there are as few as

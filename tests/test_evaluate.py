@@ -1,8 +1,10 @@
 """The evaluate command on a tiny model that answers nothing right: its figures, several tasks, mistakes."""
 
 import json
+import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from refusion_jax import evaluate, serving
@@ -49,6 +51,24 @@ def test_several_tasks_take_one_compilation(tmp_path, capsys, monkeypatch):
     assert results["tasks"]["extraction"]["task_settings"]["fields"] == 1
     assert results["settings"]["cache"] == "dual"
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("method", serving.METHODS)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_nothing_is_compiled_after_warming_up(caplog, monkeypatch, method, tensor):
+    """What is timed is decoding alone, also where rows are taken in several times."""
+    warm_up, compiling = serving.warm_up, re.compile(r"Compiling jit\((\w+)\)")
+
+    def warmed(*arguments):
+        warm_up(*arguments)
+        assert "_taken_in" in compiling.findall(caplog.text)
+        caplog.clear()
+
+    monkeypatch.setattr(serving, "warm_up", warmed)
+    flags = [f"--method={method}", f"--tensor={tensor}", "--gen_length=32", "--batch_size=3", "--raw"]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        assert run("--task=arithmetic", '--task_settings={"digits": 1}', *flags, "--limit=7") == 0
+    assert compiling.findall(caplog.text) == []
 
 
 def test_the_interval_of_an_accuracy():
