@@ -17,8 +17,8 @@ Result = dict[str, Any]
 
 
 def results(kind: str) -> dict[str, Result]:
-    """The result files of a kind (train, search, validation, test, speed, ablations, sizes), by the rest of
-    their names: the run, and how it was decoded where it was trained for something else."""
+    """The result files of a kind (train, search, validation, test, earlier, speed, ablations, sizes), by the
+    rest of their names: the run, and how it was decoded where it was trained for something else."""
     paths = sorted((HERE / "results").glob(f"{kind}_*.json"))
     return {path.stem.removeprefix(f"{kind}_"): json.loads(path.read_text()) for path in paths}
 

@@ -20,12 +20,14 @@ def share(row: Result) -> str:
     return f"{100 * row['right'] / row['problems']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
+def counted(result: Result) -> dict[str, Result]:
+    """The counts of every task, each decoded by one setting."""
+    return {task: row for entry in result["found"] for task, row in entry["tasks"].items()}
+
+
 def tested() -> dict[str, dict[str, Result]]:
     """Of each method the counts of every task in the test split."""
-    return {
-        name: {task: row for entry in result["found"] for task, row in entry["tasks"].items()}
-        for name, result in results("test").items()
-    }
+    return {name: counted(result) for name, result in results("test").items()}
 
 
 def first_speeds() -> dict[tuple[str, int], float]:
@@ -105,6 +107,16 @@ def right_answers() -> str:
     return table(["task", *map(NAMES.get, methods)], [*rows, ["mean", *means]])
 
 
+def earlier() -> str:
+    """Mean accuracy in the test split of models trained before by the same commands, and of the page's."""
+    now = tested()
+    rows = [
+        [NAMES[name], with_interval(counted(result).values()), with_interval(now[name].values())]
+        for name, result in results("earlier").items()
+    ]
+    return table(["method", "the first time", "the second time"], sorted(rows))
+
+
 def chosen() -> str:
     """The settings by which the tests were decoded."""
     tasks: dict[tuple[str, str], list[str]] = {}
@@ -159,7 +171,7 @@ def sizes() -> str:
 
 def commands() -> str:
     """Of every result file."""
-    kinds = ("train", "search", "validation", "test", "speed", "ablations", "sizes")
+    kinds = ("train", "search", "validation", "test", "earlier", "speed", "ablations", "sizes")
     lines = [
         f"results/{kind}_{name}.json: {result['command']}"
         for kind in kinds
@@ -187,6 +199,7 @@ TABLES = {
     "search": search,
     "right answers": right_answers,
     "chosen": chosen,
+    "earlier": earlier,
     "speed": speed,
     "blocks": lambda: ablation("num_blocks"),
     "scores": lambda: ablation("slot_score", "slot_threshold"),
