@@ -103,6 +103,15 @@ def test_the_interval_of_a_mean():
     assert figures.with_interval([row]) == "50.0 ± 31.0 %"
 
 
+def test_what_a_request_takes_besides_its_passes():
+    figures = of("figures")
+    # 4 problems of 10 or 30 passes each, 5 ms and 2 ms a pass
+    tasks = [
+        {"problems": 4, "forwards": 4 * passes, "seconds": 4e-3 * (5 + 2 * passes)} for passes in (10, 30)
+    ]
+    assert figures.request_costs(tasks) == pytest.approx((5, 2))
+
+
 def test_the_page_is_made_of_the_results():
     tables = of("tables").TABLES
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ Result = dict[str, Any]
 
 
 def results(kind: str) -> dict[str, Result]:
-    """The result files of a kind (train, search, validation, test, earlier, speed, ablations, sizes), by the
-    rest of their names: the run, and how it was decoded where it was trained for something else."""
+    """The result files of a kind (train, search, validation, test, speed, ablations, sizes, and earlier_test
+    and earlier_speed of what was trained before), by the rest of their names: the run, and how it was decoded
+    where it was trained for something else."""
     paths = sorted((HERE / "results").glob(f"{kind}_*.json"))
     return {path.stem.removeprefix(f"{kind}_"): json.loads(path.read_text()) for path in paths}
 
@@ -39,10 +41,10 @@ def with_interval(rows: Iterable[Result]) -> str:
     return f"{100 * accuracy(rows):.1f} ± {100 * half_width(rows):.1f} %"
 
 
-def speeds() -> list[Result]:
+def speeds(kind: str = "speed") -> list[Result]:
     """Of every method and setting that was timed: accuracy, and what decoding took."""
     rows = []
-    for name, result in results("speed").items():
+    for name, result in results(kind).items():
         for entry in result["found"]:
             tasks = list(entry["tasks"].values())
             seconds, problems = sum(r["seconds"] for r in tasks), sum(r["problems"] for r in tasks)
@@ -60,6 +62,15 @@ def speeds() -> list[Result]:
                 }
             )
     return rows
+
+
+def request_costs(tasks: Iterable[Result]) -> tuple[float, float]:
+    """(ms that a request takes besides its passes, ms of a pass): least squares over the tasks' means."""
+    tasks = list(tasks)
+    passes = [row["forwards"] / row["problems"] for row in tasks]
+    ms = [1e3 * row["seconds"] / row["problems"] for row in tasks]
+    each, besides = statistics.linear_regression(passes, ms)
+    return besides, each
 
 
 def varied(*keys: str) -> list[tuple[Result, list[Result]]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from figures import NAMES, Result, results, shown, speeds, varied, with_interval
+from figures import NAMES, Result, request_costs, results, shown, speeds, varied, with_interval
 from settings import accuracy, slot_sizes, tokens_a_pass
 
 from refusion_jax.evaluate import wilson
@@ -30,18 +30,22 @@ def tested() -> dict[str, dict[str, Result]]:
     return {name: counted(result) for name, result in results("test").items()}
 
 
-def first_speeds() -> dict[tuple[str, int], float]:
-    """Tokens/s by method and batch size, of timed()'s first settings: those with most right answers, and of
-    methods that unmask those of one token a pass, without a cache."""
-    first: dict[tuple[str, int], float] = {}
-    for row in speeds():
-        first.setdefault((row["method"], row["batch_size"]), row["tokens_per_second"])
+def first_speeds(kind: str = "speed") -> dict[tuple[str, int], Result]:
+    """What was timed by method and batch size, of timed()'s first settings: those with most right answers,
+    and of methods that unmask those of one token a pass, without a cache."""
+    first: dict[tuple[str, int], Result] = {}
+    for row in speeds(kind):
+        first.setdefault((row["method"], row["batch_size"]), row)
     return first
+
+
+def tokens_per_second() -> dict[tuple[str, int], float]:
+    return {at: row["tokens_per_second"] for at, row in first_speeds().items()}
 
 
 def summary() -> str:
     """A line a method, for README.md."""
-    speed, right = first_speeds(), tested()
+    speed, right = tokens_per_second(), tested()
     rows = [
         [name, with_interval(right[key].values()), *(f"{speed[name, size]:,.0f}" for size in (1, 32))]
         for key, name in NAMES.items()
@@ -51,7 +55,7 @@ def summary() -> str:
 
 
 def claims() -> str:
-    speed, right = first_speeds(), tested()
+    speed, right = tokens_per_second(), tested()
 
     def against(method: str, batch_size: int) -> str:
         return f"{speed['ReFusion', batch_size] / speed[method, batch_size]:.2f}x"
@@ -109,12 +113,12 @@ def right_answers() -> str:
 
 def earlier() -> str:
     """Mean accuracy in the test split of models trained before by the same commands, and of the page's."""
-    now = tested()
+    before, now = results("earlier_test"), tested()
     rows = [
-        [NAMES[name], with_interval(counted(result).values()), with_interval(now[name].values())]
-        for name, result in results("earlier").items()
+        [name, with_interval(counted(before[key]).values()), with_interval(now[key].values())]
+        for key, name in NAMES.items()
     ]
-    return table(["method", "the first time", "the second time"], sorted(rows))
+    return table(["method", "the first time", "the second time"], rows)
 
 
 def chosen() -> str:
@@ -144,6 +148,21 @@ def speed() -> str:
     return table(header, rows)
 
 
+def requests() -> str:
+    """What a request and a pass take, now and when the models trained before were timed."""
+    header = ["method", "at a time"]
+    for when in ("now", "before"):
+        header += [f"ms besides passes, {when}", f"ms a pass, {when}", f"tokens/s, {when}"]
+    before, rows = first_speeds("earlier_speed"), []
+    for at, row in first_speeds().items():
+        cells = []
+        for timed in (row, before[at]):
+            besides, each = request_costs(timed["tasks"])
+            cells += [f"{besides:.1f}", f"{each:.3f}", f"{timed['tokens_per_second']:,.0f}"]
+        rows.append([*at, *cells])
+    return table(header, sorted(rows, key=lambda row: (row[1], row[0])))
+
+
 def ablation(key: str, *others: str) -> str:
     """Accuracy and tokens a pass where nothing but these settings and the size of slots varies; of the other
     settings those that `key` was varied at."""
@@ -171,7 +190,8 @@ def sizes() -> str:
 
 def commands() -> str:
     """Of every result file."""
-    kinds = ("train", "search", "validation", "test", "earlier", "speed", "ablations", "sizes")
+    kinds = ("train", "search", "validation", "test", "speed", "ablations", "sizes")
+    kinds += ("earlier_test", "earlier_speed")
     lines = [
         f"results/{kind}_{name}.json: {result['command']}"
         for kind in kinds
@@ -201,6 +221,7 @@ TABLES = {
     "chosen": chosen,
     "earlier": earlier,
     "speed": speed,
+    "requests": requests,
     "blocks": lambda: ablation("num_blocks"),
     "scores": lambda: ablation("slot_score", "slot_threshold"),
     "recompute": lambda: ablation("recompute", "slot_threshold"),
