@@ -17,7 +17,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from refusion_jax.model import ModelConfig
+from refusion_jax.model.transformer import ModelConfig
 
 
 def get_config() -> ConfigDict:

@@ -1,5 +1,13 @@
 """ReFusion in JAX: slot-level plan-and-infill masked diffusion language models."""
 
-from refusion_jax.loader import load
+from typing import TYPE_CHECKING
 
-__all__ = ["load"]
+from refusion_jax.deferred import deferred
+
+if TYPE_CHECKING:
+    from refusion_jax import diffusion
+    from refusion_jax.loader import load
+
+__all__ = ["diffusion", "load"]
+
+__getattr__ = deferred(__name__, {"diffusion": "refusion_jax.diffusion", "load": "refusion_jax.loader"})

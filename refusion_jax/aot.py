@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refusion_jax import aot_table, config, sharding
-from refusion_jax.chips import CHIPS, GIB, Topology
-from refusion_jax.collectives import Collective
+from refusion_jax import config, sharding
 from refusion_jax.config import PREFIX
 from refusion_jax.errors import BadInput, command
-from refusion_jax.flops import peak_flops, train_flops
-from refusion_jax.lowering import (
+from refusion_jax.model.transformer import ModelConfig
+from refusion_jax.tpu import table as aot_table
+from refusion_jax.tpu.collectives import Collective
+from refusion_jax.tpu.lowering import (
     Compiled,
     Decoding,
     Lowered,
@@ -34,8 +34,9 @@ from refusion_jax.lowering import (
     lower_decoding,
     lower_training,
 )
-from refusion_jax.model import ModelConfig
-from refusion_jax.train_step import RunConfig, objective_of
+from refusion_jax.tpu.slices import CHIPS, GIB, Topology
+from refusion_jax.training.flops import peak_flops, train_flops
+from refusion_jax.training.step import RunConfig, objective_of
 
 DOES_NOT_FIT = 3
 MOST_COMPILED = 6  # changes; each takes as long as the first program

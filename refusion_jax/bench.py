@@ -16,13 +16,17 @@ from pathlib import Path
 
 import jax
 
-from refusion_jax import bench_decode, bench_table, bench_train, config, opening, sharding
+from refusion_jax import config, sharding
+from refusion_jax.benchmarks import decode as bench_decode
+from refusion_jax.benchmarks import table as bench_table
+from refusion_jax.benchmarks import train as bench_train
+from refusion_jax.decode.replay import read_courses
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import decoding_scope, load
-from refusion_jax.replay import read_courses
 from refusion_jax.sample import check_output
-from refusion_jax.serving import METHODS, Config
-from refusion_jax.train_step import RunConfig
+from refusion_jax.serving import flags as opening
+from refusion_jax.serving.engine import METHODS, Config
+from refusion_jax.training.step import RunConfig
 
 DECODING = {"gen_length": 512, "slot_size": 32, "num_blocks": 4}  # where flags say nothing
 

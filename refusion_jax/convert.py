@@ -18,16 +18,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from refusion_jax import checkpoint, hf, safetensors_io
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.checkpoints import orbax_io as checkpoint
+from refusion_jax.checkpoints import safetensors_io
+from refusion_jax.checkpoints.gguf_file import GGUFFile
+from refusion_jax.checkpoints.gguf_weights import read_gguf
 from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
-from refusion_jax.gguf_file import GGUFFile
-from refusion_jax.gguf_weights import read_gguf
-from refusion_jax.json_file import read_json
+from refusion_jax.files import read_json
 from refusion_jax.loader import stored_params
-from refusion_jax.model import ModelConfig
-from refusion_jax.new_tokens import add_rows
+from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
+from refusion_jax.weights.new_tokens import add_rows
 
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_BYTES = 5 * 10**9  # of one safetensors file, as `transformers` cuts them

@@ -16,11 +16,12 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from refusion_jax import evaluate, opening
+from refusion_jax import evaluate
 from refusion_jax.config import Parser
-from refusion_jax.data.task import Task
-from refusion_jax.data.tasks import make_task
+from refusion_jax.data.tasks.registry import make_task
+from refusion_jax.data.tasks.task import Task
 from refusion_jax.errors import BadInput, command
+from refusion_jax.serving import flags as opening
 
 PROBLEMS = 200
 BATCH_SIZE = 50

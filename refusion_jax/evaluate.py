@@ -23,13 +23,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refusion_jax import config, opening, serving
+from refusion_jax import config
 from refusion_jax.data.pipeline import make_tasks
-from refusion_jax.data.task import SPLITS, Task
-from refusion_jax.data.tasks import TASKS, Example, make_task
+from refusion_jax.data.sources.example import Example
+from refusion_jax.data.tasks.registry import TASKS, make_task
+from refusion_jax.data.tasks.task import SPLITS, Task
 from refusion_jax.errors import BadInput, command
-from refusion_jax.serving import Request
-from refusion_jax.train_step import RunConfig
+from refusion_jax.serving import engine as serving
+from refusion_jax.serving import flags as opening
+from refusion_jax.serving.engine import Request
+from refusion_jax.training.step import RunConfig
 
 Z = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
 

@@ -20,10 +20,12 @@ from typing import Any
 
 from rich.console import Console
 
-from refusion_jax import opening, serving, terminal
 from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
-from refusion_jax.serving import Request
+from refusion_jax.serving import engine as serving
+from refusion_jax.serving import flags as opening
+from refusion_jax.serving import terminal
+from refusion_jax.serving.engine import Request
 
 
 def from_file(flags: argparse.Namespace) -> int:

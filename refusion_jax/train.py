@@ -22,18 +22,21 @@ from typing import Any
 import jax
 import yaml
 
-from refusion_jax import config, hf, loader, lora, processes, sharding
-from refusion_jax.checkpoint import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
+from refusion_jax import config, loader, sharding
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.checkpoints.orbax_io import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
 from refusion_jax.data.examples import Examples
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples, row_use
 from refusion_jax.errors import BadInput, command
-from refusion_jax.lora import LoraConfig
-from refusion_jax.metrics import Reporter, check_wandb
-from refusion_jax.model import ModelConfig
-from refusion_jax.profiling import Profile, parse_steps
+from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from refusion_jax.train_step import Program, RunConfig, TrainState, make_program
-from refusion_jax.wall_time import WallTime
+from refusion_jax.training import processes
+from refusion_jax.training.metrics import Reporter, check_wandb
+from refusion_jax.training.profiling import Profile, parse_steps
+from refusion_jax.training.step import Program, RunConfig, TrainState, make_program
+from refusion_jax.training.wall_time import WallTime
+from refusion_jax.weights import lora
+from refusion_jax.weights.lora import LoraConfig
 
 CONFIG_FILE = "config.yaml"
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import transcription
 
-from refusion_jax import decode
-from refusion_jax.decode_config import DecodeConfig
-from refusion_jax.model import ModelConfig, Transformer
-from refusion_jax.requests import Requests, Shape
-from refusion_jax.samples import Samples
+from refusion_jax.decode import loop as decode
+from refusion_jax.decode.batch import Requests, Shape
+from refusion_jax.decode.config import DecodeConfig
+from refusion_jax.decode.samples import Samples
+from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import unbox
 
 CONFIG = ModelConfig(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusion_jax.attention import attend_fed
+from refusion_jax.model.attention import attend_fed
 
 LIMIT = 0.07  # of numbers up to about 4: bfloat16 has 8 bits
 B, T = 3, 512

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from refusion_jax import convert, load
-from refusion_jax.baselines import ar
+from refusion_jax.baselines.decoders import ar
 from refusion_jax.tokenizer import ByteTokenizer
 
 RANDOM_LIMIT, SMOLLM2_LIMIT = 1e-4, 1e-3  # largest difference of a logit

@@ -19,10 +19,12 @@ import pytest
 import transcription
 from decoding import CASES, CLOSE_CALL, MASK, MODEL, NEVER, PARAMS, WHOLE, Case
 
-from refusion_jax import decode, opening, serving
-from refusion_jax.answers import Replay
-from refusion_jax.decode_config import SLOT_SCORES, DecodeConfig
+from refusion_jax.decode import loop as decode
+from refusion_jax.decode.config import SLOT_SCORES, DecodeConfig
+from refusion_jax.decode.outputs import Replay
 from refusion_jax.errors import BadInput
+from refusion_jax.serving import engine as serving
+from refusion_jax.serving import flags as opening
 
 SHAPE = dataclasses.replace(decoding.SHAPE, scores=("mean", "entropy"), recompute=True)
 # Without entropies.

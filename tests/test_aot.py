@@ -8,16 +8,17 @@ import textwrap
 import jax
 import pytest
 
-from refusion_jax import aot, chips, loader
-from refusion_jax.chips import CHIPS, Topology
-from refusion_jax.collectives import Collective, count
+from refusion_jax import aot, loader
 from refusion_jax.data.pipeline import DataConfig
-from refusion_jax.diffusion import DiffusionConfig
-from refusion_jax.lowering import bytes_needed
-from refusion_jax.model import ModelConfig
-from refusion_jax.optimizer import OptimizerConfig
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
+from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig
-from refusion_jax.train_step import RunConfig, TrainConfig
+from refusion_jax.tpu import slices as chips
+from refusion_jax.tpu.collectives import Collective, count
+from refusion_jax.tpu.lowering import bytes_needed
+from refusion_jax.tpu.slices import CHIPS, Topology
+from refusion_jax.training.optimizer import OptimizerConfig
+from refusion_jax.training.step import RunConfig, TrainConfig
 
 CONFIG = "configs/tiny.py"
 needs_libtpu = pytest.mark.skipif(

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import hf, serving
-from refusion_jax.baselines import ar
-from refusion_jax.baselines.ar import ARConfig
+from refusion_jax.baselines.decoders import ar
+from refusion_jax.baselines.decoders.ar import ARConfig
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.decode.batch import Shape
+from refusion_jax.decode.samples import Samples
 from refusion_jax.errors import BadInput
-from refusion_jax.model import Transformer
-from refusion_jax.requests import Shape
-from refusion_jax.samples import Samples
-from refusion_jax.serving import Request
+from refusion_jax.model.transformer import Transformer
+from refusion_jax.serving import engine as serving
+from refusion_jax.serving.engine import Request
 
 FOLDER = Path(__file__).parent / "data" / "oracle" / "tiny_a"
 MODEL, PARAMS = Transformer(hf.read_config(FOLDER)), hf.load_params(FOLDER, hf.read_config(FOLDER))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from refusion_jax import bench, bench_decode, bench_train, sample
+from refusion_jax import bench, sample
+from refusion_jax.benchmarks import decode as bench_decode
+from refusion_jax.benchmarks import train as bench_train
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
 SMALL = [

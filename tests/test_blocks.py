@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 from decoding import CONFIG, random_params
 
-from refusion_jax import joined, serving
-from refusion_jax.baselines import bd3, mdm
-from refusion_jax.baselines.bd3 import BD3Config
-from refusion_jax.baselines.blocks import surest
-from refusion_jax.baselines.mdm import CACHES, MDMConfig
+from refusion_jax.baselines.decoders import bd3, mdm
+from refusion_jax.baselines.decoders.bd3 import BD3Config
+from refusion_jax.baselines.decoders.blocks import surest
+from refusion_jax.baselines.decoders.mdm import CACHES, MDMConfig
+from refusion_jax.decode.batch import Shape
+from refusion_jax.decode.samples import Samples
 from refusion_jax.errors import BadInput
-from refusion_jax.model import Transformer
-from refusion_jax.requests import Shape
-from refusion_jax.samples import Samples
-from refusion_jax.serving import Request
+from refusion_jax.model.transformer import Transformer
+from refusion_jax.serving import engine as serving
+from refusion_jax.serving.engine import Request
+from refusion_jax.weights import fused as joined
 
 MODEL, PARAMS = Transformer(CONFIG), random_params()
 V = CONFIG.vocab_size

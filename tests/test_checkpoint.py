@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from refusion_jax import checkpoint
-from refusion_jax.checkpoint import Checkpoints, Preemption
+from refusion_jax.checkpoints import orbax_io as checkpoint
+from refusion_jax.checkpoints.orbax_io import Checkpoints, Preemption
 from refusion_jax.errors import BadInput
 from refusion_jax.sharding import MeshConfig, make_mesh
 

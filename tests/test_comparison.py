@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from refusion_jax import config
-from refusion_jax.serving import METHODS
-from refusion_jax.train_step import RunConfig
+from refusion_jax.serving.engine import METHODS
+from refusion_jax.training.step import RunConfig
 
 ROOT = Path(__file__).parents[1]
 

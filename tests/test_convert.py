@@ -18,16 +18,19 @@ import safetensors.numpy
 import tensorstore
 import tokenizers
 
-from refusion_jax import checkpoint, convert, hf, load, safetensors_io
+from refusion_jax import convert, load
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.checkpoints import orbax_io as checkpoint
+from refusion_jax.checkpoints import safetensors_io
 from refusion_jax.errors import BadInput
-from refusion_jax.joined import join
-from refusion_jax.model import ModelConfig, stack_layers
-from refusion_jax.new_tokens import add_rows
-from refusion_jax.quantized import quantize
-from refusion_jax.rope import RopeScaling
+from refusion_jax.model.rope import RopeScaling
+from refusion_jax.model.transformer import ModelConfig, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
-from refusion_jax.stored import Stored
 from refusion_jax.tokenizer import ByteTokenizer
+from refusion_jax.weights.fused import join
+from refusion_jax.weights.lazy import Stored
+from refusion_jax.weights.new_tokens import add_rows
+from refusion_jax.weights.quantized import quantize
 
 SCALING = RopeScaling("yarn", 4.0, 64, attention_factor=0.9)
 QWEN3 = ModelConfig(272, 3, 16, 4, 2, 6, 24, rope_scaling=SCALING)
@@ -382,7 +385,8 @@ def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch, capsys):
 
 MEASURE = r"""
 import pathlib, re, sys, tempfile
-from refusion_jax import checkpoint, convert
+from refusion_jax.checkpoints import orbax_io as checkpoint
+from refusion_jax import convert
 checkpoint.TOGETHER_BYTES = 2**23
 sys.path.insert(0, sys.argv[1])
 import test_convert

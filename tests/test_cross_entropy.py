@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax.cross_entropy import weighted_cross_entropy
-from refusion_jax.diffusion import cross_entropy
+from refusion_jax.diffusion.cross_entropy import weighted_cross_entropy
+from refusion_jax.diffusion.slot_diffusion import cross_entropy
 
 B, T, D, V = 3, 24, 8, 50
 RNG = np.random.default_rng(0)

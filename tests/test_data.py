@@ -20,9 +20,9 @@ import pytest
 
 from refusion_jax.data.examples import Counts
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
-from refusion_jax.data.sources import load_jsonl, read_jsonl
-from refusion_jax.data.task import Example
-from refusion_jax.data.tasks import make_task
+from refusion_jax.data.sources.example import Example
+from refusion_jax.data.sources.jsonl import load_jsonl, read_jsonl
+from refusion_jax.data.tasks.registry import make_task
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import ByteTokenizer
 
@@ -167,7 +167,7 @@ def test_files_that_cannot_be_used(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
-    from refusion_jax.data.tfds_source import jsonl_to_tfds
+    from refusion_jax.data.sources.tfds import jsonl_to_tfds
 
     folder = tmp_path_factory.mktemp("tfds")
     train = numbered(folder / "train.jsonl", 20)
@@ -178,7 +178,7 @@ def tfds_folder(tmp_path_factory):
 
 
 def test_tfds_gives_what_the_jsonl_files_hold(tfds_folder):
-    from refusion_jax.data.tfds_source import TfdsSource
+    from refusion_jax.data.sources.tfds import TfdsSource
 
     files = [tfds_folder.parent / "train.jsonl", tfds_folder.parent / "test.jsonl"]
     assert list(TfdsSource(tfds_folder, "train")) == load_jsonl(files[:1])
@@ -198,7 +198,7 @@ def test_tfds_batches_equal_jsonl_batches(tfds_folder):
 
 
 def test_tfds_bad_input(tfds_folder, tmp_path):
-    from refusion_jax.data.tfds_source import TfdsSource, jsonl_to_tfds
+    from refusion_jax.data.sources.tfds import TfdsSource, jsonl_to_tfds
 
     with pytest.raises(BadInput, match="found none"):
         TfdsSource(tmp_path / "missing", "train")
@@ -224,7 +224,7 @@ def test_tfds_bad_input(tfds_folder, tmp_path):
     ],
 )
 def test_a_damaged_dataset_is_bad_input(tfds_folder, tmp_path, file, old, new, message):
-    from refusion_jax.data.tfds_source import TfdsSource
+    from refusion_jax.data.sources.tfds import TfdsSource
 
     folder = shutil.copytree(next(tfds_folder.glob("*/*/")), tmp_path / "copy")
     content = (folder / file).read_text(errors="replace")

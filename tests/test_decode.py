@@ -35,10 +35,11 @@ from decoding import (
     steps,
 )
 
-from refusion_jax import decode, hf
-from refusion_jax.decode_config import DecodeConfig
-from refusion_jax.model import Transformer
-from refusion_jax.rows import Phase
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.decode import loop as decode
+from refusion_jax.decode.config import DecodeConfig
+from refusion_jax.decode.row_state import Phase
+from refusion_jax.model.transformer import Transformer
 from refusion_jax.sharding import MeshConfig, layout, make_mesh
 
 ORACLE = Path(__file__).parent / "data" / "oracle" / "tiny_a"

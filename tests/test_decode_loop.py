@@ -30,11 +30,11 @@ from decoding import (
     sample,
 )
 
-from refusion_jax import decode
-from refusion_jax.answers import Replay
-from refusion_jax.forward import pass_sizes
-from refusion_jax.kv_cache import insert_rows
-from refusion_jax.rows import Phase, own_entries
+from refusion_jax.decode import loop as decode
+from refusion_jax.decode.forward import pass_sizes
+from refusion_jax.decode.kv_cache import insert_rows
+from refusion_jax.decode.outputs import Replay
+from refusion_jax.decode.row_state import Phase, own_entries
 
 apply = jax.jit(lambda *args: MODEL.apply({"params": PARAMS}, *args))
 feeds = jax.jit(decode.fed_by, static_argnames="ahead")

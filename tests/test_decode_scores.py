@@ -27,11 +27,11 @@ from decoding import (
     sample,
 )
 
-from refusion_jax import decode
-from refusion_jax.answers import read
-from refusion_jax.decode_config import DecodeConfig
-from refusion_jax.rows import Phase
-from refusion_jax.scores import Heat, score
+from refusion_jax.decode import loop as decode
+from refusion_jax.decode.config import DecodeConfig
+from refusion_jax.decode.outputs import read
+from refusion_jax.decode.row_state import Phase
+from refusion_jax.decode.scores import Heat, score
 
 # Temperature.
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import diffusion
-from refusion_jax.diffusion import DiffusionConfig, Draw, Noised
+from refusion_jax.diffusion import slot_diffusion as diffusion
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig, Draw, Noised
 from refusion_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 MASK, VOCAB = 98, 100

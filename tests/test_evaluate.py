@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from refusion_jax import evaluate, serving
+from refusion_jax import evaluate
 from refusion_jax.evaluate import wilson
+from refusion_jax.serving import engine as serving
 
 ORACLE = Path(__file__).parent / "data" / "oracle" / "tiny_a"
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from refusion_jax import evaluate
-from refusion_jax.data import gsm8k
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
-from refusion_jax.data.task import SPLITS
-from refusion_jax.data.tasks import make_task
+from refusion_jax.data.tasks import gsm8k
+from refusion_jax.data.tasks.registry import make_task
+from refusion_jax.data.tasks.task import SPLITS
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import ByteTokenizer
 

@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from refusion_jax.data.function_steps import NOUNS, STEPS, VARIABLES
-from refusion_jax.data.functions import _draw_input, _hidden_inputs, _run
-from refusion_jax.data.sandbox import Job, Limits, run_all
-from refusion_jax.data.task import Dice
-from refusion_jax.data.tasks import make_task
+from refusion_jax.data.tasks.function_steps import NOUNS, STEPS, VARIABLES
+from refusion_jax.data.tasks.functions import _draw_input, _hidden_inputs, _run
+from refusion_jax.data.tasks.registry import make_task
+from refusion_jax.data.tasks.sandbox import Job, Limits, run_all
+from refusion_jax.data.tasks.task import Dice
 
 QUICK = Limits(seconds=2)
 GOOD = Job("def f(x):\n    return [x, 'é', None, True]", "f", [1, 2])

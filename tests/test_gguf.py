@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from refusion_jax import hf
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.checkpoints.gguf_file import GGUFFile
+from refusion_jax.checkpoints.gguf_weights import LAYER_NAMES, NAMES, read_gguf
 from refusion_jax.errors import BadInput
-from refusion_jax.gguf_file import GGUFFile
-from refusion_jax.gguf_weights import LAYER_NAMES, NAMES, read_gguf
-from refusion_jax.model import ModelConfig
-from refusion_jax.rope import RopeScaling
+from refusion_jax.model.rope import RopeScaling
+from refusion_jax.model.transformer import ModelConfig
 
 gguf = pytest.importorskip("gguf")
 

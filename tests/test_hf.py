@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from refusion_jax import hf, loader, safetensors_io
+from refusion_jax import loader
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.checkpoints import safetensors_io
 from refusion_jax.errors import BadInput
-from refusion_jax.model import ModelConfig, Transformer, stack_layers
-from refusion_jax.rope import RopeScaling
+from refusion_jax.model.rope import RopeScaling
+from refusion_jax.model.transformer import ModelConfig, Transformer, stack_layers
 from refusion_jax.sharding import MeshConfig, layout, make_mesh, unbox, with_shardings
-from refusion_jax.stored import Stored, bounds, place
+from refusion_jax.weights.lazy import Stored, bounds, place
 
 QWEN3 = ModelConfig(40, 2, 16, 4, 2, 6, 24)  # heads x head_dim is not the width
 FAMILIES = {

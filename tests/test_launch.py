@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import yaml
 
-from refusion_jax import checkpoint, processes
+from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.errors import BadInput
 from refusion_jax.train import main
+from refusion_jax.training import processes
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -24,7 +25,7 @@ LAUNCH = ROOT / "launch"
 CONFIG = """
 import dataclasses
 from ml_collections import ConfigDict
-from refusion_jax.model import ModelConfig
+from refusion_jax.model.transformer import ModelConfig
 
 def get_config():
     c = ConfigDict()

@@ -9,11 +9,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
-from refusion_jax import lora, sharding
-from refusion_jax.lora import TARGETS, LoraConfig
-from refusion_jax.model import ModelConfig, Transformer, stack_layers
+from refusion_jax import sharding
+from refusion_jax.model.transformer import ModelConfig, Transformer, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
-from refusion_jax.stored import Stored
+from refusion_jax.weights import lora
+from refusion_jax.weights.lazy import Stored
+from refusion_jax.weights.lora import TARGETS, LoraConfig
 
 MODEL = ModelConfig(64, 2, 16, 4, 2, 8, 24, qkv_bias=True)
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)

@@ -12,17 +12,21 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from refusion_jax import checkpoint, hf, joined, load, lora
+from refusion_jax import load
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.convert import convert
 from refusion_jax.data.pipeline import DataConfig
-from refusion_jax.diffusion import DiffusionConfig
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.lora import LoraConfig
-from refusion_jax.model import ModelConfig
-from refusion_jax.optimizer import OptimizerConfig
+from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.train import main
-from refusion_jax.train_step import RunConfig, TrainConfig, make_program
+from refusion_jax.training.optimizer import OptimizerConfig
+from refusion_jax.training.step import RunConfig, TrainConfig, make_program
+from refusion_jax.weights import fused as joined
+from refusion_jax.weights import lora
+from refusion_jax.weights.lora import LoraConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "data" / "oracle" / "tiny_a"
@@ -31,7 +35,7 @@ MODEL = ModelConfig(260, 2, 16, 2, 2, 8, 32)
 CONFIG = f"""
 import dataclasses
 from ml_collections import ConfigDict
-from refusion_jax import hf
+from refusion_jax.checkpoints import hugging_face as hf
 
 def get_config():
     c = ConfigDict()

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax.attention import attend
-from refusion_jax.kv_cache import KVCache
-from refusion_jax.model import (
+from refusion_jax.decode.kv_cache import KVCache
+from refusion_jax.model.attention import attend
+from refusion_jax.model.rope import apply_rope, rope_tables
+from refusion_jax.model.transformer import (
     REMAT_POLICIES,
     ModelConfig,
     Transformer,
@@ -19,7 +20,6 @@ from refusion_jax.model import (
     stack_layers,
     unstack_layers,
 )
-from refusion_jax.rope import apply_rope, rope_tables
 from refusion_jax.sharding import unbox
 
 TINY = ModelConfig(

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import diffusion, sharding
-from refusion_jax.attention import attend_fed
-from refusion_jax.baselines import ar_objective, bd3_objective, mdm_objective
-from refusion_jax.diffusion import DiffusionConfig
-from refusion_jax.model import ModelConfig, Transformer
-from refusion_jax.objectives import OBJECTIVES, make_objective
+from refusion_jax import sharding
+from refusion_jax.baselines.objectives import ar as ar_objective
+from refusion_jax.baselines.objectives import bd3 as bd3_objective
+from refusion_jax.baselines.objectives import mdm as mdm_objective
+from refusion_jax.diffusion import slot_diffusion as diffusion
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
+from refusion_jax.model.attention import attend_fed
+from refusion_jax.model.transformer import ModelConfig, Transformer
+from refusion_jax.training.objectives import OBJECTIVES, make_objective
 
 MASK, VOCAB, WIDTH, BLOCK = 38, 40, 32, 4
 MODEL = ModelConfig(VOCAB, 2, 16, 4, 2, 8, 32)

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import diffusion, sharding
+from refusion_jax import sharding
 from refusion_jax.data.packing import best_fit
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples, row_use
-from refusion_jax.diffusion import DiffusionConfig
+from refusion_jax.diffusion import slot_diffusion as diffusion
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.model import ModelConfig, Transformer
-from refusion_jax.optimizer import OptimizerConfig
+from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.tokenizer import ByteTokenizer
-from refusion_jax.train_step import RunConfig, TrainConfig, make_program
+from refusion_jax.training.optimizer import OptimizerConfig
+from refusion_jax.training.step import RunConfig, TrainConfig, make_program
 
 TOKENIZER = ByteTokenizer()
 MASK = TOKENIZER.mask_id

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import sharding, triton_int8
-from refusion_jax.joined import join
+from refusion_jax import sharding
 from refusion_jax.loader import boxed_params
-from refusion_jax.model import ModelConfig, Transformer
-from refusion_jax.quantized import LARGEST, MATRICES, quantize
+from refusion_jax.model.kernels import triton_int8
+from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
-from refusion_jax.stored import Stored, place
+from refusion_jax.weights.fused import join
+from refusion_jax.weights.lazy import Stored, place
+from refusion_jax.weights.quantized import LARGEST, MATRICES, quantize
 
 CONFIG = ModelConfig(40, 2, 16, 4, 2, 8, 24, rope_theta=1e4)
 

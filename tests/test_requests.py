@@ -16,11 +16,11 @@ from decoding import (
     sample,
 )
 
-from refusion_jax import decode
-from refusion_jax.decode_config import DecodeConfig
+from refusion_jax.decode import loop as decode
+from refusion_jax.decode.batch import Shape, bucket
+from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.one_array import OneArray
-from refusion_jax.requests import Shape, bucket
+from refusion_jax.serving.packed_transfer import OneArray
 
 # Shapes.
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from refusion_jax import config
-from refusion_jax.model import ModelConfig
-from refusion_jax.rope import RopeScaling, frequencies, rope_tables
+from refusion_jax.model.rope import RopeScaling, frequencies, rope_tables
+from refusion_jax.model.transformer import ModelConfig
 
 HEAD_DIM, THETA = 16, 500000.0
 DEEPSEEK = {

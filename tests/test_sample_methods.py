@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 from sampling import FLAGS, OF_OTHERS, SUM, assert_refused, change_config, command, copied, lines
 
-from refusion_jax import opening, serving
-from refusion_jax.baselines import ar, bd3, mdm
-from refusion_jax.feed import tokens_ahead
-from refusion_jax.requests import Shape
+from refusion_jax.baselines.decoders import ar, bd3, mdm
+from refusion_jax.decode.batch import Shape
+from refusion_jax.decode.inputs import tokens_ahead
+from refusion_jax.serving import engine as serving
+from refusion_jax.serving import flags as opening
 
 
 def open_model(folder: Path, *flags: str):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from sampling import FLAGS, GOOD, WEIGHTS, assert_refused, change_config, command, copied, lines
 
 from refusion_jax import sample
-from refusion_jax.decode_config import DecodeConfig
+from refusion_jax.decode.config import DecodeConfig
 
 # In flags.
 

@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from refusion_jax import sharding
 from refusion_jax.data.pipeline import DataConfig
-from refusion_jax.diffusion import DiffusionConfig
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.model import ModelConfig, Transformer
-from refusion_jax.optimizer import OptimizerConfig
+from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
-from refusion_jax.train_step import RunConfig, TrainConfig, make_program
+from refusion_jax.training.optimizer import OptimizerConfig
+from refusion_jax.training.step import RunConfig, TrainConfig, make_program
 
 THREE_KV_HEADS = ModelConfig(256, 1, 16, 9, 3, 4, 32)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from refusion_jax import bench, bench_decode, evaluate, loader, sample
-from refusion_jax.decode_config import DecodeConfig
-from refusion_jax.replay import read_courses, replay
-from refusion_jax.requests import Shape
+from refusion_jax import bench, evaluate, loader, sample
+from refusion_jax.benchmarks import decode as bench_decode
+from refusion_jax.decode.batch import Shape
+from refusion_jax.decode.config import DecodeConfig
+from refusion_jax.decode.replay import read_courses, replay
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,7 +81,7 @@ def test_short_problems_are_as_often_right_as_the_readme_says(tmp_path):
 
 
 def test_without_its_files_one_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("refusion_jax.opening.SMALL", tmp_path / "small")
+    monkeypatch.setattr("refusion_jax.serving.flags.SMALL", tmp_path / "small")
     assert sample.main(["--prompt=1+1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / 'small'} is no folder" in line

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import attention, sharding
-from refusion_jax.attention import attend_fed, fitting_kernel
-from refusion_jax.model import ModelConfig, Transformer
+from refusion_jax import sharding
+from refusion_jax.model import attention
+from refusion_jax.model.attention import attend_fed, fitting_kernel
+from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 
 

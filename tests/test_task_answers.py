@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from refusion_jax.data.tasks import make_task
+from refusion_jax.data.tasks.registry import make_task
 
 COUNTDOWN = "Use 3, 7, 25, 50, 3 to make 82."
 EDGES = "Edges: A>B, A>C, B>D, C>D, D>E, E>A, B>A. Shortest path from A to E?"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from refusion_jax.data.task import SPLITS, Dice, final_answer
-from refusion_jax.data.tasks import TASKS, make_task
+from refusion_jax.data.tasks.registry import TASKS, make_task
+from refusion_jax.data.tasks.task import SPLITS, Dice, final_answer
 from refusion_jax.errors import BadInput
 
 SETTINGS = [
@@ -307,7 +307,7 @@ def test_examples_are_a_function_of_their_number(task):
 
 
 def test_examples_are_the_same_in_another_process():
-    code = "from refusion_jax.data.tasks import make_task; import json; print(json.dumps("
+    code = "from refusion_jax.data.tasks.registry import make_task; import json; print(json.dumps("
     code += f"[make_task(n, {{}}).example(5, 'test', 1) for n in {GENERATED}]))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     here = [list(make_task(name, {}).example(5, "test", 1)) for name in GENERATED]

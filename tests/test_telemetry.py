@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import flops, metrics, profiling, train, wall_time
-from refusion_jax.diffusion import DiffusionConfig
-from refusion_jax.model import ModelConfig, Transformer
-from refusion_jax.objectives import make_objective
+from refusion_jax import train
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
+from refusion_jax.model.transformer import ModelConfig, Transformer
+from refusion_jax.training import flops, metrics, profiling, wall_time
+from refusion_jax.training.objectives import make_objective
 
 ROOT = Path(__file__).parent.parent
 SHARES = ("goodput", "input_share", "checkpoint_share", "compile_share")
@@ -25,7 +26,7 @@ SHARES = ("goodput", "input_share", "checkpoint_share", "compile_share")
 CONFIG = """
 import dataclasses
 from ml_collections import ConfigDict
-from refusion_jax.model import ModelConfig
+from refusion_jax.model.transformer import ModelConfig
 
 def get_config():
     c = ConfigDict()

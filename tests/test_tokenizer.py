@@ -9,12 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from refusion_jax.errors import BadInput
-from refusion_jax.tokenizer import (
-    ByteTokenizer,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    load_tokenizer,
-)
+from refusion_jax.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>"]
 TEXT = "the cat sat on the mat, the dog ate 17 eggs & 3 <ham>s"

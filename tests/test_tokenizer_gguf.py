@@ -7,8 +7,8 @@ import pytest
 import sentencepiece
 from tokenizer_files import PLAIN, SPECIAL, TEXTS, encodings, trained
 
+from refusion_jax.checkpoints.gguf_file import GGUFFile
 from refusion_jax.errors import BadInput
-from refusion_jax.gguf_file import GGUFFile
 from refusion_jax.tokenizer import load_gguf_tokenizer, load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")

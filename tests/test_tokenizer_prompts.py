@@ -8,7 +8,7 @@ from tokenizer_files import trained, write_json, write_vocab_and_merges
 from tokenizers import processors
 
 from refusion_jax.data.examples import Encoder
-from refusion_jax.data.task import Example
+from refusion_jax.data.sources.example import Example
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import ByteTokenizer, load_tokenizer
 

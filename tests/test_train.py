@@ -17,15 +17,18 @@ import numpy as np
 import pytest
 import yaml
 
-from refusion_jax import checkpoint, hf, load, metrics
+from refusion_jax import load
+from refusion_jax.checkpoints import hugging_face as hf
+from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.data.pipeline import DataConfig
-from refusion_jax.diffusion import DiffusionConfig
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.model import ModelConfig, stack_layers
-from refusion_jax.optimizer import OptimizerConfig
+from refusion_jax.model.transformer import ModelConfig, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.train import first_state, main
-from refusion_jax.train_step import RunConfig, TrainConfig, make_program
+from refusion_jax.training import metrics
+from refusion_jax.training.optimizer import OptimizerConfig
+from refusion_jax.training.step import RunConfig, TrainConfig, make_program
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(260, 2, 16, 2, 2, 8, 32)
@@ -35,7 +38,7 @@ CONFIG = """
 import dataclasses
 from ml_collections import ConfigDict
 from refusion_jax.errors import BadInput
-from refusion_jax.model import ModelConfig
+from refusion_jax.model.transformer import ModelConfig
 
 def get_config():
     c = ConfigDict()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from refusion_jax import sharding
-from refusion_jax.attention import attend, attend_visible, fitting_decode_kernel
-from refusion_jax.joined import join
-from refusion_jax.model import ModelConfig, Ragged, Transformer, stack_layers
+from refusion_jax.model.attention import attend, attend_visible, fitting_decode_kernel
+from refusion_jax.model.kernels.triton_attention import visible
+from refusion_jax.model.transformer import ModelConfig, Ragged, Transformer, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
-from refusion_jax.triton_attention import visible
+from refusion_jax.weights.fused import join
 
 CONFIG = ModelConfig(40, 2, 16, 4, 2, 16, 24, rope_theta=1e4)
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -28,11 +28,12 @@ from typing import Any
 import jax
 import settings as choices
 
-from refusion_jax import opening, serving
-from refusion_jax.data.task import Task
+from refusion_jax.data.tasks.task import Task
+from refusion_jax.decode.batch import Shape
 from refusion_jax.evaluate import config_tasks, useful_tokens
-from refusion_jax.requests import Shape
-from refusion_jax.serving import Request
+from refusion_jax.serving import engine as serving
+from refusion_jax.serving import flags as opening
+from refusion_jax.serving.engine import Request
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")

@@ -15,9 +15,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from refusion_jax import load, serving
-from refusion_jax.baselines.ar import ARConfig
-from refusion_jax.serving import Request
+from refusion_jax import load
+from refusion_jax.baselines.decoders.ar import ARConfig
+from refusion_jax.serving import engine as serving
+from refusion_jax.serving.engine import Request
 
 FEWEST, MOST = 8, 800  # characters of a turn
 

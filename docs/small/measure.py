@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refusion_jax import evaluate, opening
-from refusion_jax.replay import KEYS
+from refusion_jax import evaluate
+from refusion_jax.decode.replay import KEYS
+from refusion_jax.serving import flags as opening
 
 ROOT = Path(__file__).parents[2]
 # The dtype is what a CPU takes by itself, so that README's command finds about the same on every machine.

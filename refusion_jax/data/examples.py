@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from refusion_jax.data.task import Example, Task
+from refusion_jax.data.sources.example import Example
+from refusion_jax.data.tasks.task import Task
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import Tokenizer
 

@@ -18,8 +18,9 @@ import numpy as np
 from refusion_jax.data.batches import Batches, by_processes, by_threads, stacked
 from refusion_jax.data.examples import Encoder, Examples, FiniteExamples, TaskExamples
 from refusion_jax.data.packing import PackedExamples, PackedTaskExamples
-from refusion_jax.data.sources import load_jsonl
-from refusion_jax.data.tasks import TASKS, Example, Task, make_task
+from refusion_jax.data.sources.example import Example
+from refusion_jax.data.sources.jsonl import load_jsonl
+from refusion_jax.data.tasks.registry import TASKS, Task, make_task
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import Tokenizer
 
@@ -110,7 +111,7 @@ def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:
     if config.source == "tfds":
         if len(paths) != 1:
             raise BadInput(f"data.paths has {len(paths)} entries, expected one TFDS folder")
-        from refusion_jax.data.tfds_source import TfdsSource  # slow to import, seldom needed
+        from refusion_jax.data.sources.tfds import TfdsSource  # slow to import, seldom needed
 
         return TfdsSource(paths[0], config.split), paths[0]
     raise BadInput(f"data.source is {config.source!r}, expected tasks, jsonl or tfds")

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refusion_jax.chat_template import Message, check_messages, compile_template
 from refusion_jax.errors import BadInput
+from refusion_jax.tokenizer.chat_template import Message, check_messages, compile_template
 from refusion_jax.tokenizer.settings import SETTINGS, SpecialIds, token_text, write_settings
 
 MASK_MISSING = (

@@ -12,13 +12,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from refusion_jax.errors import BadInput
-from refusion_jax.json_file import read_json, read_json_if_there, read_text
+from refusion_jax.files import read_json, read_json_if_there, read_text
 from refusion_jax.tokenizer.hugging_face import complete
-from refusion_jax.tokenizer.settings import (
-    SETTINGS,
-    read_added_tokens,
-    token_text,
-)
+from refusion_jax.tokenizer.settings import SETTINGS, read_added_tokens, token_text
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from refusion_jax.checkpoints.gguf_file import GGUFFile
 from refusion_jax.errors import BadInput
-from refusion_jax.gguf_file import GGUFFile
 from refusion_jax.tokenizer import bpe
 from refusion_jax.tokenizer.base import Tokenizer
 from refusion_jax.tokenizer.hugging_face import HuggingFaceTokenizer, add_tokens

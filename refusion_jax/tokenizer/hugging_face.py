@@ -9,14 +9,9 @@ import tokenizers
 from tokenizers import AddedToken
 
 from refusion_jax.errors import BadInput
-from refusion_jax.json_file import parse_json, read_text
+from refusion_jax.files import parse_json, read_text
 from refusion_jax.tokenizer.base import TemplatedTokenizer
-from refusion_jax.tokenizer.settings import (
-    SETTINGS,
-    SpecialIds,
-    added_tokens_decoder,
-    special_texts,
-)
+from refusion_jax.tokenizer.settings import SETTINGS, SpecialIds, added_tokens_decoder, special_texts
 
 FILE = "tokenizer.json"
 

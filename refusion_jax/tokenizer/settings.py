@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from refusion_jax.errors import BadInput
-from refusion_jax.json_file import read_json_if_there, read_text
+from refusion_jax.files import read_json_if_there, read_text
 
 SETTINGS = "tokenizer_config.json"
 EXTRA_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # its name before and since 2025

@@ -1,0 +1,4 @@
+"""Decoders of the baselines, behind the same interface as `refusion_jax.decode`.
+
+Imports `decode` and `model`.
+"""

@@ -1,0 +1,244 @@
+"""Masked diffusion with bidirectional attention: LLaDA (arXiv 2502.09992) and Fast-dLLM (arXiv 2505.22618).
+
+Every token of prompt and response sees every other, so that none has keys and values that stay right when
+another is committed. How a pass gets those of the tokens outside the current block is the setting `cache`:
+
+  none     every pass feeds prompt and response, committed tokens and masks
+  prefix   so does the first pass over a block, and keeps what stands before the block; later ones feed the
+           block and all masks after it
+  dual     so does the first pass over a block, and keeps all; later ones feed the block alone
+
+What is kept is that of a block's first pass until the next block begins: an approximation, the papers'.
+
+Where they are silent or differ: the mask is never drafted, and no part of a probability (they take the
+argmax and the softmax over all tokens); a probability has to be above the threshold, not equal to it;
+`tokens_per_step` is a number of tokens, not of steps; decoding ends after the first block with an EOS, where
+they fill all blocks; tokens after the first EOS are not given out.
+
+S is the prompt and the response as padded, T the block; other letters as in model.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from refusion_jax.baselines.decoders import blocks
+from refusion_jax.baselines.decoders.blocks import BlockConfig, BlockRequests, BlockState, finish
+from refusion_jax.baselines.decoders.passes import Fed, padded_pass, quarters, read_block, sized_pass
+from refusion_jax.decode.batch import Prepared, Shape
+from refusion_jax.decode.config import MOST_TOKENS, check_whole, shown
+from refusion_jax.decode.forward import pass_sizes
+from refusion_jax.decode.inputs import SMALLEST_PASS
+from refusion_jax.decode.samples import Samples
+from refusion_jax.errors import BadInput
+from refusion_jax.model.transformer import exact_matmuls
+
+Array = jax.Array
+CACHES = ("none", "prefix", "dual")
+NONE, PREFIX, DUAL = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class MDMConfig(BlockConfig):
+    """How one prompt is answered; other attributes and errors as in BlockConfig.
+
+    Attributes:
+      num_blocks: blocks that are filled left to right; gen_length is a multiple.
+      cache: one of CACHES, see above.
+    """
+
+    num_blocks: int = 1
+    cache: str = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_whole("num_blocks", self.num_blocks, 1, MOST_TOKENS)
+        self.check_blocks("num_blocks", self.num_blocks, self.gen_length // self.num_blocks)
+        if self.cache not in CACHES:
+            raise BadInput(f"cache must be one of {', '.join(CACHES)}, found {shown(self.cache)}")
+
+    @property
+    def block_len(self) -> int:
+        """Tokens a block."""
+        return self.gen_length // self.num_blocks
+
+    @property
+    def cache_kind(self) -> int:
+        """NONE, PREFIX or DUAL."""
+        return CACHES.index(self.cache)
+
+
+class MDMRequests(BlockRequests):
+    """Fields as in MDMConfig."""
+
+    FIELDS: ClassVar[dict[str, Any]] = BlockRequests.FIELDS | {"cache_kind": jnp.int32}
+
+    cache_kind: Array
+
+
+def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[MDMConfig]) -> Shape:
+    """The smallest shape that holds these requests as one batch."""
+    asked = {c.cache for c in configs}
+    caches = tuple(cache for cache in CACHES if cache in asked)
+    return dataclasses.replace(blocks.exact_shape(prompts, configs), caches=caches)
+
+
+def prepare(
+    model,
+    prompts: Sequence[Sequence[int]],
+    config: MDMConfig | Sequence[MDMConfig],
+    shape: Shape | None = None,
+) -> Prepared:
+    """Checks and pads a batch; see `blocks.prepare`."""
+    return blocks.prepare(model, prompts, config, shape, exact_shape, MDMRequests)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "shape"))
+def init(model, prompts: Array, requests: MDMRequests, *, shape: Shape) -> BlockState:
+    """The state before the first pass."""
+    return BlockState.start(model, prompts, requests, shape, cached=any_kept(shape))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "shape"))
+def begin(
+    model, params, prompts: Array, requests: MDMRequests, mask_id: Array, eos_id: Array, *, shape: Shape
+) -> BlockState:
+    """A batch of prompts int32 [B, P] after its first pass."""
+    with exact_matmuls(model):
+        state = init(model, prompts, requests, shape=shape)
+        fed = feed(state, mask_id, width=state.tokens.shape[1], length=shape.block, cached=False)
+        passed = padded_pass(model, params, fed)
+        if any_kept(shape):
+            keep = fed.active & (state.requests.cache_kind != NONE)[:, None]
+            state = state.replace(cache=passed.commit(state.cache, fed.positions, keep))
+        return read_block(model, params, state, passed.states, mask_id, eos_id)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
+def resume(
+    model, params, state: BlockState, mask_id: Array, eos_id: Array, until: int = 0, *, shape: Shape
+) -> BlockState:
+    """Goes on until no more than `until` rows are left running; uses `state` up."""
+
+    def go_on(state: BlockState) -> Array:
+        return jnp.sum(~state.done) > until
+
+    def within_blocks(state: BlockState) -> BlockState:
+        states = pass_within(model, params, state, mask_id, shape)
+        return read_block(model, params, state, states, mask_id, eos_id)
+
+    def body(state: BlockState) -> BlockState:
+        """A pass in which rows may begin a block and keep what they feed, then all passes in which none does:
+        these only read the cache, which stays where it is."""
+        state, states = pass_beginning(model, params, state, mask_id, shape)
+        state = read_block(model, params, state, states, mask_id, eos_id)
+        return jax.lax.while_loop(lambda state: go_on(state) & ~jnp.any(keeps(state)), within_blocks, state)
+
+    with exact_matmuls(model):
+        return jax.lax.while_loop(go_on, body if any_kept(shape) else within_blocks, state)
+
+
+def any_kept(shape: Shape) -> bool:
+    """Whether any request wants keys and values kept."""
+    return shape.caches != (CACHES[NONE],)
+
+
+def keeps(state: BlockState) -> Array:
+    """bool [B]: the next pass of a row keeps keys and values of what it feeds."""
+    return state.begins & (state.requests.cache_kind != NONE)
+
+
+def feed(state: BlockState, mask_id: Array, width: int, length: int, cached: bool) -> Fed:
+    """What every row feeds, in `width` places: all of its text, or from its block on, or its block.
+
+    Args:
+      length: T.
+      cached: whether there is a cache to see. A row sees what is in it beside the tokens it feeds.
+    """
+    first, past = interval(state)
+    place = jnp.arange(width)
+    positions = first[:, None] + place
+    active = positions < past[:, None]
+    mask = active
+    if cached:
+        position = jnp.arange(state.tokens.shape[1])
+        fed = (position >= first[:, None]) & (position < past[:, None])
+        mask = jnp.concatenate([state.cache.filled & ~fed, active], axis=1)
+    in_block = (state.block_start - first)[:, None] + jnp.arange(length)
+    return Fed(state.fed_tokens(positions, mask_id), positions, active, mask[:, None], in_block)
+
+
+def interval(state: BlockState) -> tuple[Array, Array]:
+    """int32 [B] each: the first position that a row feeds, and the one after its last; equal for none."""
+    requests = state.requests
+    everything = state.begins | (requests.cache_kind == NONE)
+    block_only = ~everything & (requests.cache_kind == DUAL)
+    end = requests.prompt_len + requests.num_blocks * requests.block_len
+    first = jnp.where(everything, 0, state.block_start)
+    past = jnp.where(block_only, state.block_start + requests.block_len, end)
+    return first, jnp.where(state.done, first, past)
+
+
+def pass_beginning(
+    model, params, state: BlockState, mask_id: Array, shape: Shape
+) -> tuple[BlockState, Array]:
+    """A pass of all rows in which some begin a block; the state with what they keep, and states [B, T, D]."""
+    B, S = state.tokens.shape
+    # Rows begin a block together, or few at a time; one row feeds all of its text.
+    sizes = quarters(S) if B == 1 else pass_sizes(B * S, least(B * S, 16))
+    fed = feed(state, mask_id, S, shape.block, cached=True)
+    passed = sized_pass(model, params, state.cache, fed, sizes, keep=True)
+    keep = fed.active & keeps(state)[:, None]
+    return state.replace(cache=passed.commit(state.cache, fed.positions, keep)), passed.states
+
+
+def pass_within(model, params, state: BlockState, mask_id: Array, shape: Shape) -> Array:
+    """A pass of all rows of which nothing is kept; states [B, T, D]."""
+    (B, S), T = state.tokens.shape, shape.block
+
+    def pass_of(width: int, sizes: list[int], cached: bool = True) -> Array:
+        fed = feed(state, mask_id, width, T, cached)
+        return sized_pass(model, params, state.cache if cached else None, fed, sizes, keep=False).states
+
+    if not any_kept(shape):
+        return pass_of(S, quarters(B * S), cached=False)
+
+    def narrow() -> Array:
+        return pass_of(T, pass_sizes(B * T, least(B * T, 4)))
+
+    def wide() -> Array:
+        return pass_of(S, pass_sizes(B * S, least(B * S, 8)))
+
+    if shape.caches == (CACHES[DUAL],):
+        return narrow()
+    first, past = interval(state)
+    return jax.lax.cond(jnp.all(past - first <= T), narrow, wide)
+
+
+def least(most: int, parts: int) -> int:
+    """The fewest tokens to compile a pass for, where the most are `most`."""
+    return max(SMALLEST_PASS, most // parts)
+
+
+def sample(
+    model,
+    params,
+    prompts: Sequence[Sequence[int]],
+    config: MDMConfig | Sequence[MDMConfig],
+    *,
+    shape: Shape | None = None,
+) -> Samples:
+    """Answers prompts by unmasking; see `refusion_jax.decode.sample`.
+
+    Raises:
+      BadInput: a prompt or setting that cannot be decoded.
+    """
+    batch = prepare(model, prompts, config, shape)
+    *inputs, shape = batch
+    state = begin(model, params, *inputs, shape=shape)
+    state = resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape)
+    return jax.tree.map(lambda x: x[: len(prompts)], finish(state, batch.eos_id, shape))

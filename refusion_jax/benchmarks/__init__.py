@@ -1,0 +1,4 @@
+"""What `bench` measures, and the table it prints.
+
+Imports `training` and `serving`.
+"""

@@ -1,0 +1,191 @@
+"""Times decoding: what a forward pass takes against reading the weights, and what comes out a second.
+
+Every setting is compiled, run once to warm up and then `repeats` times; medians are told. The limit of a
+pass is the bytes of the weights it reads, and of the keys and values of a half-filled cache, over the
+bandwidth that copying 2 GB shows on the same device.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusion_jax import sharding
+from refusion_jax.decode.replay import Course, replay
+from refusion_jax.loader import boxed_params, decoding_model
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.serving.engine import METHODS, Config
+
+MASK_ID = 5  # where weights are random any will do
+NEVER = 2**31 - 1  # no token has this id
+COLUMNS = {  # name -> format
+    "method": "",
+    "batch": "d",
+    "first_ms": ".1f",
+    "pass_ms": ".2f",
+    "limit_ms": ".2f",
+    "passes": "d",
+    "tokens": ",d",
+    "per_pass": ".2f",
+    "tokens_s": ",.0f",
+    "of_limit": ".1%",
+    "compile_s": ".0f",
+    "again_s": ".1f",
+}
+
+
+class Work(NamedTuple):
+    """What is timed.
+
+    Attributes:
+      method: one of serving.METHODS.
+      batch: rows decoded together.
+      prompt_length: tokens of each prompt, random.
+      config: of every row.
+      courses: for refusion to follow in the rows in turn, or none.
+      ahead: as in Shape; None is what suits the device.
+    """
+
+    method: str
+    batch: int
+    prompt_length: int
+    config: Config
+    courses: Sequence[Course] = ()
+    ahead: int | None = None
+
+
+def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[str, Any]:
+    """Figures of one setting.
+
+    Args:
+      bandwidth: bytes a second, of `memory_bandwidth`.
+
+    Returns:
+      COLUMNS and the settings: milliseconds of the first pass, prompt included, and of each later pass;
+      the limit of such a pass; passes made and tokens committed by all rows; tokens a pass of one row;
+      tokens/s of all rows, first pass included; the limit over the time a pass takes; seconds to compile
+      without and with the compilation cache.
+    """
+    programs = _programs(model, params, work)
+    compile_s = _timed(lambda: programs.resume(programs.begin()))[0]
+    if jax.config.jax_compilation_cache_dir is not None:
+        jax.clear_caches()
+    again_s = _timed(lambda: programs.resume(programs.begin()))[0]
+    runs = [_run_once(programs, work) for _ in range(repeats)]
+    first_s, rest_s = (statistics.median(seconds) for seconds in zip(*[run[:2] for run in runs], strict=True))
+    *_, made, tokens, cache_bytes = runs[0]
+    passes = int(made.max())
+    pass_s = rest_s / max(passes - 1, 1)
+    num_devices = len(jax.tree.leaves(params)[0].sharding.device_set)
+    limit_s = (weight_bytes(model, params) + cache_bytes / 2) / (bandwidth * num_devices)
+    return {
+        **{name: value for name, value in work._asdict().items() if name not in ("config", "courses")},
+        **dataclasses.asdict(work.config),
+        "first_ms": 1e3 * first_s,
+        "pass_ms": 1e3 * pass_s,
+        "limit_ms": 1e3 * limit_s,
+        "passes": passes,
+        "tokens": tokens,
+        "per_pass": tokens / int(made.sum()),
+        "tokens_s": tokens / (first_s + rest_s),
+        "of_limit": limit_s / pass_s,
+        "compile_s": compile_s,
+        "again_s": again_s,
+    }
+
+
+class _Programs(NamedTuple):
+    """What makes the first pass of a batch, what makes the rest of its state, and what reads its answers."""
+
+    begin: Callable
+    resume: Callable
+    finish: Callable
+
+
+def _programs(model, params, work: Work) -> _Programs:
+    vocab, config = model.config.vocab_size, work.config
+    random = np.random.default_rng(0)
+    prompts = random.integers(0, vocab, (work.batch, work.prompt_length)).tolist()
+    decoder = METHODS[work.method].decoder
+    batch = decoder.prepare(model, prompts, config)
+    *inputs, shape = batch
+    if work.method == "refusion":
+        if work.ahead is not None:
+            shape = dataclasses.replace(shape, ahead=work.ahead)
+        if work.courses:
+            inputs.append(replay(work.courses, config, shape))
+    return _Programs(
+        lambda: decoder.begin(model, params, *inputs, shape=shape),
+        lambda state: decoder.resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape),
+        lambda state: decoder.finish(state, batch.eos_id, shape),
+    )
+
+
+def _run_once(programs: _Programs, work: Work) -> tuple[float, float, np.ndarray, int, int]:
+    """(seconds of the first pass, of the rest, passes of each row, tokens of all, bytes of the cache).
+
+    What a run leaves is let go before the next, as when answers are read one after the other: then the
+    arrays of each lie where those of the last lay, and the device's recorded programs need no new addresses.
+    """
+    first_s, state = _timed(programs.begin)
+    rest_s, state = _timed(lambda: programs.resume(state))
+    samples = jax.device_get(programs.finish(state))
+    made, tokens = samples.num_forwards[: work.batch], int(samples.num_raw.sum())
+    return first_s, rest_s, made, tokens, sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
+
+
+def _timed(run: Callable) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(run())
+    return time.perf_counter() - start, result
+
+
+def weight_bytes(model, params) -> int:
+    """Bytes of the parameters that every pass reads: all but an embedding that is only looked up in."""
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return total - (0 if model.config.tie_embeddings else params["embedding"].nbytes)
+
+
+def memory_bandwidth(num_bytes: int = 1 << 31) -> float:
+    """Bytes a second at which the default device reads an array and writes another: a median of 5, of 20
+    copies each, so that starting the program does not count."""
+    array = jnp.ones(num_bytes // 4, jnp.float32)
+    copies = 20
+    negated = jax.jit(lambda x: jax.lax.fori_loop(0, copies, lambda _, y: -y, x))
+    jax.block_until_ready(negated(array))
+    return 2 * copies * num_bytes / statistics.median(_timed(lambda: negated(array))[0] for _ in range(5))
+
+
+def arbitrary_model(config: ModelConfig, dtype, mesh=None, int8: bool = False) -> tuple[Any, dict[str, Any]]:
+    """A model ready for decoding, with parameters of no meaning, on the default device or a mesh."""
+    model = decoding_model(config, dtype, jax.default_backend(), int8)
+    boxed = boxed_params(model)
+    abstract = sharding.unbox(boxed)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, abstract)
+    else:
+        shardings = sharding.layout(boxed, mesh).shardings
+    return model, arbitrary_params(sharding.with_shardings(abstract, shardings))
+
+
+def arbitrary_params(abstract: Any) -> Any:
+    """Parameters that are finite and of a model's size; made faster than random ones.
+
+    Args:
+      abstract: tree of ShapeDtypeStruct with shardings.
+    """
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.ndim == 1:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        wave = jnp.sin(jax.lax.iota(jnp.float32, leaf.size) * 12.9898).reshape(leaf.shape)
+        return (wave * (100 if leaf.dtype == jnp.int8 else 0.05)).astype(leaf.dtype)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: jax.tree.map(fill, abstract), out_shardings=shardings)()

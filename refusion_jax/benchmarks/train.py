@@ -1,0 +1,126 @@
+"""Times the training step of a configuration.
+
+Warm-up of three steps, then steps one by one with a wait after each (their median), then as many in a row
+without waiting, as `train` runs them: tokens/s and MFU are of the latter. Memory is what the compiler plans.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refusion_jax import sharding
+from refusion_jax.benchmarks.decode import arbitrary_params
+from refusion_jax.data.pipeline import batch_iterator, load_examples
+from refusion_jax.train import mask_id, run_tokenizer
+from refusion_jax.training import step as train_step
+from refusion_jax.training.flops import peak_flops
+from refusion_jax.training.step import Batch, Program, RunConfig, TrainState
+
+WARM_UP = 3
+MASK_ID = 5  # where tokens are random any will do
+COLUMNS = {  # name -> format
+    "devices": "d",
+    "rows": "d",
+    "step_ms": ".1f",
+    "tokens_per_second_per_device": ",.0f",
+    "mfu": ".1%",
+    "padding": ".1%",
+    "noise_ms": ".2f",
+    "held_gb": ".1f",
+    "temporary_gb": ".1f",
+    "compile_s": ".0f",
+}
+
+
+def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data: bool) -> dict[str, Any]:
+    """Figures of the step on those devices; `train.batch_size` rows for each of them.
+
+    Returns:
+      COLUMNS and the chip: median milliseconds of a step, real tokens/s and MFU of steps in a row,
+      milliseconds that drawing and rearranging take alone, gigabytes of state and batch and of the
+      compiler's temporaries on a device, seconds to compile.
+
+    Raises:
+      BadInput: the configuration does not fit the devices, or its data cannot be read.
+    """
+    rows = run.train.batch_size * len(devices)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows))
+    mesh = sharding.make_mesh(run.mesh, devices)
+    mask = mask_id(run, run_tokenizer(run)) if real_data else MASK_ID
+    program = train_step.make_program(run, mesh, mask)
+    batch = jax.device_put(_real_batch(run) if real_data else _random_batch(run, program.batch), program.rows)
+    start = time.perf_counter()
+    step = program.step.lower(program.state, program.batch).compile()
+    compile_s = time.perf_counter() - start
+    state = _some_state(program)
+    seconds = []
+    for number in range(WARM_UP + steps):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, batch))
+        seconds += [time.perf_counter() - start] * (number >= WARM_UP)
+    flops, padding, tokens = (float(metrics[name]) for name in ("flops", "padding", "tokens"))
+    start = time.perf_counter()
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    jax.block_until_ready((state, metrics))
+    rate = steps / (time.perf_counter() - start) / len(devices)
+    peak, memory = peak_flops(devices[0].device_kind), step.memory_analysis()
+    return {
+        "chip": devices[0].device_kind,
+        "jax": jax.__version__,
+        "devices": len(devices),
+        "rows": rows,
+        "step_ms": 1e3 * statistics.median(seconds),
+        "tokens_per_second_per_device": tokens * rate,
+        "mfu": flops * rate / peak if peak else None,
+        "padding": padding,
+        "noise_ms": 1e3 * _noise_seconds(run, mesh, batch, steps),
+        "held_gb": memory.argument_size_in_bytes / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "compile_s": compile_s,
+    }
+
+
+def _noise_seconds(run: RunConfig, mesh: Any, batch: Batch, steps: int) -> float:
+    """What drawing the noise and rearranging the tokens takes alone: a median."""
+    objective = train_step.objective_of(run, MASK_ID)
+    noise = jax.jit(
+        lambda step, batch: objective.noise(train_step.noise_key(run, step), batch),
+        out_shardings=sharding.batch_sharding(mesh),
+    )
+    seconds = []
+    for number in range(WARM_UP + steps):
+        start = time.perf_counter()
+        jax.block_until_ready(noise(jnp.int32(number), batch))
+        seconds += [time.perf_counter() - start] * (number >= WARM_UP)
+    return statistics.median(seconds)
+
+
+def _random_batch(run: RunConfig, abstract: Batch) -> Batch:
+    """Rows full of random tokens, each one example, an eighth of it prompt."""
+    batch = {name: np.zeros(leaf.shape, np.int32) for name, leaf in abstract.items()}
+    length = run.data.max_length
+    batch["tokens"] += np.random.default_rng(0).integers(
+        0, run.model.vocab_size, batch["tokens"].shape, np.int32
+    )
+    batch["index"] += np.arange(batch["index"].size, dtype=np.int32).reshape(batch["index"].shape)
+    for name, value in (("prompt_len", length // 8), ("total_len", length)):
+        batch[name].reshape(len(batch[name]), -1)[:, 0] = value  # other places of a row stay empty
+    return batch
+
+
+def _real_batch(run: RunConfig) -> Batch:
+    """The first batch of the configured data."""
+    examples = load_examples(run.data, run_tokenizer(run), run.train.seed)
+    return next(batch_iterator(examples, run.train.batch_size))
+
+
+def _some_state(program: Program) -> TrainState:
+    """A state with parameters of no meaning."""
+    return jax.block_until_ready(program.start(arbitrary_params(program.state.base)))

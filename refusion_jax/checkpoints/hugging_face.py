@@ -1,0 +1,313 @@
+"""Hugging Face model folders: config.json and safetensors, read strictly.
+
+One table gives for each tensor its Hugging Face name, its path in our parameters and how the axes map.
+A tensor that is missing, that nothing asks for, or that has another shape is an error naming it.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from refusion_jax.checkpoints.safetensors_io import read_folder
+from refusion_jax.errors import BadInput
+from refusion_jax.files import read_json
+from refusion_jax.model.rope import RopeScaling
+from refusion_jax.model.transformer import ModelConfig
+from refusion_jax.weights.lazy import Stored, place
+
+# Hugging Face's model_type <-> (qk_norm, qkv_bias); everything else of the block is shared.
+FAMILIES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+# Fields of a config.json that the ones we write replace, or that name Python files, which stay behind.
+LEFT_OUT = (
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "dtype",
+    "auto_map",
+)
+
+HEAD = "lm_head.weight"
+# Buffers that old files hold; they follow from config.json.
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class Entry(NamedTuple):
+    """One tensor: `ours = theirs.reshape(split).transpose(order)`.
+
+    Attributes:
+      path: where it lies in the unrolled model's parameters.
+      split: the Hugging Face shape with heads and head dim apart.
+      order: of the axes of `split` in ours.
+      shape: the Hugging Face shape.
+    """
+
+    path: tuple[str, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def ours(self, theirs: Stored) -> Stored:
+        """The tensor in our axes."""
+        split = theirs if self.split == self.shape else theirs.split(self.split)
+        return split.transpose(self.order)
+
+    def theirs(self, ours: Stored) -> Stored:
+        """Our array in the tensor's axes."""
+        return ours.transpose(np.argsort(self.order)).reshape(self.shape)
+
+
+def table(config: ModelConfig) -> dict[str, Entry]:
+    """Every tensor of a model by its Hugging Face name."""
+    c = config
+    D, F, H = c.embed_dim, c.mlp_dim, c.head_dim
+
+    def vector(*path: str, size: int) -> Entry:
+        return Entry(path, (size,), (0,), (size,))
+
+    entries = {
+        "model.embed_tokens.weight": Entry(("embedding",), (c.vocab_size, D), (0, 1), (c.vocab_size, D)),
+        "model.norm.weight": vector("final_norm", "scale", size=D),
+    }
+    if not c.tie_embeddings:
+        entries[HEAD] = Entry(("head",), (c.vocab_size, D), (1, 0), (c.vocab_size, D))
+    for i in range(c.num_layers):
+        layer, name = f"layers_{i}", f"model.layers.{i}."
+        entries[name + "input_layernorm.weight"] = vector(layer, "attention_norm", "scale", size=D)
+        entries[name + "post_attention_layernorm.weight"] = vector(layer, "mlp_norm", "scale", size=D)
+        for x, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
+            theirs = f"{name}self_attn.{x}_proj"
+            path = (layer, "attention", x)
+            entries[theirs + ".weight"] = Entry(path, (heads, H, D), (2, 0, 1), (heads * H, D))
+            if c.qkv_bias:
+                path = (layer, "attention", f"{x}_bias")
+                entries[theirs + ".bias"] = Entry(path, (heads, H), (0, 1), (heads * H,))
+            if c.qk_norm and x != "v":
+                norm = vector(layer, "attention", f"{x}_norm", "scale", size=H)
+                entries[f"{name}self_attn.{x}_norm.weight"] = norm
+        entries[name + "self_attn.o_proj.weight"] = Entry(
+            (layer, "attention", "o"), (D, c.num_heads, H), (1, 2, 0), (D, c.num_heads * H)
+        )
+        for x, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
+            entries[f"{name}mlp.{x}_proj.weight"] = Entry((layer, "mlp", x), shape, (1, 0), shape)
+    return entries
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The model's shape from FOLDER/config.json; errors as `parse_config`, or there is no such file."""
+    path = Path(folder) / "config.json"
+    return parse_config(read_json(path), path)
+
+
+def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The model's shape from the fields of a config.json.
+
+    Args:
+      raw: the fields, as `transformers` names them, older spelling or newer.
+      path: where they come from, for messages.
+
+    Raises:
+      BadInput: a field is missing or of the wrong type, or it asks for something this model does not do
+        (another architecture, an unknown RoPE scaling, sliding-window attention).
+    """
+
+    def need(field: str, kind: type, fields: Mapping[str, Any] = raw) -> Any:
+        value = fields.get(field)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise BadInput(f"{path}: field {field!r} must be {kind.__name__}, found {value!r}")
+        return value
+
+    family = need("model_type", str)
+    if family not in FAMILIES:
+        raise BadInput(f"{path}: model_type must be one of {', '.join(FAMILIES)}, found {family!r}")
+    _refuse_unsupported(path, raw)
+    qk_norm, qkv_bias = FAMILIES[family]
+    num_heads = need("num_attention_heads", int)
+    theta, scaling = _rope(raw, path)
+    try:
+        return ModelConfig(
+            vocab_size=need("vocab_size", int),
+            num_layers=need("num_hidden_layers", int),
+            embed_dim=need("hidden_size", int),
+            num_heads=num_heads,
+            num_kv_heads=need("num_key_value_heads", int),
+            head_dim=need("head_dim", int) if raw.get("head_dim") else need("hidden_size", int) // num_heads,
+            mlp_dim=need("intermediate_size", int),
+            rope_theta=need("rope_theta", float, {"rope_theta": theta}),
+            norm_eps=need("rms_norm_eps", float),
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
+            tie_embeddings=need("tie_word_embeddings", bool),
+            rope_scaling=scaling,
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise error if isinstance(error, BadInput) else BadInput(f"{path}: {error}") from None
+
+
+def _rope(raw: Mapping[str, Any], path: Path) -> tuple[Any, RopeScaling | None]:
+    """Base and scaling of RoPE: `rope_theta` and `rope_scaling`, or both in the newer `rope_parameters`."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    fields = raw.get(name) or {}
+    if not isinstance(fields, dict) or any(isinstance(value, dict) for value in fields.values()):
+        raise BadInput(f"{path}: field {name!r} must be one set of numbers for all layers, found {fields!r}")
+    fields = {field: value for field, value in fields.items() if value is not None}
+    theta = fields.pop("rope_theta", raw.get("rope_theta"))
+    partial = fields.pop("partial_rotary_factor", raw.get("partial_rotary_factor") or 1)
+    if partial != 1:
+        raise BadInput(f"{path}: partial_rotary_factor must be 1 (RoPE on all of a head), found {partial!r}")
+    kind = fields.pop("type", "default")  # the name of rope_type once
+    kind = fields.setdefault("rope_type", kind)
+    if kind == "default":
+        return theta, None
+    trained, reached = raw.get("original_max_position_embeddings"), raw.get("max_position_embeddings")
+    if kind in ("llama3", "yarn") and (trained or reached):
+        fields = {"original_max_position_embeddings": reached} | fields
+        if trained:
+            fields["original_max_position_embeddings"] = trained
+    try:
+        return theta, RopeScaling.from_fields(fields)
+    except ValueError as error:
+        raise BadInput(f"{path}: {name}.{error}") from None
+
+
+def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
+    """What would silently change the function computed is an error, never ignored."""
+    windowed = raw.get("sliding_window") is not None and raw.get("use_sliding_window", True)
+    layers = raw.get("layer_types") or []
+    if windowed or any(layer != "full_attention" for layer in layers):
+        raise BadInput(
+            f"{path}: sliding-window attention is not supported, use_sliding_window must be false and all "
+            "layer_types 'full_attention'"
+        )
+    if raw.get("hidden_act", "silu") != "silu":
+        raise BadInput(f"{path}: hidden_act must be 'silu', found {raw['hidden_act']!r}")
+    for field in ("attention_bias", "mlp_bias", "quantization_config"):
+        if raw.get(field):
+            raise BadInput(f"{path}: {field} is not supported, found {raw[field]!r}")
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that describe `config`, as `transformers` names them."""
+    family = {switches: name for name, switches in FAMILIES.items()}.get((config.qk_norm, config.qkv_bias))
+    if family is None:
+        raise BadInput("qk_norm and qkv_bias together are in no Hugging Face family: switch one off")
+    return {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.embed_dim,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_scaling": config.rope_scaling and config.rope_scaling.as_fields(),
+        "hidden_act": "silu",
+    }
+
+
+def write_config(folder: str | Path, config: ModelConfig, extra: Mapping[str, Any]) -> None:
+    """Writes FOLDER/config.json.
+
+    Args:
+      folder: is there.
+      config: the model's shape.
+      extra: further fields, special token ids or all of another config.json; what they say of the shape is
+        left out.
+    """
+    kept = {name: value for name, value in extra.items() if name not in LEFT_OUT}
+    text = json.dumps(kept | config_json(config), indent=2, sort_keys=True) + "\n"
+    (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+
+
+def objective(folder: str | Path) -> str:
+    """What a model was trained for, by its config.json.
+
+    Where that says nothing, a model with a mask token was trained as ReFusion models are.
+    """
+    raw = read_json(Path(folder) / "config.json")
+    return raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
+
+
+def first_token(folder: str | Path) -> str:
+    """Where left-to-right decoding of a model reads its first token: "next" where it was trained for that,
+    else "mask"."""
+    return "next" if objective(folder) == "ar" else "mask"
+
+
+def block_len(folder: str | Path) -> int | None:
+    """Tokens of a block of a model trained by block diffusion; None where its config.json does not say."""
+    return read_json(Path(folder) / "config.json").get("block_len")
+
+
+def from_tensors(config: ModelConfig, tensors: Mapping[str, Stored], source: str | Path) -> dict[str, Any]:
+    """The unrolled model's parameters from tensors in Hugging Face's names and shapes.
+
+    Args:
+      config: the model's shape.
+      tensors: by name; none is read.
+      source: where they come from, for messages.
+
+    Returns:
+      nested dict of Stored.
+
+    Raises:
+      BadInput: a tensor is missing, extra or misshapen.
+    """
+    entries = table(config)
+    params: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        entry = entries.get(name)
+        if entry is None:
+            # A tied model's own head is written by some and used by none.
+            if IGNORED.fullmatch(name) or name == HEAD:
+                continue
+            raise BadInput(f"{tensor.where} belongs to no part of this model")
+        if tensor.shape != entry.shape:
+            raise BadInput(f"{tensor.where} has shape {tensor.shape}, config.json makes it {entry.shape}")
+        node = params
+        for key in entry.path[:-1]:
+            node = node.setdefault(key, {})
+        node[entry.path[-1]] = entry.ours(tensor)
+    missing = sorted(entries.keys() - tensors.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadInput(f"{source}: tensor {missing[0]!r}{more} missing")
+    return params
+
+
+def to_tensors(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Stored]:
+    """The reverse of `from_tensors`; each tensor is read whole."""
+    return {
+        name: entry.theirs(functools.reduce(lambda node, key: node[key], entry.path, params))
+        for name, entry in table(config).items()
+    }
+
+
+def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
+    """The parameters of the unrolled model from FOLDER's safetensors files, on the default device.
+
+    Args:
+      folder: as `read_folder` takes it.
+      config: the model's shape, from `read_config`.
+      dtype: what to cast to; None keeps each tensor's own.
+
+    Raises:
+      BadInput: a file is missing or broken, or a tensor is missing, extra or misshapen.
+    """
+    params = from_tensors(config, read_folder(folder), folder)
+    return place(
+        params, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
+    )

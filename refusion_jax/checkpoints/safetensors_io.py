@@ -1,0 +1,187 @@
+"""The safetensors file format: read slice by slice, written tensor by tensor.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape and
+place), and the tensors' bytes without gaps. The `safetensors` library writes only what is wholly in memory
+and counts every page read from a file as ours; here a tensor is mapped while it is read and no longer.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refusion_jax.errors import BadInput
+from refusion_jax.files import read_json
+from refusion_jax.weights.lazy import Index, Stored
+
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes, what other readers accept
+
+
+def read_folder(folder: str | Path) -> dict[str, Stored]:
+    """The tensors of a folder by name; headers are read and checked, no tensor is.
+
+    Args:
+      folder: holds model.safetensors, or model.safetensors.index.json and the shards it names.
+
+    Raises:
+      BadInput: a file is missing or broken, or the index and its shards disagree.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise BadInput(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+        return read_file(folder / SINGLE)
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{index}: field 'weight_map' must map tensor names to files")
+    named = sorted({str(file) for file in weight_map.values()})
+    for file in named:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise BadInput(f"{index}: names the file {file!r}, which is not in {folder}")
+    files = {file: read_file(folder / file) for file in named}
+    for file, tensors in files.items():
+        for name in tensors:
+            if weight_map.get(name) != file:
+                raise BadInput(f"{folder / file}: holds tensor {name!r}, which {INDEX} does not place there")
+    for name, file in weight_map.items():
+        if name not in files[file]:
+            raise BadInput(f"{index}: places tensor {name!r} in {file}, which does not hold it")
+    return {name: files[file][name] for name, file in weight_map.items()}
+
+
+def read_file(path: Path) -> dict[str, Stored]:
+    """The tensors of one file by name. Raises BadInput when it is no whole safetensors file."""
+    header, start, size = _header(path)
+    places = {name: _place(path, name, entry) for name, entry in header.items()}
+    end = start
+    for name, (_, _, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if start + begin != end:
+            raise BadInput(
+                f"{path}: tensor {name!r} begins at byte {start + begin:,}, expected {end:,}, where the one "
+                "before it ends"
+            )
+        end = start + stop
+    if end != size:
+        raise BadInput(f"{path}: cut short or damaged: its tensors end at byte {end:,}, the file at {size:,}")
+    return {
+        name: _stored(path, name, dtype, shape, start + begin)
+        for name, (dtype, shape, begin, _) in places.items()
+    }
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The entries of a file's header, where its tensors begin, and the file's size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            fits = size >= 8 and length <= min(size - 8, LONGEST_HEADER)
+            text = file.read(length) if fits else b""
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    if not fits:
+        raise BadInput(f"{path}: cut short or no safetensors file: a header of {length:,} in {size:,} bytes")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: no safetensors file: its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise BadInput(f"{path}: its header must be a JSON object, found {type(header).__name__}")
+    header.pop("__metadata__", None)
+    return header, 8 + length, size
+
+
+def _place(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, byte after the last) of one entry of a header, checked on its own."""
+    where = f"{path}: tensor {name!r}"
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise BadInput(f"{where} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not _are_sizes(shape):
+        raise BadInput(f"{where} has shape {shape!r}, expected a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise BadInput(f"{where} has data_offsets {offsets!r}, expected its first byte and the one after it")
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise BadInput(
+            f"{where} has {offsets[1] - offsets[0]:,} bytes, {dtype} of shape {tuple(shape)} takes {nbytes:,}"
+        )
+    return DTYPES[dtype], tuple(shape), *offsets
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _stored(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Stored:
+    def read(index: Index) -> np.ndarray:
+        if 0 in shape:  # nothing to map
+            return np.empty(shape, dtype)[index]
+        # The copy is what makes the mapping end, and its pages leave our memory, on return.
+        return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
+
+    return Stored(shape, dtype, read, f"{path}: tensor {name!r}")
+
+
+def write_folder(folder: str | Path, tensors: Mapping[str, Stored], shard_bytes: int) -> None:
+    """Writes tensors, one in memory at a time, as model.safetensors or as shards with an index.
+
+    Args:
+      folder: where to.
+      tensors: by name, in the order to write.
+      shard_bytes: most bytes of tensors in one file; a larger tensor has a file of its own.
+
+    Raises:
+      OSError: the disk is full, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    shards: list[dict[str, Stored]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        _write_file(folder / SINGLE, shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # Wider types first, so that every tensor begins at a multiple of its own width.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # `transformers` wants to be told
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.whole()).reshape(-1).view(np.uint8))

@@ -1,0 +1,1 @@
+"""Where examples come from: JSON lines, TFDS datasets."""

@@ -1,0 +1,123 @@
+"""Examples kept by TensorFlow Datasets as ArrayRecord: random access to more than fits in memory.
+
+Works without TensorFlow. A folder is written once with `jsonl_to_tfds` (or is any TFDS dataset
+prepared with `file_format="array_record"` whose features are `query` and `response`) and is then
+read with `TfdsSource`. Importing tfds takes a while, so nothing else imports this module up front.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from refusion_jax.data.sources.example import Example
+from refusion_jax.data.sources.jsonl import read_jsonl, read_record
+from refusion_jax.errors import BadInput
+
+
+class JsonlExamples(tfds.core.GeneratorBasedBuilder):
+    """JSONL files as a TFDS dataset; `splits` names the files of each split."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    # A dataset that was written before is opened by its name alone, hence the default.
+    def __init__(self, splits: Mapping[str, Sequence[str | Path]] | None = None, **kwargs):
+        self._paths = splits or {}
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        # `messages` is JSON, and empty where `query` is the whole prompt.
+        features = tfds.features.FeaturesDict({"query": text, "messages": text, "response": text})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        return {split: self._generate_examples(paths) for split, paths in self._paths.items()}
+
+    def _generate_examples(self, paths: Sequence[str | Path]) -> Iterator[tuple[int, dict]]:
+        examples = (example for path in paths for example in read_jsonl(path))
+        for number, (query, response) in enumerate(examples):
+            if isinstance(query, str):
+                yield number, {"query": query, "messages": "", "response": response}
+            else:
+                messages = json.dumps(query)
+                yield number, {"query": "", "messages": messages, "response": response}
+
+
+def jsonl_to_tfds(splits: Mapping[str, Sequence[str | Path]], folder: str | Path) -> Path:
+    """Writes the JSONL files of each split as ArrayRecord under `folder`, in order.
+
+    Returns the folder of the dataset, for `TfdsSource`. Raises BadInput for a malformed file, and
+    if the folder holds such a dataset already (it would be left as it is).
+    """
+    builder = JsonlExamples(splits, data_dir=str(folder), file_format="array_record")
+    path = Path(builder.data_path)
+    if path.exists():
+        raise BadInput(f"{path}: exists already; remove it or give another folder")
+    with tempfile.TemporaryDirectory() as nothing_to_download:
+        builder.download_and_prepare(download_dir=nothing_to_download, file_format="array_record")
+    return path
+
+
+class TfdsSource(Sequence[Example]):
+    """One split of a prepared dataset, as a sequence of examples read on demand.
+
+    Raises BadInput if the folder holds no dataset, or one without random access, without the split
+    or without the features `query` and `response`.
+    """
+
+    def __init__(self, folder: str | Path, split: str):
+        path = _dataset_folder(Path(folder))
+        try:
+            builder = tfds.builder_from_directory(str(path))
+        # Damaged descriptions surface as whatever the parser that met them raises.
+        except Exception as error:
+            raise BadInput(f"{path}: cannot be read as a TFDS dataset: {error}") from error
+        missing = {"query", "response"} - set(builder.info.features)
+        if missing:
+            raise BadInput(
+                f"{path}: has features {sorted(builder.info.features)}, expected query and response"
+            )
+        try:
+            self._records = builder.as_data_source(split=split)
+            next(iter(self._records))  # files are opened by the first read: a bad one shows now
+        except NotImplementedError as error:
+            raise BadInput(
+                f"{path}: is stored as {builder.info.file_format.value}, expected array_record"
+            ) from error
+        except (ValueError, RuntimeError) as error:
+            raise BadInput(
+                f"{path}: split {split!r} cannot be read, the dataset has "
+                f"{', '.join(sorted(builder.info.splits))}: {error}"
+            ) from error
+        self._path = path
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> Example:
+        if not 0 <= number < len(self):
+            raise IndexError(number)  # which ends an iteration
+        record = {key: _text(value) for key, value in self._records[number].items()}
+        messages = record.pop("messages", "")
+        if isinstance(messages, str) and messages:
+            return Example(json.loads(messages), record["response"])
+        return read_record(record, f"{self._path} example {number}")
+
+
+def _text(value: Any) -> Any:
+    """TFDS gives text as bytes; what is neither is left for `read_record` to refuse."""
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+def _dataset_folder(folder: Path) -> Path:
+    """The folder with dataset_info.json: `folder`, or the only one below it (name/config/version)."""
+    patterns = ("", "*/", "*/*/", "*/*/*/")
+    found = sorted(p.parent for s in patterns for p in folder.glob(f"{s}dataset_info.json"))
+    if len(found) != 1:
+        listed = ", ".join(str(path) for path in found) or "none"
+        raise BadInput(f"{folder}: expected one prepared TFDS dataset, found {listed}")
+    return found[0]

@@ -1,0 +1,107 @@
+"""What a row reads off its pass: drafts, what is accepted of them, and the scores by which slots are chosen.
+
+M slots and T tokens are those of a block as padded, Q the tokens fed, J the groups of feed.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from refusion_jax.decode.batch import Requests
+from refusion_jax.decode.config import FIRST, MEAN
+from refusion_jax.decode.inputs import Fed, Groups
+from refusion_jax.decode.row_state import Phase, Row, geometry
+from refusion_jax.decode.scores import Scores
+
+Array = jax.Array
+
+
+class Replay(struct.PyTreeNode):
+    """A recorded course to follow whatever the logits say.
+
+    Attributes:
+      planned: bool [I, M], the slots chosen by each plan.
+      accepted: int32 [I, T]; entry m * slot_size + r is how many tokens of slot m are accepted when verified
+        (r = 0) or after the r-th refill.
+      length: int32, plans after which decoding ends.
+    """
+
+    planned: Array
+    accepted: Array
+    length: Array
+
+
+class Answer(struct.PyTreeNode):
+    """What a row reads off its pass.
+
+    Attributes:
+      draft: int32 [Q], the token that each token fed stands for or is followed by.
+      confidence: float32 [Q], its probability.
+      confident: bool [Q], that is above the slot threshold.
+      passes: bool [T], the block's token at this place has a probability, after the token before it, above
+        the token threshold.
+      entropy: float32 [Q], or None, as in Scores.
+      place: int32 [J, T], as in Fed.
+      replay: or None.
+    """
+
+    draft: Array
+    confidence: Array
+    confident: Array
+    passes: Array
+    entropy: Array | None
+    place: Array
+    replay: Replay | None
+
+
+def read(scores: Scores, fed: Fed, row: Row, request: Requests, replay: Replay | None, dtype) -> Answer:
+    """What a row reads off the scores [Q] of what it fed.
+
+    `fixed` works in float32. `release` rounds probabilities and thresholds to the dtype of the logits,
+    as the authors do (quirks 1 and 2 of the recordings).
+    """
+
+    def rounded(x: Array) -> Array:
+        return jnp.where(request.release, x.astype(dtype).astype(jnp.float32), x)
+
+    confidence = rounded(scores.confidence)
+    next_passes = rounded(scores.of_target) > rounded(request.token_threshold)
+    needed = jnp.where(row.phase == Phase.VERIFY, fed.place[Groups.JOINT], fed.place[Groups.ALONE])
+    passes = jnp.roll(at_places(next_passes, needed), 1)
+    if replay is not None:
+        at = geometry(row, request)
+        first = at.slot * request.slot_size
+        passes = at.offset < replay.accepted[row.iterations][first + row.rounds[at.slot]]
+    confident = confidence > rounded(request.slot_threshold)
+    return Answer(scores.draft, confidence, confident, passes, scores.entropy, fed.place, replay)
+
+
+def at_places(x: Array, place: Array) -> Array:
+    """x [Q] at places, zero where these are none of the Q."""
+    return x.at[place].get(mode="fill", fill_value=0)
+
+
+def slot_scores(row: Row, request: Requests, answer: Answer, place: Array) -> tuple[Array, Array]:
+    """Of the slots whose masks are at `place` [T] the scores, float32 [M], -1 for those not in the pool, and
+    whether they are above the slot threshold, bool [M]."""
+    slots = jnp.arange(row.pool.shape[0])
+    first = place[jnp.minimum(slots * request.slot_size, place.shape[0] - 1)]
+    confidence = jnp.where(row.pool, at_places(answer.confidence, first), -1.0)
+    confident = row.pool & at_places(answer.confident, first)
+    if request.slot_score is not None:
+        of_first, of_whole = request.slot_score == FIRST, _whole_scores(slots, request, answer, place)
+        confidence = jnp.where(of_first | ~row.pool, confidence, of_whole)
+        confident = jnp.where(of_first, confident, row.pool & (of_whole > request.slot_threshold))
+    return confidence, confident
+
+
+def _whole_scores(slots: Array, request: Requests, answer: Answer, place: Array) -> Array:
+    """float32 [M], the score "mean" or "entropy" of slots [M] whose masks are at `place` [T]."""
+    slot_of = jnp.arange(place.shape[0]) // request.slot_size
+
+    def mean(x: Array) -> Array:
+        return jax.ops.segment_sum(at_places(x, place), slot_of, slots.shape[0]) / request.slot_size
+
+    if answer.entropy is None:
+        return mean(answer.confidence)
+    return jnp.where(request.slot_score == MEAN, mean(answer.confidence), jnp.exp(-mean(answer.entropy)))

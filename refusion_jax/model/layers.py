@@ -1,0 +1,263 @@
+"""The transformer's layers: norm, attention, MLP and the block of them; letters as in model.py."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from refusion_jax.model.attention import LayerKV, attend, attend_fed, attend_visible
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.kernels import triton_int8
+from refusion_jax.model.kernels.triton_attention import Visible
+from refusion_jax.model.rope import apply_rope
+
+Array = jax.Array
+
+
+def lecun(num_in: int, num_out: int):
+    """LeCun normal for a kernel whose first `num_in` axes are contracted."""
+    return nn.initializers.variance_scaling(
+        1.0, "fan_in", "normal", tuple(range(num_in)), tuple(range(num_in, num_in + num_out))
+    )
+
+
+class Ragged(NamedTuple):
+    """Rows of different lengths, their tokens laid out one after the other; int32 throughout.
+
+    Matrix products then work on N real tokens alone, and only attention is laid out by row.
+
+    Attributes:
+      flat: [B, T], where among the N a row's t-th token stands; N where it has none.
+      row: [N], the row of each token.
+      place: [N], its t in that row.
+    """
+
+    flat: Array
+    row: Array
+    place: Array
+
+
+class Context(NamedTuple):
+    """What the tokens fed may attend to, the same for all layers; see `Transformer.__call__`.
+
+    Attributes:
+      cache: keys and values of all layers.
+      mask: as the kernel wants it.
+      segments: of a pass with neither.
+      rows: how the tokens fed make up rows.
+    """
+
+    cache: LayerKV | None = None
+    mask: Array | Visible | None = None
+    segments: Array | None = None
+    rows: Ragged | None = None
+
+    def by_row(self, x: Array) -> Array:
+        """[1, N, ...] laid out as [B, T, ...]; a row's end is filled with anything finite."""
+        return x if self.rows is None else jnp.take(x[0], self.rows.flat, axis=0, mode="clip")
+
+    def as_fed(self, y: Array) -> Array:
+        """[B, T, ...] laid out as the tokens were fed."""
+        if self.rows is None:
+            return y
+        return y.at[self.rows.row, self.rows.place].get(mode="clip")[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How the layers hold their matrices; fields as in Transformer.
+
+    Attributes:
+      int8_kernel: products of a few tokens with an int8 matrix are `triton_int8.product`.
+    """
+
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    joined: bool = False
+    int8: bool = False
+    int8_kernel: bool = False
+
+    def product(self, module: nn.Module, equation: str, x: Array, name: str, shape, axes, num_in=1) -> Array:
+        """x times the matrix `name`, which `module` declares; its first `num_in` axes are summed over."""
+        if not self.int8:
+            init = nn.with_logical_partitioning(lecun(num_in, len(shape) - num_in), axes)
+            matrix = module.param(name, init, shape, self.param_dtype)
+            return jnp.einsum(equation, x, matrix.astype(self.dtype))
+        outputs, summed = shape[num_in:], shape[:num_in]
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (*axes[num_in:], *axes[:num_in]))
+        matrix = module.param(name, init, (*outputs, *summed), jnp.int8)
+        init = nn.with_logical_partitioning(nn.initializers.ones, axes[num_in:])
+        scale = module.param(f"{name}_scale", init, outputs, jnp.float32)
+        return self.int8_product(x, matrix, scale, num_in)
+
+    def int8_product(self, x: Array, matrix: Array, scale: Array, num_in: int = 1) -> Array:
+        """x [..., summed over ...] times the int8 matrix [outputs ..., summed over ...] and their scale."""
+        leading, outputs = x.shape[: x.ndim - num_in], scale.shape
+        flat = x.reshape(math.prod(leading), -1), matrix.reshape(math.prod(outputs), -1)
+        # On a mesh the compiler splits the product, which it cannot do with a kernel.
+        if self.int8_kernel and not nn.get_logical_axis_rules() and triton_int8.fits(*flat):
+            y = triton_int8.product(*flat, interpret=jax.default_backend() != "gpu")
+            y = y.reshape(*leading, *outputs)
+        else:
+            summed = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(matrix.ndim - num_in, matrix.ndim))
+            y = jax.lax.dot_general(
+                x, matrix.astype(self.dtype), (summed, ((), ())), preferred_element_type=jnp.float32
+            )
+        return (y * scale).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation over the last axis, statistics in float32."""
+
+    eps: float
+    axis_name: str
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return _normalised(x, self.eps) * _norm_scale(self, x.shape[-1], self.axis_name).astype(x.dtype)
+
+
+class NormScale(nn.Module):
+    """The scale of an RMSNorm by itself, under the same name."""
+
+    size: int
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return _norm_scale(self, self.size, "head_dim")
+
+
+def _norm_scale(module: nn.Module, size: int, axis_name: str) -> Array:
+    init = nn.with_logical_partitioning(nn.initializers.ones, (axis_name,))
+    return module.param("scale", init, (size,), module.param_dtype)
+
+
+def _normalised(x: Array, eps: float) -> Array:
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer; returns its output and the fresh keys and values."""
+
+    config: ModelConfig
+    weights: Weights
+    kernel: str
+    max_segments: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x: Array, rope, layer: Array | int | None, context: Context):
+        c, w = self.config, self.weights
+        if w.joined:
+            qkv = self._joined(x, rope)
+            q = qkv[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.head_dim)
+            k, v = qkv[..., -2, :], qkv[..., -1, :]
+        else:
+            q, k, v = self._separate(x, rope)
+        cache, mask = context.cache, context.mask
+        with jax.named_scope("attend"):
+            if isinstance(mask, Visible):
+                if not w.joined:
+                    parts = q.reshape(*k.shape[:3], -1, c.head_dim), k[..., None, :], v[..., None, :]
+                    qkv = jnp.concatenate(parts, axis=-2)
+                y = context.as_fed(attend_visible(context.by_row(qkv), cache, layer, mask))
+                y = y.reshape(q.shape)
+            elif cache is None and context.rows is None:
+                y = attend_fed(q, (k, v), context.segments, self.kernel, self.max_segments, self.causal, mask)
+            else:
+                of_layer = None if cache is None else (cache[0][layer], cache[1][layer])
+                q, *fresh = (context.by_row(part) for part in (q, k, v))
+                y = context.as_fed(attend(q, tuple(fresh), of_layer, mask))
+        shape, axes = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
+        return w.product(self, "BTNH,NHD->BTD", y, "o", shape, axes, num_in=2), (k, v)
+
+    def _separate(self, x: Array, rope) -> tuple[Array, Array, Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], after norm and RoPE."""
+        c, w = self.config, self.weights
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            shape = (c.embed_dim, heads, c.head_dim)
+            y = w.product(self, "BTD,DNH->BTNH", x, name, shape, ("embed", axis, "head_dim"))
+            if c.qkv_bias:
+                y = y + self._bias(f"{name}_bias", shape[1:], (axis, "head_dim"))
+            return nn.with_logical_constraint(y, ("act_batch", "act_length", f"act_{axis}", None))
+
+        q = project("q", c.num_heads, "heads")
+        k = project("k", c.num_kv_heads, "kv_heads")
+        v = project("v", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, "head_dim", w.param_dtype, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, "head_dim", w.param_dtype, name="k_norm")(k)
+        return apply_rope(q, rope), apply_rope(k, rope), v
+
+    def _joined(self, x: Array, rope) -> Array:
+        """[B, T, K, G + 2, H]: what `_separate` gives, of each key/value head its queries, key and value.
+
+        Norm and RoPE are written on the whole array, values passing through, so that they compile to as
+        few kernels as can be.
+        """
+        c, w = self.config, self.weights
+        groups = c.num_heads // c.num_kv_heads
+        shape = (c.embed_dim, c.num_kv_heads, groups + 2, c.head_dim)
+        axes = ("embed", "kv_heads", None, "head_dim")
+        y = w.product(self, "BTD,DKJH->BTKJH", x, "qkv", shape, axes)
+        if c.qkv_bias:
+            y = y + self._bias("qkv_bias", shape[1:], axes[1:])
+        y = nn.with_logical_constraint(y, ("act_batch", "act_length", "act_kv_heads", None, None))
+        is_key, is_value = (jnp.arange(groups + 2)[:, None] == i for i in (groups, groups + 1))
+        z = y
+        if c.qk_norm:
+            q, k = (NormScale(c.head_dim, w.param_dtype, name=name)() for name in ("q_norm", "k_norm"))
+            z = _normalised(z, c.norm_eps) * jnp.where(is_key, k, q).astype(w.dtype)
+        z = apply_rope(z, tuple(table[..., None, :] for table in rope))
+        return jnp.where(is_value, y, z)
+
+    def _bias(self, name: str, shape, axes) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        return self.param(name, init, shape, self.weights.param_dtype).astype(self.weights.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: ModelConfig
+    weights: Weights
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        (D, F), w = (self.config.embed_dim, self.config.mlp_dim), self.weights
+        if w.joined:
+            y = w.product(self, "BTD,DJF->BTJF", x, "gate_up", (D, 2, F), ("embed", None, "mlp"))
+            gate, up = y[:, :, 0], y[:, :, 1]
+        else:
+            gate = w.product(self, "BTD,DF->BTF", x, "gate", (D, F), ("embed", "mlp"))
+            up = w.product(self, "BTD,DF->BTF", x, "up", (D, F), ("embed", "mlp"))
+        y = nn.with_logical_constraint(nn.silu(gate) * up, ("act_batch", "act_length", "act_mlp"))
+        return w.product(self, "BTF,FD->BTD", y, "down", (F, D), ("mlp", "embed"))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ModelConfig
+    weights: Weights
+    kernel: str
+    max_segments: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x: Array, rope, layer: Array | int | None, context: Context):
+        c, w = self.config, self.weights
+        y = RMSNorm(c.norm_eps, "embed", w.param_dtype, name="attention_norm")(x)
+        attention = Attention(c, w, self.kernel, self.max_segments, self.causal, name="attention")
+        y, kv = attention(y, rope, layer, context)
+        x = nn.with_logical_constraint(x + y, ("act_batch", "act_length", "act_embed"))
+        y = RMSNorm(c.norm_eps, "embed", w.param_dtype, name="mlp_norm")(x)
+        y = MLP(c, w, name="mlp")(y)
+        return nn.with_logical_constraint(x + y, ("act_batch", "act_length", "act_embed")), kv

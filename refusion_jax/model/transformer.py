@@ -1,0 +1,214 @@
+"""The transformer: one Linen block with switches for Qwen3, Qwen2.5 and Llama.
+
+The model knows no slots, mesh, tokenizer or sampling. It is a pure function of parameters, tokens,
+their position ids, an optional cache and an attention mask. Without a mask attention is causal in the order
+in which tokens are fed, whatever their positions are: positions enter through RoPE alone, which is what lets
+ReFusion permute slots (arXiv 2512.13586, section 3).
+
+Einsum letters, everywhere in this package:
+  B batch, T query tokens, S cache length, L layers, N query heads, K key/value heads, G = N / K,
+  H head dim, D width, F MLP width, V vocabulary, M slots, W slot width.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from refusion_jax.model.attention import fed_mask
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.kernels.triton_attention import visible
+from refusion_jax.model.layers import Block, Context, Ragged, RMSNorm, Weights, lecun
+from refusion_jax.model.rope import rope_tables
+
+Array = jax.Array
+
+
+def _is_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's; the dense one is made of dots
+
+
+# What a layer may keep for the backward pass, by the name a config uses.
+REMAT_POLICIES = {
+    "none": None,  # keep everything
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Keep what matrix products give and compute the rest, which costs little, again.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_attention
+    ),
+}
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer.
+
+    Attributes:
+      config: shape and switches.
+      dtype: of activations and matrix products; parameters are cast to it as they are used.
+      param_dtype: of the parameters themselves (float32 master weights when training).
+      scan_layers: one scanned layer with parameters and cache stacked on a leading L axis (fast to
+        compile), or L separate layers `layers_0` … (fast to run). The same function either way;
+        `stack_layers` and `unstack_layers` turn the parameters of one into those of the other.
+      remat: what a layer keeps for the backward pass, a key of REMAT_POLICIES.
+      kernel: how attention is computed, one of attention.KERNELS: "triton" for decoding, forward passes
+        alone; of the others, "cudnn" and "splash" serve a pass without a cache, "splash" without a mask.
+      max_segments: most segments of a row.
+      joined: the projections that read the same input are one matrix, `qkv` and `gate_up`, as `joined.join`
+        makes them of the others: fewer and larger products, for decoding.
+      int8: the layers' matrices and the head are int8 with a scale for each output channel, as
+        `quantized.quantize` makes them; activations, the embedding and the rest stay as they are.
+      causal: a pass without a mask is causal in the order fed; otherwise each token sees all.
+      cache_by_layer: decoders give it a cache of an array for each layer, for TPUs; see KVCache.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    scan_layers: bool = False
+    remat: str = "none"
+    kernel: str = "dense"
+    max_segments: int = 1
+    joined: bool = False
+    int8: bool = False
+    causal: bool = True
+    cache_by_layer: bool = False
+
+    def setup(self):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), self.param_dtype)
+        self.weights = Weights(
+            self.dtype, self.param_dtype, self.joined, self.int8, int8_kernel=self.kernel == "triton"
+        )
+        block, arguments = Block, (c, self.weights, self.kernel, self.max_segments, self.causal)
+        if REMAT_POLICIES[self.remat] is not None:
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        if self.scan_layers:
+            block = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0, nn.broadcast),
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.layers = block(*arguments)
+        else:
+            self.layers = [block(*arguments) for _ in range(c.num_layers)]
+        self.final_norm = RMSNorm(c.norm_eps, "embed", self.param_dtype)
+        if c.tie_embeddings:
+            return
+        if self.int8:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab", "embed"))
+            self.head = self.param("head", init, (c.vocab_size, c.embed_dim), jnp.int8)
+            init = nn.with_logical_partitioning(nn.initializers.ones, ("vocab",))
+            self.head_scale = self.param("head_scale", init, (c.vocab_size,), jnp.float32)
+        else:
+            init = nn.with_logical_partitioning(lecun(1, 1), ("embed", "vocab"))
+            self.head = self.param("head", init, (c.embed_dim, c.vocab_size), self.param_dtype)
+
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array,
+        cache=None,
+        mask: Array | None = None,
+        segments: Array | None = None,
+        rows: Ragged | None = None,
+    ):
+        """Final normalised states [B, T, D] and the fresh keys and values; see `__call__`."""
+        # Gathered over fsdp before the lookup: looked up in pieces, the activations would be moved instead.
+        table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
+        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
+        c = self.config
+        rope = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        context = Context(cache, self._mask(tokens, cache, mask, segments, rows), segments, rows)
+        if self.scan_layers:
+            layers = None if cache is None else jnp.arange(c.num_layers)
+            x, kv = self.layers(x, rope, layers, context)
+        else:
+            fresh = []
+            for i, layer in enumerate(self.layers):
+                x, layer_kv = layer(x, rope, None if cache is None else i, context)
+                fresh.append(layer_kv)
+            kv = tuple(map(jnp.stack, zip(*fresh, strict=True)))
+        return self.final_norm(x), kv
+
+    def _mask(self, tokens: Array, cache, mask: Array | None, segments: Array | None, rows: Ragged | None):
+        """The mask as the layers take it."""
+        if self.kernel != "triton":
+            return mask
+        B, T = tokens.shape if rows is None else rows.flat.shape
+        if mask is None:
+            if cache is not None:
+                raise ValueError("attention to a cache needs a mask")
+            mask = fed_mask(T, segments, self.causal)
+        mask = jnp.broadcast_to(mask, (B, T, mask.shape[2]))
+        return visible(mask, self.config.num_heads // self.config.num_kv_heads)
+
+    def unembedding(self) -> Array:
+        """The head, [D, V] in `dtype`."""
+        return (self.embedding.T if self.config.tie_embeddings else self.head).astype(self.dtype)
+
+    def unembed(self, x: Array) -> Array:
+        """Logits [..., V] in `dtype` of final states [..., D]."""
+        if self.int8 and not self.config.tie_embeddings:
+            return self.weights.int8_product(x, self.head, self.head_scale)
+        return jnp.einsum("...D,DV->...V", x, self.unembedding())
+
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array,
+        cache=None,
+        mask: Array | None = None,
+        segments: Array | None = None,
+        rows: Ragged | None = None,
+    ):
+        """Logits of the tokens fed, and their keys and values.
+
+        The cache is only read: what to keep of the fresh keys and values is the caller's choice, so a
+        rejected draft leaves no trace.
+
+        Args:
+          tokens: int32 [B, T], in the order fed.
+          positions: int32 [B, T], the RoPE position of each token, in any order.
+          cache: None, or keys and values of all layers, each [L, B, S, K, H]; read in place. Unrolled
+            layers take L arrays [B, S, K, H] as well.
+          mask: bool, broadcastable to [B, T, S + T]; None, only without a cache, is as `causal` says.
+          segments: int32 [B, T], without cache and mask: a token sees those of its own segment alone;
+            segments stand one after the other in ascending order. None is one segment.
+          rows: of rows of different lengths; then tokens and positions are [1, N], and B and T of cache
+            and mask those of `rows`.
+
+        Returns:
+          logits [B, T, V] in `dtype`, and the fresh keys and values, each [L, B, T, K, H]; with `rows`
+          [1, N, V] and [L, 1, N, K, H].
+        """
+        x, kv = self.hidden(tokens, positions, cache, mask, segments, rows)
+        return self.unembed(x), kv
+
+
+def exact_matmuls(model: Transformer):
+    """A context in which a float32 model multiplies in float32 on every backend (GPUs default to TF32)."""
+    return jax.default_matmul_precision("highest" if model.dtype == jnp.float32 else None)
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the unrolled model as those of the scanned one (leaves of `layers` gain axis L)."""
+    depth = sum(name.startswith("layers_") for name in params)
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+    layers = [params[f"layers_{i}"] for i in range(depth)]
+    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the scanned model as those of the unrolled one."""
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+    return rest | {
+        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(depth)
+    }

@@ -1,0 +1,168 @@
+"""Programs lowered and compiled for TPUs that are not there, and what the compiler says of them."""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from refusion_jax import sharding
+from refusion_jax.decode.config import DecodeConfig
+from refusion_jax.decode.inputs import tokens_ahead
+from refusion_jax.decode.loop import decode, prepare
+from refusion_jax.loader import boxed_params, decoding_model
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.sharding import MeshConfig
+from refusion_jax.tpu import collectives
+from refusion_jax.tpu.slices import Topology
+from refusion_jax.training.step import RunConfig, make_program
+
+_MASK_ID = 0  # any token: it changes no shape
+
+
+class Lowered(NamedTuple):
+    """A program ready to be compiled.
+
+    Attributes:
+      stages: what `jit(...).lower(...)` returns.
+      arguments: what it takes -> bytes of that on each device.
+    """
+
+    stages: Any
+    arguments: dict[str, int]
+
+
+class Compiled(NamedTuple):
+    """What compiling came to, per device.
+
+    Attributes:
+      needed: bytes at the peak.
+      seconds: it took.
+      memory: the compiler's account, None when the program does not fit.
+      traffic: its collectives, None likewise.
+    """
+
+    needed: float
+    seconds: float
+    memory: Any = None
+    traffic: collectives.Traffic | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None
+
+
+def lower_training(run: RunConfig, topology: Topology) -> Lowered:
+    """The step of a run on a topology.
+
+    Raises:
+      BadInput: its mesh or batch does not go with the devices there are.
+    """
+    mesh = sharding.make_mesh(run.mesh, topology.devices())
+    program = make_program(run, mesh, _MASK_ID)
+    arguments = {
+        "parameters": program.state.params,
+        "frozen parameters": program.state.frozen,
+        "optimiser state": (program.state.step, program.state.opt_state),
+        "batch": program.batch,
+    }
+    return Lowered(program.step.lower(program.state, program.batch), _bytes_each(arguments))
+
+
+class Decoding(NamedTuple):
+    """What a sampler is compiled for; fields as in DecodeConfig and Shape.
+
+    Attributes:
+      prompt_length: tokens of each prompt.
+      batch_size: requests decoded together.
+      int8: whether the weights are int8 instead of bfloat16.
+    """
+
+    prompt_length: int
+    gen_length: int
+    slot_size: int
+    num_blocks: int
+    batch_size: int
+    int8: bool = False
+
+    @property
+    def weights(self) -> str:
+        return "int8" if self.int8 else "bfloat16"
+
+
+def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> Lowered:
+    """The sampler, every matrix product split over all devices.
+
+    Raises:
+      BadInput: there is no decoding such requests.
+    """
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=-1), topology.devices())
+    decoder = decoding_model(model, jnp.bfloat16, "tpu", asked.int8)
+    boxed = boxed_params(decoder)
+    params = sharding.with_shardings(sharding.unbox(boxed), sharding.layout(boxed, mesh).shardings)
+    settings = DecodeConfig(
+        _MASK_ID, _MASK_ID, asked.gen_length, slot_size=asked.slot_size, num_blocks=asked.num_blocks
+    )
+    *inputs, shape = prepare(decoder, [[0] * asked.prompt_length] * asked.batch_size, settings)
+    kind = mesh.devices.flat[0].device_kind
+    shape = dataclasses.replace(shape, ahead=tokens_ahead(asked.batch_size, kind))
+    everywhere = sharding.replicated(mesh)
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)
+    arguments = {"parameters": params, "requests": inputs}
+    program = jax.jit(decode, static_argnames=("model", "shape"))
+    return Lowered(program.lower(decoder, params, *inputs, shape=shape), _bytes_each(arguments))
+
+
+def _bytes_each(arguments: dict[str, Any]) -> dict[str, int]:
+    def held(leaf: jax.ShapeDtypeStruct) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return {name: sum(map(held, jax.tree.leaves(tree))) for name, tree in arguments.items()}
+
+
+def compile_for(lowered: Lowered) -> Compiled:
+    """Compiles, and says by how much it does not fit if so."""
+    start = time.perf_counter()
+    try:
+        compiled = lowered.stages.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = bytes_needed(str(error))
+        if needed is None:
+            raise
+        return Compiled(needed, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Compiled(memory.peak_memory_in_bytes, seconds, memory, collectives.count(compiled.as_text()))
+
+
+def bytes_needed(message: str) -> float | None:
+    """Bytes that a program needs, from the compiler's words about too little HBM.
+
+    NaN if they do not say how many; None if they are about something else, a kernel's own memory say.
+    """
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return None
+    size = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"\({size}\) exceeds available HBM|Used {size} of {size} hbm", message)
+    if found is None:
+        return math.nan
+    number, unit = [group for group in found.groups() if group is not None][:2]
+    return float(number) * 1024 ** " KMGT".index(unit or " ")
+
+
+def kinds(memory: Any) -> dict[str, int]:
+    """What a device holds at the peak, by the compiler's account: what for -> bytes."""
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments, program = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
+    # temp_size_in_bytes would also count what is held at other times. Of a program spread over many devices
+    # not all need be there at the peak.
+    temporaries = max(0, memory.peak_memory_in_bytes - arguments - results - program)
+    return {
+        "arguments": arguments,
+        "results beside them": results,
+        "temporaries": temporaries,
+        "program": program,
+    }

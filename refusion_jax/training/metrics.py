@@ -1,0 +1,240 @@
+"""What a run reports: metrics.csv, TensorBoard events, Weights & Biases, and the terminal."""
+
+import importlib.util
+import os
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from refusion_jax.errors import BadInput
+from refusion_jax.training.flops import peak_flops
+from refusion_jax.training.wall_time import WallTime
+
+FILE = "metrics.csv"
+# Of a logged step. `tokens` are those of its batch without padding, `padding` the share of it that is (0 to
+# 1).
+STEP_COLUMNS = ("loss", "ar_loss", "diffusion_loss", "grad_norm", "learning_rate", "tokens", "padding")
+COLUMNS = (
+    "step",
+    *STEP_COLUMNS,
+    # Since the row before, compiling left out.
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "step_seconds",
+    "tflops_per_second_per_device",
+    "mfu",
+    # Since this process began to train: seconds, and what they went into (WallTime) as shares of 1.
+    "seconds",
+    "goodput",
+    "input_share",
+    "checkpoint_share",
+    "compile_share",
+    "peak_memory_bytes",
+)
+
+
+class Reporter:
+    """Writes a run's metrics; a context manager.
+
+    Args:
+      folder: DIR.
+      step: updates already done; what a run that was killed reported beyond it is dropped.
+      last_step: where the run ends.
+      wall_time: where this process's time goes; the caller laps it, up to each report.
+      wandb_project: of Weights & Biases; empty leaves that out.
+      settings: the run's configuration, for Weights & Biases.
+
+    Raises:
+      BadInput: DIR/metrics.csv is not one that this class wrote.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        last_step: int,
+        wall_time: WallTime,
+        wandb_project: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ):
+        truncate(folder / FILE, step)
+        self._csv = folder / FILE
+        self._events = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+        self._wandb = _wandb_run(wandb_project, folder, settings) if wandb_project else None
+        self._last_step = last_step
+        self._bar = _Bar(step, last_step) if sys.stdout.isatty() else None
+        self._wall_time = wall_time
+        self._reported_at = self._running_seconds()
+        self._reported_step = step
+        self._steps, self._tokens, self._flops, self._seconds = 0, 0, 0.0, 0.0  # all reported so far
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._steps:
+            print(self._summary(), flush=True)
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._events.close()
+
+    def report(self, step: int, taken: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a row, events and a line.
+
+        Args:
+          step: updates done.
+          taken: what each step since the last report gave, this one last: NumPy scalars, STEP_COLUMNS
+            and "flops".
+        """
+        now = self._running_seconds()
+        seconds = now - self._reported_at
+        steps = step - self._reported_step
+        left = (self._last_step - step) * seconds / steps
+        self._reported_at, self._reported_step = now, step
+        tokens, flops = (sum(float(values[name]) for values in taken) for name in ("tokens", "flops"))
+        self._steps += steps
+        self._tokens += int(tokens)
+        self._flops += flops
+        self._seconds += seconds
+        row = {"step": step} | {name: taken[-1][name] for name in STEP_COLUMNS}
+        row |= _rates(steps, tokens, flops, seconds) | _shares(self._wall_time)
+        row |= {"seconds": round(self._wall_time.seconds(), 3), "peak_memory_bytes": _peak_memory_bytes()}
+        # One write a row: a kill can leave half a line at the end, which `truncate` drops, never more. And
+        # closed each time, since mounted buckets keep what is written only then.
+        # str of a NumPy float32 is the shortest text that reads back as the same float32.
+        cells = ("" if row[name] is None else str(row[name]) for name in COLUMNS)
+        with self._csv.open("a", encoding="utf-8") as file:
+            file.write(",".join(cells) + "\n")
+        curves = {f"train/{name}": float(row[name]) for name in COLUMNS[1:] if row[name] is not None}
+        for name, value in curves.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(curves, step=step)
+        text = (
+            f"loss {row['loss']:.4f} (ar {row['ar_loss']:.4f}, diffusion {row['diffusion_loss']:.4f}) "
+            f"{row['tokens_per_second']:,.0f} tokens/s" + _mfu_text(row["mfu"])
+        )
+        if self._bar is not None:
+            self._bar.show(step, text)
+        else:
+            left = timedelta(seconds=round(left))
+            print(f"step {step}/{self._last_step} {text} {left} left", flush=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar, if there is one, to `step` updates done."""
+        if self._bar is not None:
+            self._bar.show(step)
+
+    def _running_seconds(self) -> float:
+        return self._wall_time.seconds() - self._wall_time.spent("compile")
+
+    def _summary(self) -> str:
+        """One line on all steps of this process."""
+        rates = _rates(self._steps, self._tokens, self._flops, self._seconds)
+        shares = {name: f"{100 * share:.1f} %" for name, share in _shares(self._wall_time).items()}
+        return (
+            f"{self._steps} steps, {self._tokens:,} tokens, {rates['tokens_per_second']:,.0f} tokens/s"
+            f"{_mfu_text(rates['mfu'])}, goodput {shares['goodput']} (input {shares['input_share']}, "
+            f"checkpoints {shares['checkpoint_share']}, compiling {shares['compile_share']})"
+        )
+
+
+def check_wandb(project: str) -> None:
+    """Raises BadInput if metrics are to go to Weights & Biases and its package is missing."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise BadInput(
+            f"train.wandb_project: is {project!r}, but the package wandb is not installed; "
+            "pip install wandb, or leave the field empty"
+        )
+
+
+def _rates(steps: int, tokens: float, flops: float, seconds: float) -> dict[str, Any]:
+    """The columns of what so many steps did in `seconds`; None where unknown."""
+    seconds = max(seconds, 1e-9)
+    devices = jax.device_count()
+    peak = peak_flops(jax.devices()[0].device_kind)
+    flops_per_device = flops / seconds / devices
+    return {
+        "step_seconds": round(seconds / steps, 6),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens_per_second_per_device": round(tokens / seconds / devices, 1),
+        "tflops_per_second_per_device": round(flops_per_device / 1e12, 4),
+        "mfu": None if peak is None else round(flops_per_device / peak, 4),
+    }
+
+
+def _shares(wall_time: WallTime) -> dict[str, float]:
+    """Goodput, and the columns of what the rest of the time went into but for setting up."""
+    parts = {"goodput": "step"} | {f"{part}_share": part for part in ("input", "checkpoint", "compile")}
+    return {name: round(wall_time.share(part), 4) for name, part in parts.items()}
+
+
+def _mfu_text(mfu: float | None) -> str:
+    return "" if mfu is None else f" MFU {100 * mfu:.1f} %"
+
+
+def _peak_memory_bytes() -> int | None:
+    """Of the fullest device of this process, since it began; None where devices do not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat), default=None)
+
+
+def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any] | None) -> Any:
+    """The run of Weights & Biases that belongs to DIR; a run that goes on keeps its curves there."""
+    import wandb  # optional, and slow to import
+
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(8), encoding="utf-8")
+    run_id = id_file.read_text(encoding="utf-8").strip()
+    return wandb.init(
+        project=project, id=run_id, name=folder.name, dir=folder, config=dict(settings or {}), resume="allow"
+    )
+
+
+def truncate(path: Path, step: int) -> None:
+    """Leaves the header and the whole rows up to `step` in a metrics file; makes one if there is none.
+
+    Raises:
+      BadInput: the file has another header or a row without a step.
+    """
+    header = ",".join(COLUMNS)
+    # Whatever follows the last newline is a row that a kill cut short.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    if lines and lines[0] != header:
+        raise BadInput(f"{path}:1: found {lines[0]!r}, expected {header!r}; move the file away")
+    kept = [header]
+    for number, line in enumerate(lines[1:], start=2):
+        first = line.partition(",")[0]
+        if not first.isdecimal():
+            raise BadInput(f"{path}:{number}: found {line!r}, expected a row that begins with a step")
+        if int(first) <= step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class _Bar:
+    """A progress bar with the latest values beside it."""
+
+    def __init__(self, step: int, last_step: int):
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns)
+        self._task = self._progress.add_task("compiling", total=last_step, completed=step)
+        self._progress.start()
+
+    def show(self, step: int, text: str | None = None) -> None:
+        self._progress.update(self._task, completed=step, description=text)
+
+    def stop(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,166 @@
+"""Low-rank adaptation (LoRA, arXiv 2106.09685), outside the model.
+
+The kernels of a trained model stay as they are; what is learned is, for each kernel W of the targets, a
+product of two thin matrices that is added to it:
+
+  W + alpha / rank * A B,   A uniform in +- 1 / sqrt(inputs), B zero at first, as in the PEFT library
+
+So the model at step 0 is the model there was. `merge` makes plain parameters of them, for the model to
+compute with in training and for everything that reads a checkpoint. An adapted model's parameters are
+
+  {"base": the parameters there were, "lora": {... {"q": {"a", "b"}} ...}, "scale": alpha / rank}
+
+and whatever has no "lora" is plain: every function here leaves that as it is, so that nobody has to ask.
+A kernel's axes are those it contracts, then those it makes: A takes the former, B the latter. In the
+scanned model all three begin with L.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from refusion_jax.weights.lazy import Index, Stored
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+# Kernel -> how many of its axes are contracted; in Hugging Face's names q_proj, k_proj and so on.
+TARGETS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation of the model in train.init_from, instead of training all of it.
+
+    Attributes:
+      rank: columns of A and rows of B; 0 trains all parameters.
+      alpha: what is added to a kernel is A B times alpha / rank.
+      targets: which kernels of every layer, of q, k, v, o, gate, up and down.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if not self.targets or not set(self.targets) <= TARGETS.keys():
+            raise ValueError(f"targets must be some of {', '.join(TARGETS)}, got {self.targets}")
+
+
+def init(config: LoraConfig, key: Array, base: Params, dtype: Any) -> Params:
+    """The parameters of an adapted model that computes what `base` does.
+
+    Args:
+      config: rank 0 gives `base` back.
+      key: of A.
+      base: parameters of the scanned or the unrolled model, in Linen's boxes or without.
+      dtype: which the base is kept in; A, B and the scale are float32.
+
+    Returns:
+      the tree of the module's docstring; A and B are boxed where their kernel is.
+    """
+    if not config.rank:
+        return base
+    pairs = {}
+    for number, (path, kernel) in enumerate(sorted(flatten_dict(base).items())):
+        if path[-1] in config.targets:
+            pairs[path] = _pair(jax.random.fold_in(key, number), path, kernel, config.rank)
+    return {
+        "base": jax.tree.map(lambda leaf: leaf.astype(dtype), base),
+        "lora": unflatten_dict(pairs),
+        "scale": jnp.float32(config.alpha / config.rank),
+    }
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """What is trained of the parameters, and the rest: nothing of a plain model's."""
+    if "lora" not in params:
+        return params, {}
+    return params["lora"], {name: part for name, part in params.items() if name != "lora"}
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """The parameters again of which `split` gave the two."""
+    return {"lora": trained, **frozen} if frozen else trained
+
+
+def merge(params: Params) -> Params:
+    """The plain parameters that an adapted model computes with, in the base's dtype; differentiable."""
+    if "lora" not in params:
+        return params
+    kernels = flatten_dict(params["base"])
+    with jax.default_matmul_precision("highest"):  # as exact as what is written when it is merged for good
+        for path, a, b in _pairs(params):
+            delta = params["scale"] * _product(a, b, _stacked(path))
+            kernels[path] = (kernels[path].astype(jnp.float32) + delta).astype(kernels[path].dtype)
+    return unflatten_dict(kernels)
+
+
+def merge_stored(params: Params) -> Params:
+    """`merge` for parameters that are yet to be read, nested dict of Stored."""
+    if "lora" not in params:
+        return params
+    kernels = flatten_dict(params["base"])
+    for path, a, b in _pairs(params):
+        kernels[path] = _merged(kernels[path], a, b, params["scale"], path)
+    return unflatten_dict(kernels)
+
+
+def _pair(key: Array, path: tuple[str, ...], kernel: Any, rank: int) -> dict[str, Any]:
+    """A and B of one kernel."""
+    boxed = isinstance(kernel, nn.LogicallyPartitioned)
+    shape = kernel.value.shape if boxed else kernel.shape
+    names = kernel.names if boxed else (None,) * len(shape)
+    stacked = _stacked(path)
+    middle = stacked + TARGETS[path[-1]]
+    bound = 1 / math.sqrt(math.prod(shape[stacked:middle]))
+    a = jax.random.uniform(key, (*shape[:middle], rank), jnp.float32, -bound, bound)
+    b = jnp.zeros((*shape[:stacked], rank, *shape[middle:]), jnp.float32)
+    if boxed:
+        a = nn.LogicallyPartitioned(a, (*names[:middle], None))
+        b = nn.LogicallyPartitioned(b, (*names[:stacked], None, *names[middle:]))
+    return {"a": a, "b": b}
+
+
+def _pairs(params: Params) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(path of the kernel, A, B) of each target."""
+    halves = flatten_dict(params["lora"])
+    for path in sorted({path[:-1] for path in halves}):
+        yield path, halves[*path, "a"], halves[*path, "b"]
+
+
+def _stacked(path: tuple[str, ...]) -> int:
+    """How many axes of a kernel number layers: 1 in the scanned model."""
+    return int(path[0] == "layers")
+
+
+def _product(a: Any, b: Any, stacked: int) -> Any:
+    """A B in the kernel's shape, of JAX or NumPy arrays."""
+    layers, rank = a.shape[:stacked], a.shape[-1]
+    shape = (*a.shape[:-1], *b.shape[stacked + 1 :])
+    return (a.reshape(*layers, -1, rank) @ b.reshape(*layers, rank, -1)).reshape(shape)
+
+
+def _merged(kernel: Stored, a: Stored, b: Stored, scale: Stored, path: tuple[str, ...]) -> Stored:
+    stacked, middle = _stacked(path), len(a.shape) - 1
+
+    def read(index: Index) -> np.ndarray:
+        whole = slice(None)
+        a_part = a.read((*index[:middle], whole))
+        b_part = b.read((*index[:stacked], whole, *index[middle:]))
+        delta = scale.whole() * _product(a_part, b_part, stacked)
+        return (kernel.read(index).astype(np.float32) + delta).astype(kernel.dtype)
+
+    return dataclasses.replace(kernel, read=read)

@@ -1,0 +1,71 @@
+"""Rows for new tokens in a model's embedding and head.
+
+A new token's row of the embedding, and its column of an untied head, is the mean of those of the tokens
+there are, taken in float32: what the model knows least about without being thrown by it. Tables often have
+more rows than the tokenizer has tokens (Qwen3: 151,936 for 151,669). Such spare rows were never trained, so
+a new token that takes one overwrites it with the mean as well; the table grows only when there is none left.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from refusion_jax.model.transformer import ModelConfig
+from refusion_jax.weights.lazy import Index, Stored, bounds
+
+BLOCK = 4096  # rows read at once for the mean
+
+
+def add_rows(
+    config: ModelConfig, params: Mapping[str, Any], ids: Collection[int], num_known: int
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model with rows for new tokens.
+
+    Args:
+      config: its shape.
+      params: of the unrolled model, nested dict of Stored.
+      ids: of the new tokens.
+      num_known: ids before it have tokens, whose rows are averaged.
+
+    Returns:
+      its new shape and parameters; the old embedding and head were read once, in blocks.
+    """
+    size = max(config.vocab_size, max(ids) + 1)
+    changed = {"embedding": _with_means(params["embedding"], 0, size, ids, num_known)}
+    if not config.tie_embeddings:
+        changed["head"] = _with_means(params["head"], 1, size, ids, num_known)
+    return dataclasses.replace(config, vocab_size=size), {**params, **changed}
+
+
+def _with_means(table: Stored, axis: int, size: int, ids: Collection[int], num_known: int) -> Stored:
+    """A matrix whose `axis` has `size` entries, with the mean of the first `num_known` at `ids`."""
+    had = table.shape[axis]
+    mean = _mean(table, axis, min(num_known, had)).astype(table.dtype)
+    shape = tuple(size if i == axis else n for i, n in enumerate(table.shape))
+
+    def read(index: Index) -> np.ndarray:
+        spans = [slice(*ends) for ends in bounds(index, shape)]
+        start, stop = spans[axis].start, spans[axis].stop
+        part = np.empty([span.stop - span.start for span in spans], table.dtype)
+        rows = np.moveaxis(part, axis, 0)
+        if start < had:
+            spans[axis] = slice(start, min(stop, had))
+            rows[: spans[axis].stop - start] = np.moveaxis(table.read(tuple(spans)), axis, 0)
+        for new in ids:
+            if start <= new < stop:
+                rows[new - start] = mean[spans[1 - axis]]
+        return part
+
+    return dataclasses.replace(table, shape=shape, read=read)
+
+
+def _mean(table: Stored, axis: int, count: int) -> np.ndarray:
+    """Mean of the first `count` entries along `axis`, float32."""
+    total = np.zeros(table.shape[1 - axis], np.float64)
+    for start in range(0, count, BLOCK):
+        index = [slice(None), slice(None)]
+        index[axis] = slice(start, min(start + BLOCK, count))
+        total += table.read(tuple(index)).astype(np.float32).sum(axis, dtype=np.float64)
+    return (total / count).astype(np.float32)
