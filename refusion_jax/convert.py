@@ -44,7 +44,7 @@ class Model(NamedTuple):
       layout: "hf", "orbax" or "gguf".
       config: the model's shape.
       fields: of its config.json, in Hugging Face's names.
-      params: of the unrolled model, nested dict of Stored.
+      params: of the unrolled model, nested dict of LazyArray.
       tokenizer: its own.
     """
 

@@ -16,9 +16,7 @@ from refusion_jax.errors import BadInput
 from refusion_jax.model.attention import fitting_decode_kernel
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.tokenizer import Tokenizer, load_tokenizer
-from refusion_jax.weights import fused as joined
-from refusion_jax.weights import lazy as stored
-from refusion_jax.weights import lora, quantized
+from refusion_jax.weights import fused, lazy, lora, quantized
 
 # The model that comes with the package, trained by configs/small.py.
 SMALL = Path(__file__).with_name("small")
@@ -60,8 +58,8 @@ def load(
     computed = np.dtype(dtype or params["embedding"].dtype)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     model = decoding_model(config, computed, platform, int8)
-    if model.joined:
-        params = joined.join(params)
+    if model.fused:
+        params = fused.fuse_projections(params)
     if int8:
         params = quantized.quantize(params, rest=dtype)
     elif dtype is not None:
@@ -69,7 +67,7 @@ def load(
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.layout(boxed_params(model), mesh).shardings)
-    return model, stored.place(params, abstract), tokenizer
+    return model, lazy.load_to_devices(params, abstract), tokenizer
 
 
 def decoding_model(config: ModelConfig, dtype: Any, platform: str, int8: bool = False) -> Transformer:
@@ -77,7 +75,7 @@ def decoding_model(config: ModelConfig, dtype: Any, platform: str, int8: bool = 
     kernel = fitting_decode_kernel(platform, dtype, config.head_dim)
     # The TPU compiler would lay joined matrices out anew before a loop, and hold them twice.
     tpu = platform == "tpu"
-    return Transformer(config, dtype, dtype, kernel=kernel, joined=not tpu, int8=int8, cache_by_layer=tpu)
+    return Transformer(config, dtype, dtype, kernel=kernel, fused=not tpu, int8=int8, cache_by_layer=tpu)
 
 
 def decoding_scope(model: Transformer, mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
@@ -97,11 +95,11 @@ def load_params(folder: str | Path, config: ModelConfig, abstract: Any) -> dict[
       BadInput: something in the folder is missing or broken.
     """
     params = stored_params(folder, config)
-    return stored.place(stored.stack(params) if "layers" in abstract else params, abstract)
+    return lazy.load_to_devices(lazy.stack(params) if "layers" in abstract else params, abstract)
 
 
 def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
-    """The unrolled model's parameters in a model folder, yet to be read: nested dict of Stored.
+    """The unrolled model's parameters in a model folder, yet to be read: nested dict of LazyArray.
 
     Raises:
       BadInput: something in the folder is missing or broken, or of another shape than `config`.
@@ -109,7 +107,7 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / checkpoint.FOLDER).is_dir():
         return hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
-    params = stored.unstack(lora.merge_stored(checkpoint.saved_params(folder)))
+    params = lazy.unstack(lora.merge_stored(checkpoint.saved_params(folder)))
     checkpoint.check_shapes(folder, params, sharding.unbox(boxed_params(Transformer(config))))
     return params
 

@@ -204,7 +204,7 @@ def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[Tr
 
 def _items(state: TrainState) -> dict[str, Any]:
     """The state as a checkpoint has it; its parameters are whole, so that it can be read without the run."""
-    params = lora.join(state.params, state.frozen)
+    params = lora.combine(state.params, state.frozen)
     return {"params": params, "optimizer": (state.step, state.opt_state)}
 
 
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile_steps = range(0)
     if flags.profile_steps is not None:
         profile_steps = parse_steps(flags.profile_steps, run.train.steps)
-    with processes.joined(
+    with processes.distributed(
         flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
     ):
         return train(run, flags.workdir, profile_steps)

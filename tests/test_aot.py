@@ -268,7 +268,7 @@ def test_what_tpus_decode_with(monkeypatch):
     here = loader.load(folder)[1]["layers_0"]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     model, params, _ = loader.load(folder)
-    assert model.cache_by_layer and not model.joined
+    assert model.cache_by_layer and not model.fused
     assert {"qkv"} <= here["attention"].keys() and {"q", "k", "v"} <= params["layers_0"]["attention"].keys()
 
 

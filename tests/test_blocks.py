@@ -25,7 +25,7 @@ from refusion_jax.errors import BadInput
 from refusion_jax.model.transformer import Transformer
 from refusion_jax.serving import engine as serving
 from refusion_jax.serving.engine import Request
-from refusion_jax.weights import fused as joined
+from refusion_jax.weights import fused
 
 MODEL, PARAMS = Transformer(CONFIG), random_params()
 V = CONFIG.vocab_size
@@ -252,8 +252,8 @@ def test_one_compilation_serves_every_request(method, batch):
 def test_a_model_as_it_decodes_on_a_gpu(batch):
     """Joined projections and the kernel give what the plain model gives, near enough for the same tokens."""
     batch = [case for case in batch() if not case.config.temperature][:2]
-    model = Transformer(CONFIG, kernel="triton", joined=True)
-    params = joined.join(PARAMS)
+    model = Transformer(CONFIG, kernel="triton", fused=True)
+    params = fused.fuse_projections(PARAMS)
     method = batch[0].method
     shape = dataclasses.replace(SHAPE, rows=2)
     prompts, configs = zip(*batch, strict=True)

@@ -27,8 +27,8 @@ from refusion_jax.model.rope import RopeScaling
 from refusion_jax.model.transformer import ModelConfig, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.tokenizer import ByteTokenizer
-from refusion_jax.weights.fused import join
-from refusion_jax.weights.lazy import Stored
+from refusion_jax.weights.fused import fuse_projections
+from refusion_jax.weights.lazy import LazyArray
 from refusion_jax.weights.new_tokens import add_rows
 from refusion_jax.weights.quantized import quantize
 
@@ -48,7 +48,7 @@ def hugging_face(
 
     def tensor(seed, shape):
         numbers = np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
-        return Stored(shape, np.dtype(dtype), lambda index: numbers[index], "random")
+        return LazyArray(shape, np.dtype(dtype), lambda index: numbers[index], "random")
 
     tensors = {n: tensor(seed, e.shape) for seed, (n, e) in enumerate(hf.table(config).items())}
     safetensors_io.write_folder(folder, tensors, shard_bytes)
@@ -111,7 +111,7 @@ def test_types_are_kept_or_cast(tmp_path, dtype):
             wanted = hf.load_params(source, QWEN3, other)
             found = load(folder)[1]
             assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {other}
-            jax.tree.map(np.testing.assert_array_equal, found, join(wanted))
+            jax.tree.map(np.testing.assert_array_equal, found, fuse_projections(wanted))
     assert raw_config(tmp_path / "same")["torch_dtype"] == name
 
 
@@ -158,7 +158,7 @@ def test_int8_weights_are_made_as_they_are_read(tmp_path):
     source = hugging_face(tmp_path / "hf", dtype=np.float32)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
     positions = np.broadcast_to(np.arange(9), (2, 9))
-    wanted = quantize(join(hf.load_params(source, QWEN3)))
+    wanted = quantize(fuse_projections(hf.load_params(source, QWEN3)))
     plain, params, _ = load(source)
     exact = np.asarray(jax.jit(plain.apply)({"params": params}, tokens, positions)[0])
     for mesh in (None, make_mesh(MeshConfig(2, 2, 2))):
@@ -222,7 +222,7 @@ def test_new_tokens_take_spare_rows_first(tmp_path, tied, to):
         np.testing.assert_allclose(table[260:], np.stack([mean, mean]), rtol=0, atol=1e-6, err_msg=name)
     assert tokenizer.encode("w7<|mask|>w8") == [7, 261, 8]
     # All else is as it was.
-    rest = join(hf.load_params(source, config))
+    rest = fuse_projections(hf.load_params(source, config))
     for name in rest.keys() - {"embedding", "head"}:
         jax.tree.map(np.testing.assert_array_equal, params[name], rest[name])
 
@@ -288,7 +288,7 @@ def test_any_part_of_a_table_with_new_rows_can_be_read_alone():
     config = dataclasses.replace(QWEN3, vocab_size=20)
     arrays = {"embedding": rng.normal(size=(20, 16)), "head": rng.normal(size=(16, 20))}
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    stored = {n: Stored(a.shape, a.dtype, lambda index, a=a: a[index], n) for n, a in arrays.items()}
+    stored = {n: LazyArray(a.shape, a.dtype, lambda index, a=a: a[index], n) for n, a in arrays.items()}
     new_config, new = add_rows(config, stored, [17, 20, 21], 18)
     assert new_config == dataclasses.replace(config, vocab_size=22)
     for name, axis in (("embedding", 0), ("head", 1)):
@@ -359,7 +359,7 @@ def test_another_models_checkpoint(tmp_path, capsys):
 )
 def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, to, error):
     source = hugging_face(tmp_path / "hf")
-    real, reads = Stored.whole, []
+    real, reads = LazyArray.whole, []
 
     def whole(self):
         reads.append(self.where)
@@ -367,7 +367,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, to, error):
             raise error
         return real(self)
 
-    monkeypatch.setattr(Stored, "whole", whole)
+    monkeypatch.setattr(LazyArray, "whole", whole)
     wanted = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else BadInput
     with pytest.raises(wanted, match=None if wanted is KeyboardInterrupt else "broken|No space left"):
         convert.convert(source, tmp_path / "new", to)

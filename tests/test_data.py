@@ -254,7 +254,7 @@ def test_rows_hold_prompt_response_eos_and_padding(tmp_path):
         "tokens": ((2, 12), np.int32),
         "prompt_len": ((2,), np.int32),
         "total_len": ((2,), np.int32),
-        "index": ((2,), np.int32),
+        "example_id": ((2,), np.int32),
     }
 
 
@@ -325,7 +325,7 @@ def test_unusable_examples_are_dropped_whole_and_counted(tmp_path, caplog):
     batch = next(batch_iterator(examples, 12))
     assert batch["prompt_len"].tolist() == [1, 2, 4, 6, 7, 8] * 2
     # Numbers are those of the source, dropped examples included, and go on in the next epoch.
-    assert batch["index"].tolist() == [0, 1, 3, 5, 6, 7, 10, 11, 13, 15, 16, 17]
+    assert batch["example_id"].tolist() == [0, 1, 3, 5, 6, 7, 10, 11, 13, 15, 16, 17]
 
 
 def test_a_source_with_nothing_left_is_bad_input(tmp_path):
@@ -372,11 +372,11 @@ def test_each_epoch_of_a_finite_source_has_every_example_in_a_new_order(tmp_path
     def epochs(seed):
         batches = take(batch_iterator(load_examples(jsonl_config(path), TOKENIZER, seed), 10), 9)
         assert all(
-            read_back(batch, row)[1] == str(batch["index"][row] % 30)
+            read_back(batch, row)[1] == str(batch["example_id"][row] % 30)
             for batch in batches
             for row in range(10)
         )
-        return np.concatenate([batch["index"] for batch in batches]).reshape(3, 30)
+        return np.concatenate([batch["example_id"] for batch in batches]).reshape(3, 30)
 
     indices = epochs(seed=0)
     for epoch in range(3):
@@ -390,7 +390,7 @@ def test_each_epoch_of_a_finite_source_has_every_example_in_a_new_order(tmp_path
 def test_batches_go_across_the_end_of_an_epoch(tmp_path):
     path = numbered(tmp_path / "a.jsonl", 3)
     examples = load_examples(jsonl_config(path), TOKENIZER)
-    indices = np.concatenate([b["index"] for b in take(batch_iterator(examples, 7), 3)])
+    indices = np.concatenate([b["example_id"] for b in take(batch_iterator(examples, 7), 3)])
     assert sorted(indices) == list(range(21))
 
 
@@ -400,8 +400,8 @@ def test_tasks_are_endless_and_take_turns():
     examples = load_examples(config, TOKENIZER, seed=3)
     assert examples.counts.keys() == tasks.keys()
     batch = take(batch_iterator(examples, 6), 2)[1]
-    assert batch["index"].tolist() == [6, 7, 8, 9, 10, 11]
-    for row, place in enumerate(batch["index"].tolist()):
+    assert batch["example_id"].tolist() == [6, 7, 8, 9, 10, 11]
+    for row, place in enumerate(batch["example_id"].tolist()):
         name = list(tasks)[place % 2]
         expected = make_task(name, tasks[name]).example(place // 2, "validation", 3)
         assert read_back(batch, row) == expected
@@ -437,7 +437,7 @@ def test_task_examples_that_are_too_long_are_replaced():
     task = make_task("word_problems", {})
     batch = next(batch_iterator(examples, 64))
     assert batch["total_len"].max() <= 150
-    assert batch["index"].tolist() == list(range(64))
+    assert batch["example_id"].tolist() == list(range(64))
     pairs = [read_back(batch, row) for row in range(64)]
     assert len(set(pairs)) == 64
     assert all(task.check(*pair) for pair in pairs)
@@ -465,7 +465,7 @@ def test_processes_together_feed_the_batch_of_one(examples, processes):
         for parts in zip(*shards, strict=True)
     ]
     assert_same(joined, whole)
-    assert len({tuple(batch["index"]) for batch in whole}) == 7
+    assert len({tuple(batch["example_id"]) for batch in whole}) == 7
 
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(10, 4), (0, 1), (2, 4)])
@@ -487,7 +487,7 @@ def test_resuming_gives_the_rest_of_the_run(examples, num_threads):
     # The state of one process serves another number of processes too.
     second = batch_iterator(examples, 8, 1, 2)
     second.set_state(state)
-    assert next(second)["index"].tolist() == uninterrupted[9]["index"][4:].tolist()
+    assert next(second)["example_id"].tolist() == uninterrupted[9]["example_id"][4:].tolist()
 
 
 def test_state_goes_through_orbax(examples, tmp_path):

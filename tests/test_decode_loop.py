@@ -37,7 +37,7 @@ from refusion_jax.decode.outputs import Replay
 from refusion_jax.decode.row_state import Phase, own_entries
 
 apply = jax.jit(lambda *args: MODEL.apply({"params": PARAMS}, *args))
-feeds = jax.jit(decode.fed_by, static_argnames="ahead")
+feeds = jax.jit(decode.batch_inputs, static_argnames="ahead")
 one_pass = functools.partial(decode.resume, passes=1, shape=SHAPE)
 
 

@@ -29,9 +29,9 @@ from decoding import (
 
 from refusion_jax.decode import loop as decode
 from refusion_jax.decode.config import DecodeConfig
-from refusion_jax.decode.outputs import read
+from refusion_jax.decode.outputs import read_outputs
 from refusion_jax.decode.row_state import Phase
-from refusion_jax.decode.scores import Heat, score
+from refusion_jax.decode.scores import DraftSampling, score
 
 # Temperature.
 
@@ -92,13 +92,15 @@ class Judged(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def judge(state, logits, dtype, target):
-    fed = decode.fed_by(state, jnp.int32(MASK), ahead=0)
-    cold = Heat(*(jnp.zeros(SHAPE.block, x) for x in (jnp.float32, jnp.uint32, jnp.int32, jnp.int32)))
+    fed = decode.batch_inputs(state, jnp.int32(MASK), ahead=0)
+    cold = DraftSampling(
+        *(jnp.zeros(SHAPE.block, x) for x in (jnp.float32, jnp.uint32, jnp.int32, jnp.int32))
+    )
     scored = jax.vmap(lambda x, y: score(x, y, cold))(logits, jnp.full(logits.shape[:2], target))
     verifying = state.row.replace(phase=jnp.full_like(state.row.phase, Phase.VERIFY))
     # As if the masks fed were drafts to verify: place 0 of JOINT is the first token.
-    fed = fed.replace(place=jnp.broadcast_to(jnp.arange(SHAPE.block), fed.place.shape))
-    answer = jax.vmap(lambda *args: read(*args, None, dtype))(scored, fed, verifying, state.requests)
+    fed = fed.replace(node_index=jnp.broadcast_to(jnp.arange(SHAPE.block), fed.node_index.shape))
+    answer = jax.vmap(lambda *args: read_outputs(*args, None, dtype))(scored, fed, verifying, state.requests)
     return Judged(answer.draft, answer.confidence, answer.confident, answer.passes)
 
 

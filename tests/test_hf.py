@@ -17,7 +17,7 @@ from refusion_jax.errors import BadInput
 from refusion_jax.model.rope import RopeScaling
 from refusion_jax.model.transformer import ModelConfig, Transformer, stack_layers
 from refusion_jax.sharding import MeshConfig, layout, make_mesh, unbox, with_shardings
-from refusion_jax.weights.lazy import Stored, bounds, place
+from refusion_jax.weights.lazy import LazyArray, bounds, load_to_devices
 
 QWEN3 = ModelConfig(40, 2, 16, 4, 2, 6, 24)  # heads x head_dim is not the width
 FAMILIES = {
@@ -54,8 +54,8 @@ def write_shards(folder, shards):
     return folder
 
 
-def as_stored(array: np.ndarray) -> Stored:
-    return Stored(array.shape, array.dtype, lambda index: array[index], "here")
+def as_stored(array: np.ndarray) -> LazyArray:
+    return LazyArray(array.shape, array.dtype, lambda index: array[index], "here")
 
 
 # Tensors.
@@ -121,8 +121,8 @@ def test_a_process_reads_its_own_parts_once(tmp_path, scanned):
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, abstract)
 
     table, reads = tensors["model.embed_tokens.weight"], []
-    recorded = Stored(table.shape, table.dtype, lambda index: reads.append(index) or table[index], "")
-    place([recorded], [abstract["embedding"]])
+    recorded = LazyArray(table.shape, table.dtype, lambda index: reads.append(index) or table[index], "")
+    load_to_devices([recorded], [abstract["embedding"]])
     assert sorted(bounds(index, table.shape) for index in reads) == [
         ((0, 20), (0, 8)),
         ((0, 20), (8, 16)),

@@ -255,7 +255,7 @@ def test_where_processes_look_for_others(monkeypatch, initialized, environment, 
     here = jax.config.jax_platforms
     jax.config.update("jax_platforms", platforms)
     try:
-        with processes.joined(*arguments):
+        with processes.distributed(*arguments):
             pass
     finally:
         jax.config.update("jax_platforms", here)
@@ -265,7 +265,7 @@ def test_where_processes_look_for_others(monkeypatch, initialized, environment, 
 
 
 def test_bad_input_of_a_run_of_its_own_is_raised():
-    with pytest.raises(BadInput, match="as it was"), processes.joined():
+    with pytest.raises(BadInput, match="as it was"), processes.distributed():
         raise BadInput("as it was")
 
 

@@ -13,7 +13,7 @@ from refusion_jax import sharding
 from refusion_jax.model.transformer import ModelConfig, Transformer, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.weights import lora
-from refusion_jax.weights.lazy import Stored
+from refusion_jax.weights.lazy import LazyArray
 from refusion_jax.weights.lora import TARGETS, LoraConfig
 
 MODEL = ModelConfig(64, 2, 16, 4, 2, 8, 24, qkv_bias=True)
@@ -45,7 +45,7 @@ def adapted(config: LoraConfig, base, key: int = 1):
 
 def on_disk(tree):
     return jax.tree.map(
-        lambda x: Stored(x.shape, np.dtype(x.dtype), lambda i: np.asarray(x)[i], "here"), tree
+        lambda x: LazyArray(x.shape, np.dtype(x.dtype), lambda i: np.asarray(x)[i], "here"), tree
     )
 
 
@@ -90,13 +90,13 @@ def test_gradients_reach_the_adapters_of_the_targets_and_nothing_else(targets):
     """Those of W + 2 A B are, with G the gradient of the merged kernel, 2 G B' and 2 A' G."""
     params = adapted(LoraConfig(rank=3, alpha=6, targets=targets), base_params())
     trained, frozen = lora.split(params)
-    jax.tree.map(np.testing.assert_array_equal, lora.join(trained, frozen), params)
+    jax.tree.map(np.testing.assert_array_equal, lora.combine(trained, frozen), params)
 
     def loss(plain):
         return jnp.sum(jnp.square(logits(plain)))
 
     merged_grads = flatten_dict(jax.grad(loss)(lora.merge(params)))
-    grads = jax.grad(lambda trained: loss(lora.merge(lora.join(trained, frozen))))(trained)
+    grads = jax.grad(lambda trained: loss(lora.merge(lora.combine(trained, frozen))))(trained)
     for path, a, b in lora._pairs({"lora": grads}):
         assert path[-1] in targets and np.abs(a).max() > 0 and np.abs(b).max() > 0
         full = np.asarray(merged_grads[path])
@@ -130,7 +130,7 @@ def test_merged_as_it_is_read(scan_layers, dtype):
 def test_plain_parameters_pass_through():
     base = base_params()
     assert lora.init(LoraConfig(), jax.random.key(0), base, jnp.float32) is base
-    assert lora.split(base) == (base, {}) and lora.join(base, {}) is base
+    assert lora.split(base) == (base, {}) and lora.combine(base, {}) is base
     assert lora.merge(base) is base and lora.merge_stored(base) is base
 
 

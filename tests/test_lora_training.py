@@ -24,8 +24,7 @@ from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.train import main
 from refusion_jax.training.optimizer import OptimizerConfig
 from refusion_jax.training.step import RunConfig, TrainConfig, make_program
-from refusion_jax.weights import fused as joined
-from refusion_jax.weights import lora
+from refusion_jax.weights import fused, lora
 from refusion_jax.weights.lora import LoraConfig
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +77,7 @@ def take_steps(run: RunConfig):
         "tokens": np.random.default_rng(0).integers(0, 256, (8, 24)),
         "prompt_len": np.full(8, 6),
         "total_len": np.full(8, 24),
-        "index": np.arange(8),
+        "example_id": np.arange(8),
     }
     batch = jax.device_put({name: x.astype("i4") for name, x in batch.items()}, program.rows)
     step = program.step.lower(program.state, batch).compile()
@@ -195,8 +194,8 @@ def test_who_reads_the_run_gets_the_merged_model(finished, tmp_path):
         return model.apply({"params": params}, tokens, positions)[0]
 
     model, params, _ = load(folder)
-    wanted = logits(model, joined.join(lora.merge(saved)))
-    assert np.abs(wanted - logits(model, joined.join(saved["base"]))).max() > 1e-2  # it did learn
+    wanted = logits(model, fused.fuse_projections(lora.merge(saved)))
+    assert np.abs(wanted - logits(model, fused.fuse_projections(saved["base"]))).max() > 1e-2  # it did learn
     np.testing.assert_allclose(logits(model, params), wanted, atol=1e-5)
     convert(folder, tmp_path / "exported")
     assert (tmp_path / "exported" / "model.safetensors").exists()

@@ -27,13 +27,14 @@ def rows_of(groups, places: int | None, width: int = WIDTH):
     """A batch of rows, each with the examples (number, tokens, prompt length) of its group; None: one."""
     batch = {"tokens": np.full((len(groups), width), 7, np.int32)}
     batch |= {
-        name: np.zeros((len(groups), places or 1), np.int32) for name in ("prompt_len", "total_len", "index")
+        name: np.zeros((len(groups), places or 1), np.int32)
+        for name in ("prompt_len", "total_len", "example_id")
     }
     for row, group in enumerate(groups):
         joined = [token for _, tokens, _ in group for token in tokens]
         batch["tokens"][row, : len(joined)] = joined
         for place, (number, tokens, prompt) in enumerate(group):
-            batch["index"][row, place] = number
+            batch["example_id"][row, place] = number
             batch["prompt_len"][row, place], batch["total_len"][row, place] = prompt, len(tokens)
     return batch if places else {name: x if name == "tokens" else x[:, 0] for name, x in batch.items()}
 
@@ -63,7 +64,7 @@ def objective(name: str, places: int = 4, **settings):
 @functools.partial(jax.jit, static_argnames="name")
 def of_batch(params, batch, name: str):
     """Losses of a batch, and the logits and noise they are of."""
-    asked = objective(name, batch["index"].reshape(len(batch["tokens"]), -1).shape[1])
+    asked = objective(name, batch["example_id"].reshape(len(batch["tokens"]), -1).shape[1])
     noised = asked.noise(KEY, batch)
     model = Transformer(MODEL, causal=asked.causal)
     logits, _ = model.apply(params, noised.tokens, noised.positions, **asked.seen(noised))

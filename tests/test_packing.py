@@ -55,7 +55,7 @@ def examples_of(row) -> list[tuple[int, list[int], int]]:
     totals = row["total_len"].tolist()
     held = np.count_nonzero(totals)
     assert 0 not in totals[:held] and not any(totals[held:])
-    for number, prompt, total in zip(row["index"], row["prompt_len"], totals[:held], strict=False):
+    for number, prompt, total in zip(row["example_id"], row["prompt_len"], totals[:held], strict=False):
         found.append((int(number), row["tokens"][at : at + total].tolist(), int(prompt)))
         at += total
     assert set(row["tokens"][at:].tolist()) <= {TOKENIZER.pad_id}
@@ -154,7 +154,7 @@ def test_little_of_a_row_is_padding(row_length):
 def test_places_are_a_limit(path):
     config = DataConfig(source="jsonl", paths=path, max_length=ROW, packing=True, examples_per_row=2)
     packed = load_examples(config, TOKENIZER)
-    assert packed[0]["index"].shape == (2,)
+    assert packed[0]["example_id"].shape == (2,)
     assert 1.5 < row_use(packed, len(packed))[0] <= 2
     tasks = DataConfig(tasks="arithmetic", max_length=256, packing=True, examples_per_row=2)
     assert row_use(load_examples(tasks, TOKENIZER))[0] == 2
@@ -172,7 +172,7 @@ def test_batches_are_functions_of_their_number(config):
         "tokens": (12, config.max_length),
         "prompt_len": (12, places),
         "total_len": (12, places),
-        "index": (12, places),
+        "example_id": (12, places),
     }
     shards = [take(batch_iterator(examples, 12, p, 3), 6) for p in range(3)]
     joined = [
@@ -193,13 +193,13 @@ CONFIGS = [DiffusionConfig((4, 8), normalisation=name) for name in diffusion.NOR
 def rows_of(groups, width: int, places: int | None):
     """A batch of rows, each with the examples (number, tokens, prompt length) of its group."""
     batch = {"tokens": np.full((len(groups), width), 7, np.int32)}
-    for name in ("prompt_len", "total_len", "index"):
+    for name in ("prompt_len", "total_len", "example_id"):
         batch[name] = np.zeros((len(groups), places or 1), np.int32)
     for row, group in enumerate(groups):
         joined = [token for _, tokens, _ in group for token in tokens]
         batch["tokens"][row, : len(joined)] = joined
         for place, (number, tokens, prompt) in enumerate(group):
-            batch["index"][row, place] = number
+            batch["example_id"][row, place] = number
             batch["prompt_len"][row, place], batch["total_len"][row, place] = prompt, len(tokens)
     if places is None:
         batch |= {name: array[:, 0] for name, array in batch.items() if name != "tokens"}
@@ -233,7 +233,7 @@ def noised(request, packed_and_alone):
     def of(batch):
         prompt_len, total_len = batch["prompt_len"], batch["total_len"]
         most = config.max_slots(ROW, prompt_len[0].size)
-        drawn = diffusion.draw(jax.random.key(2), batch["index"], total_len - prompt_len, most, config)
+        drawn = diffusion.draw(jax.random.key(2), batch["example_id"], total_len - prompt_len, most, config)
         return drawn, diffusion.rearrange(batch["tokens"], prompt_len, total_len, drawn, MASK, config)
 
     return [jax.device_get(jax.jit(of)(batch)) for batch in packed_and_alone[:2]]

@@ -10,8 +10,8 @@ from refusion_jax.loader import boxed_params
 from refusion_jax.model.kernels import triton_int8
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
-from refusion_jax.weights.fused import join
-from refusion_jax.weights.lazy import Stored, place
+from refusion_jax.weights.fused import fuse_projections
+from refusion_jax.weights.lazy import LazyArray, load_to_devices
 from refusion_jax.weights.quantized import LARGEST, MATRICES, quantize
 
 CONFIG = ModelConfig(40, 2, 16, 4, 2, 8, 24, rope_theta=1e4)
@@ -43,16 +43,16 @@ PARAMS = params_of(CONFIG)
 
 
 def on_disk(params, reads: list | None = None):
-    """Parameters as Stored; notes how much is read."""
+    """Parameters as LazyArray; notes how much is read."""
 
-    def stored(leaf: np.ndarray) -> Stored:
+    def stored(leaf: np.ndarray) -> LazyArray:
         def read(index) -> np.ndarray:
             part = leaf[index]
             if reads is not None:
                 reads.append(part.size)
             return part
 
-        return Stored(leaf.shape, leaf.dtype, read, "a file")
+        return LazyArray(leaf.shape, leaf.dtype, read, "a file")
 
     return jax.tree.map(stored, params)
 
@@ -97,10 +97,10 @@ def test_what_is_read_is_quantised_on_the_way(tied):
     """The same numbers as from arrays, on a mesh of which each device takes its part."""
     config = ModelConfig(40, 2, 16, 4, 2, 8, 24, tie_embeddings=tied, qkv_bias=True)
     params, mesh = params_of(config), make_mesh(MeshConfig(2, 1, 4))
-    wanted = quantize(join(params))
-    boxed = boxed_params(Transformer(config, joined=True, int8=True))
+    wanted = quantize(fuse_projections(params))
+    boxed = boxed_params(Transformer(config, fused=True, int8=True))
     abstract = sharding.with_shardings(sharding.unbox(boxed), sharding.layout(boxed, mesh).shardings)
-    found = place(quantize(join(on_disk(params))), abstract)
+    found = load_to_devices(quantize(fuse_projections(on_disk(params))), abstract)
     jax.tree.map(close, found, wanted)
     assert ("head" in found) != tied
     assert found["layers_0"]["mlp"]["gate_up"].addressable_shards[0].data.shape == (2, 6, 16)
@@ -117,16 +117,14 @@ def test_no_more_is_read_than_the_outputs_asked_for():
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_model_computes_with_what_they_stand_for(joined):
-    made = quantize(join(PARAMS) if joined else PARAMS)
+    made = quantize(fuse_projections(PARAMS) if joined else PARAMS)
     plain = restored(made)
     tokens = np.random.default_rng(1).integers(0, 40, (2, 7))
     positions = np.broadcast_to(np.arange(7), (2, 7))
-    logits, kv = jax.jit(Transformer(CONFIG, joined=joined, int8=True).apply)(
+    logits, kv = jax.jit(Transformer(CONFIG, fused=joined, int8=True).apply)(
         {"params": made}, tokens, positions
     )
-    wanted, wanted_kv = jax.jit(Transformer(CONFIG, joined=joined).apply)(
-        {"params": plain}, tokens, positions
-    )
+    wanted, wanted_kv = jax.jit(Transformer(CONFIG, fused=joined).apply)({"params": plain}, tokens, positions)
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), kv, wanted_kv)
 
@@ -156,8 +154,8 @@ def test_where_the_kernel_does_not_fit():
 
 def test_a_model_with_the_kernel_is_one_without():
     config = ModelConfig(150, 1, 128, 4, 2, 32, 128)
-    made = quantize(join(params_of(config)), rest=jnp.bfloat16)
-    model = Transformer(config, jnp.bfloat16, jnp.bfloat16, kernel="triton", joined=True, int8=True)
+    made = quantize(fuse_projections(params_of(config)), rest=jnp.bfloat16)
+    model = Transformer(config, jnp.bfloat16, jnp.bfloat16, kernel="triton", fused=True, int8=True)
     tokens = np.random.default_rng(3).integers(0, 150, (1, 5))
     positions = np.arange(5)[None]
     found, _ = jax.jit(model.apply)({"params": made}, tokens, positions)

@@ -20,7 +20,7 @@ from refusion_jax.decode import loop as decode
 from refusion_jax.decode.batch import Shape, bucket
 from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.serving.packed_transfer import OneArray
+from refusion_jax.serving.packed_transfer import Packed
 
 # Shapes.
 
@@ -145,9 +145,9 @@ def test_arrays_come_back_bit_for_bit_from_one_array(on_device):
         "scalar": np.int32(7),
         "none": None,
     }
-    packed = OneArray.of(jax.device_put(tree) if on_device else tree)
+    packed = Packed.of(jax.device_put(tree) if on_device else tree)
     assert packed.words.dtype == np.int32 and packed.words.shape == (4 + 6 + 1 + 3 + 1,)
-    for back in (packed.tree(), jax.jit(lambda packed: OneArray.of(packed.tree()))(packed).tree()):
+    for back in (packed.tree(), jax.jit(lambda packed: Packed.of(packed.tree()))(packed).tree()):
         assert jax.tree.structure(back) == jax.tree.structure(tree)
         for ours, given in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
             assert ours.dtype == given.dtype and ours.shape == given.shape

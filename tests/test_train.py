@@ -68,7 +68,7 @@ def random_batches(
             "tokens": rng.integers(0, symbols, (rows, length)),
             "prompt_len": prompt,
             "total_len": prompt + rng.integers(1, length - 12, rows),
-            "index": number * rows + np.arange(rows),
+            "example_id": number * rows + np.arange(rows),
         }
         batches.append({name: array.astype(np.int32) for name, array in batch.items()})
     return batches

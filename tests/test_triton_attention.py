@@ -12,7 +12,7 @@ from refusion_jax.model.attention import attend, attend_visible, fitting_decode_
 from refusion_jax.model.kernels.triton_attention import visible
 from refusion_jax.model.transformer import ModelConfig, Ragged, Transformer, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
-from refusion_jax.weights.fused import join
+from refusion_jax.weights.fused import fuse_projections
 
 CONFIG = ModelConfig(40, 2, 16, 4, 2, 16, 24, rope_theta=1e4)
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -76,11 +76,11 @@ def params_of(config: ModelConfig):
         lambda leaf: (0.3 * random.normal(size=leaf.shape)).astype(np.float32),
         sharding.unbox(shapes(Transformer(config))),
     )
-    return params, shapes(Transformer(config, joined=True))
+    return params, shapes(Transformer(config, fused=True))
 
 
 PARAMS, _ = params_of(CONFIG)
-JOINED = join(PARAMS)
+JOINED = fuse_projections(PARAMS)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -110,7 +110,7 @@ def plain():
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_model_with_the_kernel_is_the_dense_one(plain, scan_layers):
-    model = Transformer(CONFIG, kernel="triton", joined=True, scan_layers=scan_layers)
+    model = Transformer(CONFIG, kernel="triton", fused=True, scan_layers=scan_layers)
     assert_agree(fed_twice(model, stack_layers(JOINED) if scan_layers else JOINED), plain)
 
 
@@ -121,7 +121,7 @@ def test_the_kernel_takes_separate_projections(plain):
 @pytest.mark.parametrize("kernel_name", ["dense", "triton"])
 def test_ragged_rows_are_rows_by_themselves(kernel_name):
     """Rows of 5, 1, 0 and 3 tokens one after the other, in no order, against the same padded to 5."""
-    model = Transformer(CONFIG, kernel=kernel_name, joined=True)
+    model = Transformer(CONFIG, kernel=kernel_name, fused=True)
     lengths, T, S = [5, 1, 0, 3], 5, 7
     B, N = len(lengths), sum(lengths)
     random = np.random.default_rng(6)
@@ -152,7 +152,7 @@ def test_on_a_mesh(heads, kernel_name, sizes):
     wanted = fed_twice(Transformer(config), params)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     layout = sharding.layout(boxed, mesh)
-    spread = jax.device_put(join(params), layout.shardings)
+    spread = jax.device_put(fuse_projections(params), layout.shardings)
     qkv = spread["layers_0"]["attention"]["qkv"]
     assert qkv.addressable_shards[0].data.shape[1] == heads[1] // (2 if heads[1] % 2 == 0 else 1)
 
@@ -161,7 +161,7 @@ def test_on_a_mesh(heads, kernel_name, sizes):
             with layout.scope():
                 return super().hidden(*args, **kwargs)
 
-    assert_agree(fed_twice(Scoped(config, kernel=kernel_name, joined=True), spread), wanted)
+    assert_agree(fed_twice(Scoped(config, kernel=kernel_name, fused=True), spread), wanted)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,9 @@ def _random_batch(run: RunConfig, abstract: Batch) -> Batch:
     batch["tokens"] += np.random.default_rng(0).integers(
         0, run.model.vocab_size, batch["tokens"].shape, np.int32
     )
-    batch["index"] += np.arange(batch["index"].size, dtype=np.int32).reshape(batch["index"].shape)
+    batch["example_id"] += np.arange(batch["example_id"].size, dtype=np.int32).reshape(
+        batch["example_id"].shape
+    )
     for name, value in (("prompt_len", length // 8), ("total_len", length)):
         batch[name].reshape(len(batch[name]), -1)[:, 0] = value  # other places of a row stay empty
     return batch

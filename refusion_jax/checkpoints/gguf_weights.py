@@ -11,7 +11,7 @@ import numpy as np
 
 from refusion_jax.checkpoints.gguf_file import GGUFFile
 from refusion_jax.errors import BadInput
-from refusion_jax.weights.lazy import Index, Stored
+from refusion_jax.weights.lazy import Index, LazyArray
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF's names are Hugging Face's model types
 
@@ -56,7 +56,7 @@ KNOWN = {
 }
 
 
-def read_gguf(file: GGUFFile) -> tuple[dict[str, Any], dict[str, Stored]]:
+def read_gguf(file: GGUFFile) -> tuple[dict[str, Any], dict[str, LazyArray]]:
     """What a GGUF file holds, but for its tokenizer.
 
     Args:
@@ -129,7 +129,7 @@ def _config(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any
         "max_position_embeddings": get("context_length", int),
         "rope_theta": get("rope.freq_base", float, 10000.0),
         "rope_scaling": scaling,
-        # Stored in float32; the shortest number that means the same is what it was: 1e-05.
+        # LazyArray in float32; the shortest number that means the same is what it was: 1e-05.
         "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon", float)))),
         "tie_word_embeddings": "output.weight" not in shapes,
     }
@@ -154,7 +154,7 @@ def _half_split_rows(heads: int, head_dim: int) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def _stored(path: Path, tensor: Any, shape: tuple[int, ...], rows: np.ndarray | None) -> Stored:
+def _stored(path: Path, tensor: Any, shape: tuple[int, ...], rows: np.ndarray | None) -> LazyArray:
     """One tensor, dequantised as it is read; `rows` says where each of its rows stands in the file."""
     from gguf import quants
 
@@ -172,4 +172,4 @@ def _stored(path: Path, tensor: Any, shape: tuple[int, ...], rows: np.ndarray | 
     def read_vector(index: Index) -> np.ndarray:
         return quants.dequantize(np.array(np.memmap(path, *layout)), kind)[index]
 
-    return Stored(shape, np.dtype(np.float32), read if len(shape) > 1 else read_vector, where)
+    return LazyArray(shape, np.dtype(np.float32), read if len(shape) > 1 else read_vector, where)

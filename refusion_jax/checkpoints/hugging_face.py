@@ -19,7 +19,7 @@ from refusion_jax.errors import BadInput
 from refusion_jax.files import read_json
 from refusion_jax.model.rope import RopeScaling
 from refusion_jax.model.transformer import ModelConfig
-from refusion_jax.weights.lazy import Stored, place
+from refusion_jax.weights.lazy import LazyArray, load_to_devices
 
 # Hugging Face's model_type <-> (qk_norm, qkv_bias); everything else of the block is shared.
 FAMILIES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}
@@ -54,12 +54,12 @@ class Entry(NamedTuple):
     order: tuple[int, ...]
     shape: tuple[int, ...]
 
-    def ours(self, theirs: Stored) -> Stored:
+    def ours(self, theirs: LazyArray) -> LazyArray:
         """The tensor in our axes."""
         split = theirs if self.split == self.shape else theirs.split(self.split)
         return split.transpose(self.order)
 
-    def theirs(self, ours: Stored) -> Stored:
+    def theirs(self, ours: LazyArray) -> LazyArray:
         """Our array in the tensor's axes."""
         return ours.transpose(np.argsort(self.order)).reshape(self.shape)
 
@@ -252,7 +252,7 @@ def block_len(folder: str | Path) -> int | None:
     return read_json(Path(folder) / "config.json").get("block_len")
 
 
-def from_tensors(config: ModelConfig, tensors: Mapping[str, Stored], source: str | Path) -> dict[str, Any]:
+def from_tensors(config: ModelConfig, tensors: Mapping[str, LazyArray], source: str | Path) -> dict[str, Any]:
     """The unrolled model's parameters from tensors in Hugging Face's names and shapes.
 
     Args:
@@ -261,7 +261,7 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, Stored], source: str
       source: where they come from, for messages.
 
     Returns:
-      nested dict of Stored.
+      nested dict of LazyArray.
 
     Raises:
       BadInput: a tensor is missing, extra or misshapen.
@@ -288,7 +288,7 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, Stored], source: str
     return params
 
 
-def to_tensors(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Stored]:
+def to_tensors(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, LazyArray]:
     """The reverse of `from_tensors`; each tensor is read whole."""
     return {
         name: entry.theirs(functools.reduce(lambda node, key: node[key], entry.path, params))
@@ -308,6 +308,6 @@ def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> d
       BadInput: a file is missing or broken, or a tensor is missing, extra or misshapen.
     """
     params = from_tensors(config, read_folder(folder), folder)
-    return place(
+    return load_to_devices(
         params, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
     )

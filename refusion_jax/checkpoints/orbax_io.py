@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from refusion_jax.errors import BadInput
-from refusion_jax.weights.lazy import Index, Stored, bounds, place
+from refusion_jax.weights.lazy import Index, LazyArray, bounds, load_to_devices
 
 FOLDER = "checkpoints"
 OUTDATED = ".outdated"  # where old checkpoints wait for deletion
@@ -139,7 +139,7 @@ def latest_step(folder: str | Path) -> int | None:
 
 
 def saved_params(folder: str | Path) -> dict[str, Any]:
-    """The newest parameters in DIR, yet to be read: nested dict of Stored.
+    """The newest parameters in DIR, yet to be read: nested dict of LazyArray.
 
     Raises:
       BadInput: DIR holds no checkpoint, or a damaged one; reading an array raises it too.
@@ -161,7 +161,7 @@ def restore_params(folder: str | Path, abstract: Any) -> Any:
     """
     saved = saved_params(folder)
     check_shapes(_newest(folder) / "params", saved, abstract)
-    return place(saved, abstract)
+    return load_to_devices(saved, abstract)
 
 
 def write_params(folder: str | Path, params: Any) -> None:
@@ -169,7 +169,7 @@ def write_params(folder: str | Path, params: Any) -> None:
 
     Args:
       folder: DIR, without checkpoints yet.
-      params: nested dict of Stored.
+      params: nested dict of LazyArray.
 
     Raises:
       BadInput: an array cannot be read.
@@ -179,7 +179,7 @@ def write_params(folder: str | Path, params: Any) -> None:
     item = ocp.args.PyTreeSave(params, save_args=chunks)
     path = Path(folder).resolve() / FOLDER
     with _orbax_silent():
-        registry = ocp.type_handlers.create_type_handler_registry((Stored, _StoredHandler()))
+        registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _StoredHandler()))
         handlers = {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
         with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
             manager.save(0, args=ocp.args.Composite(params=item))
@@ -250,7 +250,7 @@ def _layer_by_layer(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def _stored(path: Path, leaf: Any) -> Stored:
+def _stored(path: Path, leaf: Any) -> LazyArray:
     """One array of a checkpoint, of its description."""
     # What Orbax writes unless told otherwise: a Zarr array in an OCDBT database.
     spec = {
@@ -263,7 +263,7 @@ def _stored(path: Path, leaf: Any) -> Stored:
         spans = tuple(slice(*ends) for ends in bounds(index, leaf.shape))
         return _reading(path, lambda: tensorstore.open(spec, open=True).result()[spans].read().result())
 
-    return Stored(tuple(leaf.shape), np.dtype(leaf.dtype), read, f"{path}: {leaf.name}")
+    return LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), read, f"{path}: {leaf.name}")
 
 
 def check_shapes(path: Path, saved: Any, wanted: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from refusion_jax.errors import BadInput
 from refusion_jax.files import read_json
-from refusion_jax.weights.lazy import Index, Stored
+from refusion_jax.weights.lazy import Index, LazyArray
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -28,7 +28,7 @@ INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes, what other readers accept
 
 
-def read_folder(folder: str | Path) -> dict[str, Stored]:
+def read_folder(folder: str | Path) -> dict[str, LazyArray]:
     """The tensors of a folder by name; headers are read and checked, no tensor is.
 
     Args:
@@ -61,7 +61,7 @@ def read_folder(folder: str | Path) -> dict[str, Stored]:
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
-def read_file(path: Path) -> dict[str, Stored]:
+def read_file(path: Path) -> dict[str, LazyArray]:
     """The tensors of one file by name. Raises BadInput when it is no whole safetensors file."""
     header, start, size = _header(path)
     places = {name: _place(path, name, entry) for name, entry in header.items()}
@@ -126,17 +126,17 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _stored(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Stored:
+def _stored(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyArray:
     def read(index: Index) -> np.ndarray:
         if 0 in shape:  # nothing to map
             return np.empty(shape, dtype)[index]
         # The copy is what makes the mapping end, and its pages leave our memory, on return.
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
 
-    return Stored(shape, dtype, read, f"{path}: tensor {name!r}")
+    return LazyArray(shape, dtype, read, f"{path}: tensor {name!r}")
 
 
-def write_folder(folder: str | Path, tensors: Mapping[str, Stored], shard_bytes: int) -> None:
+def write_folder(folder: str | Path, tensors: Mapping[str, LazyArray], shard_bytes: int) -> None:
     """Writes tensors, one in memory at a time, as model.safetensors or as shards with an index.
 
     Args:
@@ -148,7 +148,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, Stored], shard_bytes:
       OSError: the disk is full, or the folder cannot be written.
     """
     folder = Path(folder)
-    shards: list[dict[str, Stored]] = [{}]
+    shards: list[dict[str, LazyArray]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
@@ -169,7 +169,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, Stored], shard_bytes:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, LazyArray]) -> None:
     names = {dtype: name for name, dtype in DTYPES.items()}
     # Wider types first, so that every tensor begins at a multiple of its own width.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))

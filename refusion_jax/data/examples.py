@@ -102,7 +102,7 @@ class Encoder:
             "tokens": tokens,
             "prompt_len": np.int32(len(encoded.prompt)),
             "total_len": np.int32(encoded.length),
-            "index": np.int32(index % 2**31),
+            "example_id": np.int32(index % 2**31),
         }
 
 

@@ -98,7 +98,9 @@ class PackedExamples:
     def __getitem__(self, place: int) -> Row:
         epoch, row = place // len(self), self._order[place]
         members = self._places[self._borders[row] : self._borders[row + 1]]
-        return join([self._examples.example(epoch, self._member(epoch, int(m))) for m in members], self._most)
+        return pack_rows(
+            [self._examples.example(epoch, self._member(epoch, int(m))) for m in members], self._most
+        )
 
     def _member(self, epoch: int, place: int) -> int:
         """The example that has a place among those of its length in this epoch."""
@@ -136,14 +138,14 @@ class PackedTaskExamples:
                 room, misses = room - row["total_len"], 0
             else:
                 misses += 1
-        return join(taken, self._most)
+        return pack_rows(taken, self._most)
 
 
-def join(rows: Sequence[Row], places: int) -> Row:
+def pack_rows(rows: Sequence[Row], places: int) -> Row:
     """One row of the rows of one or more examples, which it has room for; see `Examples`."""
     tokens = [row["tokens"][: row["total_len"]] for row in rows[:-1]] + [rows[-1]["tokens"]]
-    joined = {"tokens": np.concatenate(tokens)[: len(rows[0]["tokens"])]}
-    for name in ("prompt_len", "total_len", "index"):
-        joined[name] = np.zeros(places, np.int32)
-        joined[name][: len(rows)] = [row[name] for row in rows]
-    return joined
+    packed = {"tokens": np.concatenate(tokens)[: len(rows[0]["tokens"])]}
+    for name in ("prompt_len", "total_len", "example_id"):
+        packed[name] = np.zeros(places, np.int32)
+        packed[name][: len(rows)] = [row[name] for row in rows]
+    return packed

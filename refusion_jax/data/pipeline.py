@@ -66,7 +66,7 @@ class DataConfig:
     workers: int = 0
 
     @property
-    def places(self) -> int:
+    def max_examples_per_row(self) -> int:
         """E, the examples that a row has room for, if they are short enough."""
         return (self.examples_per_row or max(1, self.max_length // 32)) if self.packing else 1
 
@@ -91,11 +91,15 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
     if config.source == "tasks":
         tasks, shares = make_tasks(config.tasks)
         drawn = TaskExamples(encoder, tasks, config.split, seed, shares)
-        return PackedTaskExamples(drawn, config.max_length, config.places) if config.packing else drawn
+        return (
+            PackedTaskExamples(drawn, config.max_length, config.max_examples_per_row)
+            if config.packing
+            else drawn
+        )
     shuffle_seed = seed if config.shuffle else None
     examples = FiniteExamples(encoder, *_open_source(config), shuffle_seed)
     return (
-        PackedExamples(examples, config.max_length, config.places, shuffle_seed)
+        PackedExamples(examples, config.max_length, config.max_examples_per_row, shuffle_seed)
         if config.packing
         else examples
     )

@@ -25,7 +25,7 @@ class Shape:
       slots: M, slots of a block. This and what follows, up to `caches`, is for slots alone.
       iterations: entries a trace has room for.
       trace: whether one is kept.
-      ahead: tokens up to which a pass of a row is filled with predictions ahead of need (feed.py); 0 for
+      ahead: tokens up to which a pass of a row is filled with predictions ahead of need (inputs.py); 0 for
         none, as the authors decode.
       scores: of SLOT_SCORES those that requests ask for beside "first".
       recompute: whether a request asks for that.
@@ -149,20 +149,20 @@ class Requests(struct.PyTreeNode):
         padded = pad_prompts(prompts, configs, shape, vocab_size)
 
         def of(field: str, dtype, padding=0) -> jax.Array:
-            return column([getattr(c, field) for c in configs], shape.rows, dtype, padding)
+            return padded_column([getattr(c, field) for c in configs], shape.rows, dtype, padding)
 
         scores = [SLOT_SCORES.index(c.slot_score) for c in configs]
         requests = cls(
-            prompt_len=column([len(p) for p in prompts], shape.rows, jnp.int32),
+            prompt_len=padded_column([len(p) for p in prompts], shape.rows, jnp.int32),
             slot_size=of("slot_size", jnp.int32, padding=1),
             block_len=of("block_len", jnp.int32),
             num_blocks=of("num_blocks", jnp.int32),
             slot_threshold=of("slot_threshold", jnp.float32),
             token_threshold=of("token_threshold", jnp.float32),
             temperature=of("temperature", jnp.float32),
-            release=column([c.semantics == "release" for c in configs], shape.rows, bool),
+            release=padded_column([c.semantics == "release" for c in configs], shape.rows, bool),
             seed=of("seed", jnp.uint32),
-            slot_score=column(scores, shape.rows, jnp.int32) if shape.scores else None,
+            slot_score=padded_column(scores, shape.rows, jnp.int32) if shape.scores else None,
             recompute=of("recompute", bool) if shape.recompute else None,
         )
         return padded, requests
@@ -218,6 +218,6 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
         check_whole("an id of a prompt", token, 0, vocab_size - 1)
 
 
-def column(values: Sequence, rows: int, dtype, padding=0) -> np.ndarray:
+def padded_column(values: Sequence, rows: int, dtype, padding=0) -> np.ndarray:
     """values as an array [rows], padded at the end."""
     return np.asarray([*values, *[padding] * (rows - len(values))], dtype)

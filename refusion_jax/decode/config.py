@@ -68,10 +68,10 @@ class DecodeConfig:
         if self.semantics not in SEMANTICS:
             raise BadInput(f"semantics must be one of {', '.join(SEMANTICS)}, found {self.semantics!r}")
         if self.slot_score not in SLOT_SCORES:
-            found = shown(self.slot_score)
+            found = quoted(self.slot_score)
             raise BadInput(f"slot_score must be one of {', '.join(SLOT_SCORES)}, found {found}")
         if not isinstance(self.recompute, bool):
-            raise BadInput(f"recompute must be true or false, found {shown(self.recompute)}")
+            raise BadInput(f"recompute must be true or false, found {quoted(self.recompute)}")
         if self.block_len > MOST_BLOCK_TOKENS:
             raise BadInput(
                 f"gen_length / num_blocks must be at most {MOST_BLOCK_TOKENS} tokens, found {self.block_len}"
@@ -118,7 +118,7 @@ def check_common(config) -> None:
 def check_whole(name: str, value, least: int, most: int) -> None:
     """Raises BadInput unless value is a whole number from least to most."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
-        raise BadInput(f"{name} must be a whole number from {least} to {most}, found {shown(value)}")
+        raise BadInput(f"{name} must be a whole number from {least} to {most}, found {quoted(value)}")
 
 
 def check_finite(name: str, value) -> None:
@@ -128,10 +128,10 @@ def check_finite(name: str, value) -> None:
     except (TypeError, OverflowError):  # no number, or a whole number beyond any float
         finite = False
     if not finite:
-        raise BadInput(f"{name} must be a finite number, found {shown(value)}")
+        raise BadInput(f"{name} must be a finite number, found {quoted(value)}")
 
 
-def shown(value) -> str:
+def quoted(value) -> str:
     """A value as an error line shows it: a long one by its beginning."""
     text = (
         repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of very many digits"

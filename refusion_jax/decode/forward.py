@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from refusion_jax.decode.batch import Requests
-from refusion_jax.decode.inputs import SMALLEST_PASS, Fed
+from refusion_jax.decode.inputs import SMALLEST_PASS, PassInputs
 from refusion_jax.decode.kv_cache import KVCache
-from refusion_jax.decode.row_state import Phase, Row
-from refusion_jax.decode.scores import Heat, Scores, score
+from refusion_jax.decode.row_state import Phase, RowState
+from refusion_jax.decode.scores import DraftSampling, Scores, score
 from refusion_jax.model.attention import LayerKV
 from refusion_jax.model.layers import Ragged
 
@@ -24,52 +24,61 @@ class Forwarded(NamedTuple):
 
     Attributes:
       scores: [B, Q].
-      fresh: keys and values of the tokens fed, [L, B, Q, K, H], or as `rows` lays them out.
-      rows: how the tokens were laid out, if not by row.
+      fresh: keys and values of the tokens fed, [L, B, Q, K, H], or as `ragged` lays them out.
+      ragged: how the tokens were laid out, if not by row.
     """
 
     scores: Scores
     fresh: LayerKV
-    rows: Ragged | None
+    ragged: Ragged | None
 
     def write(self, cache: KVCache, positions: Array, keep: Array) -> KVCache:
         """The cache with some of the fresh keys and values; positions and keep [B, Q]."""
-        return write_fed(cache, self.fresh, self.rows, positions, keep)
+        return write_fed(cache, self.fresh, self.ragged, positions, keep)
 
 
-def write_fed(cache: KVCache, fresh: LayerKV, rows: Ragged | None, positions: Array, keep: Array) -> KVCache:
-    """The cache with some of the keys and values of tokens fed; `fresh` and `rows` as in Forwarded, positions
-    and keep [B, Q]."""
-    if rows is None:
+def write_fed(
+    cache: KVCache, fresh: LayerKV, ragged: Ragged | None, positions: Array, keep: Array
+) -> KVCache:
+    """The cache with some of the keys and values of the tokens fed.
+
+    `fresh` and `ragged` as in Forwarded; positions and keep are [B, Q].
+    """
+    if ragged is None:
         return cache.write(fresh, positions, keep)
-    positions, keep = (x.at[rows.row, rows.place].get(mode="clip")[None] for x in (positions, keep))
-    return cache.write(fresh, positions, keep, rows.row[None])
+    positions, keep = (x.at[ragged.row, ragged.place].get(mode="clip")[None] for x in (positions, keep))
+    return cache.write(fresh, positions, keep, ragged.row[None])
 
 
 def forward(
-    model, params, cache: KVCache, fed: Fed, row: Row, requests: Requests, entropy: bool
+    model, params, cache: KVCache, inputs: PassInputs, row: RowState, requests: Requests, entropy: bool
 ) -> Forwarded:
     """Feeds what the rows feed, [B, Q], after the cache; `entropy`: whether scores have that.
 
     The tokens of several rows are laid out one after the other (Ragged), so that what one row leaves out
     of its Q costs nothing.
     """
-    B = fed.tokens.shape[0]
-    rows, fed_flat = None, (fed.tokens, fed.positions, fed.target, jax.vmap(heat)(row, requests, fed))
+    B = inputs.tokens.shape[0]
+    ragged, fed_flat = (
+        None,
+        (inputs.tokens, inputs.positions, inputs.target, jax.vmap(draft_sampling)(row, requests, inputs)),
+    )
     if B > 1:
-        rows = ragged(fed.active)
-        fed_flat = jax.tree.map(lambda x: x.at[rows.row, rows.place].get(mode="clip")[None], fed_flat)
+        ragged = ragged_layout(inputs.active)
+        fed_flat = jax.tree.map(lambda x: x.at[ragged.row, ragged.place].get(mode="clip")[None], fed_flat)
     most, length = fed_flat[0].shape[1], cache.filled.shape[1]
 
     def pass_of(size: int):
         """A pass over the first `size` tokens, whose results are padded to `most`."""
 
         def run() -> tuple[Scores, LayerKV]:
-            tokens, positions, target, heats = jax.tree.map(lambda x: x[:, :size], fed_flat)
-            part = None if rows is None else Ragged(rows.flat, rows.row[:size], rows.place[:size])
-            mask = fed.mask if rows is not None else fed.mask[:, :size, : length + size]
-            logits, fresh = model.apply({"params": params}, tokens, positions, cache.layers, mask, rows=part)
-            scores = score_rows(logits, target, heats, entropy)
+            tokens, positions, target, samplings = jax.tree.map(lambda x: x[:, :size], fed_flat)
+            part = None if ragged is None else Ragged(ragged.flat, ragged.row[:size], ragged.place[:size])
+            mask = inputs.mask if ragged is not None else inputs.mask[:, :size, : length + size]
+            logits, fresh = model.apply(
+                {"params": params}, tokens, positions, cache.layers, mask, ragged=part
+            )
+            scores = score_rows(logits, target, samplings, entropy)
             return (
                 jax.tree.map(lambda x: widened(x, 1, most), scores),
                 jax.tree.map(lambda x: widened(x, 2, most), fresh),
@@ -79,14 +88,14 @@ def forward(
 
     # The more rows the less their sum varies.
     sizes = pass_sizes(most, SMALLEST_PASS if B == 1 else max(SMALLEST_PASS, most // 4))
-    number = jnp.sum(jnp.sum(fed.active) > jnp.asarray(sizes[:-1]))
+    number = jnp.sum(jnp.sum(inputs.active) > jnp.asarray(sizes[:-1]))
     scores, fresh = jax.lax.switch(number, [pass_of(size) for size in sizes])
-    if rows is not None:
-        scores = jax.tree.map(lambda x: x[0].at[rows.flat].get(mode="fill", fill_value=0), scores)
-    return Forwarded(scores, fresh, rows)
+    if ragged is not None:
+        scores = jax.tree.map(lambda x: x[0].at[ragged.flat].get(mode="fill", fill_value=0), scores)
+    return Forwarded(scores, fresh, ragged)
 
 
-def ragged(active: Array) -> Ragged:
+def ragged_layout(active: Array) -> Ragged:
     """The layout of rows of which bool [B, Q] feed something, first those of the first row; N is B x Q.
 
     What lies behind the last token is of no row: B, which nothing is written to.
@@ -112,20 +121,20 @@ def pass_sizes(most: int, least: int) -> list[int]:
     return sizes
 
 
-def heat(row: Row, request: Requests, fed: Fed) -> Heat:
+def draft_sampling(row: RowState, request: Requests, inputs: PassInputs) -> DraftSampling:
     """How a row drafts what it fed [Q]: plans at its temperature, all else greedily."""
     # A plan fed ahead is that of the next iteration.
     iteration = row.iterations + (row.phase != Phase.PLAN)
-    return Heat(
-        temperature=jnp.where(fed.plan, request.temperature, 0.0),
-        seed=jnp.broadcast_to(request.seed, fed.tokens.shape),
-        iteration=jnp.broadcast_to(iteration, fed.tokens.shape),
-        place=fed.positions - request.prompt_len,
+    return DraftSampling(
+        temperature=jnp.where(inputs.plan, request.temperature, 0.0),
+        seed=jnp.broadcast_to(request.seed, inputs.tokens.shape),
+        iteration=jnp.broadcast_to(iteration, inputs.tokens.shape),
+        place=inputs.positions - request.prompt_len,
     )
 
 
-def score_rows(logits: Array, target: Array, heats: Heat, entropy: bool) -> Scores:
-    """`score` of logits [B, Q, V], target and heats [B, Q]: [B, Q]."""
-    flat = jax.tree.map(lambda x: x.reshape(-1), (target, heats))
+def score_rows(logits: Array, target: Array, samplings: DraftSampling, entropy: bool) -> Scores:
+    """`score` of logits [B, Q, V], target and samplings [B, Q]: [B, Q]."""
+    flat = jax.tree.map(lambda x: x.reshape(-1), (target, samplings))
     scores = score(logits.reshape(-1, logits.shape[-1]), *flat, entropy)
     return jax.tree.map(lambda x: x.reshape(target.shape), scores)

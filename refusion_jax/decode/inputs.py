@@ -28,7 +28,15 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.decode.batch import Requests
-from refusion_jax.decode.row_state import Geometry, Phase, Row, first_chosen, geometry, next_plan, own_entries
+from refusion_jax.decode.row_state import (
+    Geometry,
+    Phase,
+    RowState,
+    first_chosen,
+    geometry,
+    next_plan,
+    own_entries,
+)
 from refusion_jax.training.flops import ridge_tokens
 
 Array = jax.Array
@@ -74,12 +82,12 @@ class Groups:
         self.lengths, self.prefixes = lengths, prefixes
 
     @classmethod
-    def of(cls, row: Row) -> "Groups":
+    def of(cls, row: RowState) -> "Groups":
         """Those of a row's block."""
         return cls(row.pool.shape[0], row.draft.shape[0])
 
 
-class Fed(struct.PyTreeNode):
+class PassInputs(struct.PyTreeNode):
     """The tokens a row feeds, packed to the front of Q places.
 
     Attributes:
@@ -87,7 +95,7 @@ class Fed(struct.PyTreeNode):
       active: bool [Q].
       target: int32 [Q], the token whose probability the logits are asked for: the next of the same slot.
       mask: bool [Q, S + Q], which entries of the cache and which of the Q each sees.
-      place: int32 [J, T], where each node is among the Q; Q where it is not fed.
+      node_index: int32 [J, T], where each node is among the Q; Q where it is not fed.
       plan: bool [Q], nodes of a plan, which are sampled where there is a temperature.
     """
 
@@ -96,7 +104,7 @@ class Fed(struct.PyTreeNode):
     active: Array
     target: Array
     mask: Array
-    place: Array
+    node_index: Array
     plan: Array
 
 
@@ -127,7 +135,7 @@ def most_fed(block: int, ahead: int) -> int:
     return max(block, min(ahead, max(SMALLEST_PASS, 2 ** math.ceil(math.log2(2 * block)))))
 
 
-def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int) -> Fed:
+def pass_inputs(row: RowState, request: Requests, filled: Array, mask_id: Array, ahead: int) -> PassInputs:
     """What a row feeds, in the Q places of `most_fed`.
 
     Args:
@@ -140,8 +148,8 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
     nodes = _nodes(row, request, groups, mask_id)
     taken = nodes.there & _taken(row, request, nodes, groups, ahead)[:, None]
     flat = taken.reshape(-1)
-    place = jnp.where(flat, jnp.cumsum(flat) - 1, size)
-    source = jnp.zeros(size, jnp.int32).at[place].set(jnp.arange(flat.size), mode="drop")
+    node_index = jnp.where(flat, jnp.cumsum(flat) - 1, size)
+    source = jnp.zeros(size, jnp.int32).at[node_index].set(jnp.arange(flat.size), mode="drop")
     active = jnp.arange(size) < jnp.sum(flat)
 
     def pack(x: Array, empty: int = 0) -> Array:
@@ -159,18 +167,18 @@ def feed(row: Row, request: Requests, filled: Array, mask_id: Array, ahead: int)
     own, slot_of_entry = own_entries(row, request, filled.shape[0])
     sees_entry = filled | (own & ((slot == ANY)[:, None] | (slot[:, None] == slot_of_entry)))
     mask = jnp.concatenate([sees_entry, active & (sees_needed | sees_own_kind)], axis=1)
-    return Fed(
+    return PassInputs(
         tokens=pack(nodes.tokens),
         positions=pack(nodes.positions),
         active=active,
         target=pack(target),
         mask=mask & active[:, None],
-        place=place.reshape(groups.count, T),
+        node_index=node_index.reshape(groups.count, T),
         plan=active & (group >= groups.plan),
     )
 
 
-def _nodes(row: Row, request: Requests, groups: Groups, mask_id: Array) -> Nodes:
+def _nodes(row: RowState, request: Requests, groups: Groups, mask_id: Array) -> Nodes:
     at = geometry(row, request)
     verify, infill = row.phase == Phase.VERIFY, row.phase == Phase.INFILL
     everything, anyone = jnp.int32(row.draft.shape[0]), jnp.int32(ANY)
@@ -202,7 +210,7 @@ def _nodes(row: Row, request: Requests, groups: Groups, mask_id: Array) -> Nodes
     )
 
 
-def _refills(row: Row, request: Requests, at: Geometry, groups: Groups) -> tuple[Array, Array]:
+def _refills(row: RowState, request: Requests, at: Geometry, groups: Groups) -> tuple[Array, Array]:
     """Nodes there, bool [D, T], and what they see of the tokens needed, int32 [D, T]: d more accepted."""
     infill = row.phase == Phase.INFILL
     first = first_chosen(row) & (row.phase == Phase.VERIFY)
@@ -214,7 +222,7 @@ def _refills(row: Row, request: Requests, at: Geometry, groups: Groups) -> tuple
     return there, at.slot * request.slot_size + base + d
 
 
-def _plans(row: Row, request: Requests, at: Geometry, groups: Groups) -> tuple[Array, Array, Array]:
+def _plans(row: RowState, request: Requests, at: Geometry, groups: Groups) -> tuple[Array, Array, Array]:
     """Nodes there, bool [1 + C, T], the block of the first plan, and the end of the c accepted slots, [C]."""
     planning, verify = row.phase == Phase.PLAN, row.phase == Phase.VERIFY
     left = jnp.where(planning, row.pool, row.pool & ~row.chosen)
@@ -232,7 +240,7 @@ def _plans(row: Row, request: Requests, at: Geometry, groups: Groups) -> tuple[A
     return jnp.concatenate([there[None], some]), block, (last + 1) * request.slot_size
 
 
-def _taken(row: Row, request: Requests, nodes: Nodes, groups: Groups, ahead: int) -> Array:
+def _taken(row: RowState, request: Requests, nodes: Nodes, groups: Groups, ahead: int) -> Array:
     """bool [J]: needed groups, then likely ones while they fit the row's budget, then others that fit what
     the pass is padded to anyway."""
     counts = jnp.sum(nodes.there, axis=1)

@@ -8,7 +8,7 @@ its own, so that no row waits for another's round (arXiv 2512.13586, section 3.3
   INFILL   feed what is not accepted of every chosen slot, each slot seeing itself alone, as masks to draft
            and then as drafts to accept more of; until all are whole, commit
 
-Masks of what comes next ride along (feed.py), so that most plans and refills take no pass of their own.
+Masks of what comes next ride along (inputs.py), so that most plans and refills take no pass of their own.
 
 A slot that is infilled on its own attends to the cache and to itself. The slots of a row therefore go
 through the model together, under a mask that keeps them apart, and the rule of one slot is vmapped over
@@ -27,18 +27,18 @@ from flax import struct
 
 from refusion_jax.decode.batch import Prepared, Requests, Shape
 from refusion_jax.decode.config import DecodeConfig
-from refusion_jax.decode.forward import Forwarded, forward, heat, score_rows
-from refusion_jax.decode.inputs import Fed, feed, tokens_ahead
+from refusion_jax.decode.forward import Forwarded, draft_sampling, forward, score_rows
+from refusion_jax.decode.inputs import PassInputs, pass_inputs, tokens_ahead
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
-from refusion_jax.decode.outputs import Replay, read
+from refusion_jax.decode.outputs import Replay, read_outputs
 from refusion_jax.decode.phases import carry_out
-from refusion_jax.decode.row_state import Phase, Row, geometry
+from refusion_jax.decode.row_state import Phase, RowState, geometry
 from refusion_jax.decode.samples import Samples, in_text_order
 from refusion_jax.decode.trace import Trace, record
 from refusion_jax.model.transformer import exact_matmuls
 
 Array = jax.Array
-MANY = 2**31 - 1
+NO_LIMIT = 2**31 - 1
 
 exact_shape = Shape.exact
 
@@ -57,7 +57,7 @@ class DecodeState(struct.PyTreeNode):
 
     cache: KVCache
     tokens: Array
-    row: Row
+    row: RowState
     requests: Requests
     trace: Trace | None
     replay: Replay | None
@@ -77,38 +77,38 @@ def init(
     return DecodeState(
         cache=KVCache.zeros(model.config, B, length, model.dtype, by_layer=by_layer),
         tokens=jnp.pad(prompts, ((0, 0), (0, shape.gen))),
-        row=jax.vmap(lambda request: Row.start(request, shape.slots, shape.block))(requests),
+        row=jax.vmap(lambda request: RowState.start(request, shape.slots, shape.block))(requests),
         requests=requests,
         trace=Trace.blank(shape) if shape.trace else None,
         replay=replay,
     )
 
 
-def fed_by(state: DecodeState, mask_id: Array, ahead: int) -> Fed:
+def batch_inputs(state: DecodeState, mask_id: Array, ahead: int) -> PassInputs:
     """What each row feeds next, [B, ...]; `ahead` as in Shape."""
 
-    def one(row: Row, request: Requests, filled: Array) -> Fed:
-        return feed(row, request, filled, mask_id, ahead)
+    def one(row: RowState, request: Requests, filled: Array) -> PassInputs:
+        return pass_inputs(row, request, filled, mask_id, ahead)
 
     return jax.vmap(one)(state.row, state.requests, state.cache.filled)
 
 
-def advance(state: DecodeState, fed: Fed, result: Forwarded, dtype, eos_id: Array) -> DecodeState:
+def advance(state: DecodeState, inputs: PassInputs, result: Forwarded, dtype, eos_id: Array) -> DecodeState:
     """Carries every row through the phase its forward pass was for.
 
     Args:
-      fed: what the rows fed, [B, ...].
+      inputs: what the rows fed, [B, ...].
       result: what the pass gave.
       dtype: of the logits.
     """
     before = state.row
 
-    def one(row: Row, request: Requests, fed: Fed, scores, replay: Replay | None):
-        return carry_out(row, request, read(scores, fed, row, request, replay, dtype), eos_id)
+    def one(row: RowState, request: Requests, inputs: PassInputs, scores, replay: Replay | None):
+        return carry_out(row, request, read_outputs(scores, inputs, row, request, replay, dtype), eos_id)
 
-    row, outcome = jax.vmap(one)(before, state.requests, fed, result.scores, state.replay)
+    row, outcome = jax.vmap(one)(before, state.requests, inputs, result.scores, state.replay)
     positions = jax.vmap(lambda row, request: geometry(row, request).position)(before, state.requests)
-    cache = result.write(state.cache, fed.positions, outcome.keep)
+    cache = result.write(state.cache, inputs.positions, outcome.keep)
     trace = state.trace
     if trace is not None:
         trace = record(trace, before, row, outcome, state.requests)
@@ -125,14 +125,14 @@ def first_step(model, params, state: DecodeState, shape: Shape, mask_id: Array, 
     B, P, T = state.tokens.shape[0], shape.prompt, shape.block
     places = jnp.broadcast_to(jnp.arange(P), (B, P))
     real = places < state.requests.prompt_len[:, None]
-    fed = fed_by(state, mask_id, ahead=0)
+    inputs = batch_inputs(state, mask_id, ahead=0)
     causal = jnp.tril(jnp.ones((P, P), bool)) & real[:, None]
     to_prompt = jnp.concatenate([causal, jnp.broadcast_to(real[:, None], (B, T, P))], axis=1)
-    to_block = jnp.concatenate([jnp.zeros((B, P, T), bool), fed.mask[:, :, -T:]], axis=1)
+    to_block = jnp.concatenate([jnp.zeros((B, P, T), bool), inputs.mask[:, :, -T:]], axis=1)
     x, fresh = model.apply(
         {"params": params},
-        jnp.concatenate([state.tokens[:, :P], fed.tokens], axis=1),
-        jnp.concatenate([places, fed.positions], axis=1),
+        jnp.concatenate([state.tokens[:, :P], inputs.tokens], axis=1),
+        jnp.concatenate([places, inputs.positions], axis=1),
         mask=jnp.concatenate([to_prompt, to_block], axis=2),
         method="hidden",
     )
@@ -140,16 +140,16 @@ def first_step(model, params, state: DecodeState, shape: Shape, mask_id: Array, 
     of_block = jax.tree.map(lambda kv: kv[:, :, P:], fresh)
     state = state.replace(cache=state.cache.commit(of_prompt, places, real))
     logits = model.apply({"params": params}, x[:, P:], method="unembed")
-    heats = jax.vmap(heat)(state.row, state.requests, fed)
-    scores = score_rows(logits, fed.target, heats, shape.entropy)
-    return advance(state, fed, Forwarded(scores, of_block, None), model.dtype, eos_id)
+    samplings = jax.vmap(draft_sampling)(state.row, state.requests, inputs)
+    scores = score_rows(logits, inputs.target, samplings, shape.entropy)
+    return advance(state, inputs, Forwarded(scores, of_block, None), model.dtype, eos_id)
 
 
 def step(model, params, state: DecodeState, shape: Shape, mask_id: Array, eos_id: Array) -> DecodeState:
     """One forward pass, every row in its own phase."""
-    fed = fed_by(state, mask_id, shape.ahead)
-    result = forward(model, params, state.cache, fed, state.row, state.requests, shape.entropy)
-    return advance(state, fed, result, model.dtype, eos_id)
+    inputs = batch_inputs(state, mask_id, shape.ahead)
+    result = forward(model, params, state.cache, inputs, state.row, state.requests, shape.entropy)
+    return advance(state, inputs, result, model.dtype, eos_id)
 
 
 def begin(
@@ -174,7 +174,7 @@ def resume(
     mask_id: Array,
     eos_id: Array,
     until: int = 0,
-    passes: int = MANY,
+    passes: int = NO_LIMIT,
     *,
     shape: Shape,
 ) -> DecodeState:

@@ -1,6 +1,6 @@
 """What a row reads off its pass: drafts, what is accepted of them, and the scores by which slots are chosen.
 
-M slots and T tokens are those of a block as padded, Q the tokens fed, J the groups of feed.py.
+M slots and T tokens are those of a block as padded, Q the tokens fed, J the groups of inputs.py.
 """
 
 import jax
@@ -9,8 +9,8 @@ from flax import struct
 
 from refusion_jax.decode.batch import Requests
 from refusion_jax.decode.config import FIRST, MEAN
-from refusion_jax.decode.inputs import Fed, Groups
-from refusion_jax.decode.row_state import Phase, Row, geometry
+from refusion_jax.decode.inputs import Groups, PassInputs
+from refusion_jax.decode.row_state import Phase, RowState, geometry
 from refusion_jax.decode.scores import Scores
 
 Array = jax.Array
@@ -31,7 +31,7 @@ class Replay(struct.PyTreeNode):
     length: Array
 
 
-class Answer(struct.PyTreeNode):
+class PassOutputs(struct.PyTreeNode):
     """What a row reads off its pass.
 
     Attributes:
@@ -41,7 +41,7 @@ class Answer(struct.PyTreeNode):
       passes: bool [T], the block's token at this place has a probability, after the token before it, above
         the token threshold.
       entropy: float32 [Q], or None, as in Scores.
-      place: int32 [J, T], as in Fed.
+      node_index: int32 [J, T], as in PassInputs.
       replay: or None.
     """
 
@@ -50,11 +50,13 @@ class Answer(struct.PyTreeNode):
     confident: Array
     passes: Array
     entropy: Array | None
-    place: Array
+    node_index: Array
     replay: Replay | None
 
 
-def read(scores: Scores, fed: Fed, row: Row, request: Requests, replay: Replay | None, dtype) -> Answer:
+def read_outputs(
+    scores: Scores, inputs: PassInputs, row: RowState, request: Requests, replay: Replay | None, dtype
+) -> PassOutputs:
     """What a row reads off the scores [Q] of what it fed.
 
     `fixed` works in float32. `release` rounds probabilities and thresholds to the dtype of the logits,
@@ -66,42 +68,49 @@ def read(scores: Scores, fed: Fed, row: Row, request: Requests, replay: Replay |
 
     confidence = rounded(scores.confidence)
     next_passes = rounded(scores.of_target) > rounded(request.token_threshold)
-    needed = jnp.where(row.phase == Phase.VERIFY, fed.place[Groups.JOINT], fed.place[Groups.ALONE])
+    needed = jnp.where(
+        row.phase == Phase.VERIFY, inputs.node_index[Groups.JOINT], inputs.node_index[Groups.ALONE]
+    )
     passes = jnp.roll(at_places(next_passes, needed), 1)
     if replay is not None:
         at = geometry(row, request)
         first = at.slot * request.slot_size
         passes = at.offset < replay.accepted[row.iterations][first + row.rounds[at.slot]]
     confident = confidence > rounded(request.slot_threshold)
-    return Answer(scores.draft, confidence, confident, passes, scores.entropy, fed.place, replay)
+    return PassOutputs(scores.draft, confidence, confident, passes, scores.entropy, inputs.node_index, replay)
 
 
-def at_places(x: Array, place: Array) -> Array:
+def at_places(x: Array, node_index: Array) -> Array:
     """x [Q] at places, zero where these are none of the Q."""
-    return x.at[place].get(mode="fill", fill_value=0)
+    return x.at[node_index].get(mode="fill", fill_value=0)
 
 
-def slot_scores(row: Row, request: Requests, answer: Answer, place: Array) -> tuple[Array, Array]:
-    """Of the slots whose masks are at `place` [T] the scores, float32 [M], -1 for those not in the pool, and
-    whether they are above the slot threshold, bool [M]."""
+def slot_scores(
+    row: RowState, request: Requests, outputs: PassOutputs, node_index: Array
+) -> tuple[Array, Array]:
+    """Scores of the slots whose masks are at `node_index` [T].
+
+    Returns:
+      float32 [M], -1 for slots that are not in the pool; and bool [M], which are above the slot threshold.
+    """
     slots = jnp.arange(row.pool.shape[0])
-    first = place[jnp.minimum(slots * request.slot_size, place.shape[0] - 1)]
-    confidence = jnp.where(row.pool, at_places(answer.confidence, first), -1.0)
-    confident = row.pool & at_places(answer.confident, first)
+    first = node_index[jnp.minimum(slots * request.slot_size, node_index.shape[0] - 1)]
+    confidence = jnp.where(row.pool, at_places(outputs.confidence, first), -1.0)
+    confident = row.pool & at_places(outputs.confident, first)
     if request.slot_score is not None:
-        of_first, of_whole = request.slot_score == FIRST, _whole_scores(slots, request, answer, place)
+        of_first, of_whole = request.slot_score == FIRST, _whole_scores(slots, request, outputs, node_index)
         confidence = jnp.where(of_first | ~row.pool, confidence, of_whole)
         confident = jnp.where(of_first, confident, row.pool & (of_whole > request.slot_threshold))
     return confidence, confident
 
 
-def _whole_scores(slots: Array, request: Requests, answer: Answer, place: Array) -> Array:
-    """float32 [M], the score "mean" or "entropy" of slots [M] whose masks are at `place` [T]."""
-    slot_of = jnp.arange(place.shape[0]) // request.slot_size
+def _whole_scores(slots: Array, request: Requests, outputs: PassOutputs, node_index: Array) -> Array:
+    """float32 [M], the score "mean" or "entropy" of slots [M] whose masks are at `node_index` [T]."""
+    slot_of = jnp.arange(node_index.shape[0]) // request.slot_size
 
     def mean(x: Array) -> Array:
-        return jax.ops.segment_sum(at_places(x, place), slot_of, slots.shape[0]) / request.slot_size
+        return jax.ops.segment_sum(at_places(x, node_index), slot_of, slots.shape[0]) / request.slot_size
 
-    if answer.entropy is None:
-        return mean(answer.confidence)
-    return jnp.where(request.slot_score == MEAN, mean(answer.confidence), jnp.exp(-mean(answer.entropy)))
+    if outputs.entropy is None:
+        return mean(outputs.confidence)
+    return jnp.where(request.slot_score == MEAN, mean(outputs.confidence), jnp.exp(-mean(outputs.entropy)))

@@ -4,7 +4,7 @@ Everything here is a pure function of one row, to be vmapped over a batch; where
 it is vmapped over the slots in turn. Written to the recordings of the authors' code (arXiv 2512.13586,
 section 3.3); `fixed` and `release` semantics differ where a comment says so.
 
-A pass that also fed the masks of what comes next (feed.py) carries that out at once. Slots that are
+A pass that also fed the masks of what comes next (inputs.py) carries that out at once. Slots that are
 infilled go each at its own pace, which comes to the same as the authors' rounds: what a slot accepts
 depends on it alone, and of the slots with an EOS the first counts, whichever is found first.
 
@@ -19,8 +19,8 @@ from flax import struct
 
 from refusion_jax.decode.batch import Requests
 from refusion_jax.decode.inputs import Groups
-from refusion_jax.decode.outputs import Answer, at_places, slot_scores
-from refusion_jax.decode.row_state import Geometry, Phase, Row, first_chosen, geometry, next_plan
+from refusion_jax.decode.outputs import PassOutputs, at_places, slot_scores
+from refusion_jax.decode.row_state import Geometry, Phase, RowState, first_chosen, geometry, next_plan
 
 Array = jax.Array
 
@@ -53,13 +53,13 @@ def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -
 # The phases. Each takes one row and returns it advanced, with what comes of the pass.
 
 
-def plan(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
+def plan(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
     """Chooses slots among those fed as masks."""
     del eos_id
-    return _choose(row, request, answer, answer.place[Groups.of(row).plan]), _nothing(row, answer)
+    return _choose(row, request, outputs, outputs.node_index[Groups.of(row).plan]), _nothing(row, outputs)
 
 
-def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
+def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
     """Commits the chosen slots that the longest passing prefix of their drafts covers.
 
     If it covers none, every chosen slot is to be infilled on its own from its own passing prefix. Drafts that
@@ -67,7 +67,7 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
     """
     at, groups = geometry(row, request), Groups.of(row)
     drafted = at.inside & row.chosen[at.slot]
-    passes = (at.offset == 0) | answer.passes
+    passes = (at.offset == 0) | outputs.passes
     if row.settled is not None:
         passes |= row.settled
     prefix = drafted & (jnp.cumsum(drafted & ~passes) == 0)
@@ -85,19 +85,19 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
     all_whole = num_whole == jnp.sum(row.chosen)
     group = jnp.where(all_whole, groups.plan, groups.prefix + num_whole - 1)
     guessed = ~has_eos & (all_whole | (num_whole <= groups.prefixes))
-    done = _go_on(row, request, answer, left, has_eos, jnp.where(guessed, group, -1))
+    done = _go_on(row, request, outputs, left, has_eos, jnp.where(guessed, group, -1))
 
     accepted = leading_runs(passes, at, request, slots.shape[0])
     first = first_chosen(row)
     cached = jnp.where(first, accepted, 0)
     infill = row.replace(phase=jnp.int32(Phase.INFILL), open=row.chosen, accepted=accepted, cached=cached)
-    infill = _refilled(infill, request, answer, jnp.where(first, accepted, 0))
+    infill = _refilled(infill, request, outputs, jnp.where(first, accepted, 0))
 
     iterate = ~has_eos & (num_whole == 0)
     kept = jnp.where(iterate, drafted & (at.offset < cached[at.slot]), committed)
     outcome = Outcome(
         committed=committed & ~iterate,
-        keep=_spread(kept, answer.place[groups.JOINT], answer),
+        keep=_spread(kept, outputs.node_index[groups.JOINT], outputs),
         accepted=accepted,
         # None, unless these are the drafts of an infill.
         rounds=jnp.int32(0) if row.settled is None else jnp.max(row.rounds),
@@ -105,14 +105,14 @@ def verify(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
     return _select(iterate, infill, done), outcome
 
 
-def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
+def infill(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
     """Lets the accepted prefix of every rechecked slot grow by at least one token; commits when all are
     whole, or has them verified as settled drafts where keys and values are to be recomputed."""
     at, groups = geometry(row, request), Groups.of(row)
     slots, size = jnp.arange(row.pool.shape[0]), request.slot_size
     mine = at.inside & row.open[at.slot]
     forced = at.offset <= row.accepted[at.slot]
-    run = leading_runs(forced | answer.passes, at, request, slots.shape[0])
+    run = leading_runs(forced | outputs.passes, at, request, slots.shape[0])
     accepted = jnp.where(row.drafted & (row.accepted < size), run, row.accepted)
 
     # The first slot with an accepted EOS counts as whole, and the slots after it leave.
@@ -129,14 +129,14 @@ def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
     eos_rank = jnp.sum(row.chosen & (slots < eos_slot))
     before_eos = jnp.where(request.release, jnp.cumsum(row.pool) <= eos_rank, slots < eos_slot)
     left = row.pool & ~row.chosen & (~has_eos | before_eos)
-    done = _go_on(row, request, answer, left, has_eos, jnp.where(has_eos, -1, groups.plan))
+    done = _go_on(row, request, outputs, left, has_eos, jnp.where(has_eos, -1, groups.plan))
 
     whole = jnp.where(slots == eos_slot, size, accepted)
     going = row.replace(open=still, accepted=whole, cached=accepted)
-    going = _refilled(going, request, answer, jnp.where(row.drafted, accepted - row.accepted, 0))
+    going = _refilled(going, request, outputs, jnp.where(row.drafted, accepted - row.accepted, 0))
     outcome = Outcome(
         committed=committed & complete,
-        keep=_spread(mine & (at.offset < accepted[at.slot]), answer.place[groups.ALONE], answer),
+        keep=_spread(mine & (at.offset < accepted[at.slot]), outputs.node_index[groups.ALONE], outputs),
         accepted=accepted,
         rounds=jnp.max(jnp.where(still, row.rounds, 0)),
     )
@@ -156,36 +156,42 @@ def infill(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[
     return _select(complete, done, going), outcome
 
 
-def rest(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
+def rest(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
     """A finished row stays as it is."""
     del request, eos_id
-    return row, _nothing(row, answer)
+    return row, _nothing(row, outputs)
 
 
-def carry_out(row: Row, request: Requests, answer: Answer, eos_id: Array) -> tuple[Row, Outcome]:
+def carry_out(
+    row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
+) -> tuple[RowState, Outcome]:
     """Carries one row through the phase its forward pass was for."""
-    after, outcome = jax.lax.switch(row.phase, [plan, verify, infill, rest], row, request, answer, eos_id)
+    after, outcome = jax.lax.switch(row.phase, [plan, verify, infill, rest], row, request, outputs, eos_id)
     return after.replace(forwards=row.forwards + (row.phase != Phase.DONE)), outcome
 
 
-def _choose(row: Row, request: Requests, answer: Answer, place: Array) -> Row:
-    """A row that reads its plan off the masks at `place` [T]: the slots drafted with confidence, or the most
-    confident slot, are to be verified."""
+def _choose(row: RowState, request: Requests, outputs: PassOutputs, node_index: Array) -> RowState:
+    """A row that reads its plan off the masks at `node_index` [T].
+
+    The slots drafted with confidence are to be verified, or, where none is, the most confident one.
+    """
     slots = jnp.arange(row.pool.shape[0])
-    confidence, confident = slot_scores(row, request, answer, place)
-    if answer.replay is not None:
-        confident = row.pool & answer.replay.planned[row.iterations]
+    confidence, confident = slot_scores(row, request, outputs, node_index)
+    if outputs.replay is not None:
+        confident = row.pool & outputs.replay.planned[row.iterations]
     best = slots == jnp.argmax(confidence)  # the earliest of equals
     return row.replace(
         phase=jnp.int32(Phase.VERIFY),
         chosen=jnp.where(confident.any(), confident, best),
         confidence=confidence,
-        draft=at_places(answer.draft, place),
+        draft=at_places(outputs.draft, node_index),
         rounds=jnp.zeros_like(row.rounds),
     )
 
 
-def _go_on(row: Row, request: Requests, answer: Answer, left: Array, eos: Array, group: Array) -> Row:
+def _go_on(
+    row: RowState, request: Requests, outputs: PassOutputs, left: Array, eos: Array, group: Array
+) -> RowState:
     """The row after a commit: on to the next plan, the next block, or the end.
 
     Args:
@@ -193,8 +199,8 @@ def _go_on(row: Row, request: Requests, answer: Answer, left: Array, eos: Array,
       eos: bool, whether one was committed.
       group: int32, where the next plan was fed ahead, if it was; -1 where that was for something else.
     """
-    if answer.replay is not None:
-        ends = row.iterations + 1 >= answer.replay.length
+    if outputs.replay is not None:
+        ends = row.iterations + 1 >= outputs.replay.length
         left, eos = left & ~ends, eos | ends
     eos = row.eos_found | eos
     block, pool, more = next_plan(row, request, left, eos)
@@ -209,12 +215,12 @@ def _go_on(row: Row, request: Requests, answer: Answer, left: Array, eos: Array,
         eos_found=eos,
         iterations=row.iterations + 1,
     )
-    place = answer.place[group]
-    fed = (group >= 0) & jnp.any(place < answer.draft.shape[0])
-    return _select(more & fed, _choose(row, request, answer, place), row)
+    node_index = outputs.node_index[group]
+    fed = (group >= 0) & jnp.any(node_index < outputs.draft.shape[0])
+    return _select(more & fed, _choose(row, request, outputs, node_index), row)
 
 
-def _refilled(row: Row, request: Requests, answer: Answer, more: Array) -> Row:
+def _refilled(row: RowState, request: Requests, outputs: PassOutputs, more: Array) -> RowState:
     """A row being infilled, with new drafts in the slots whose refill was fed.
 
     Args:
@@ -222,26 +228,28 @@ def _refilled(row: Row, request: Requests, answer: Answer, more: Array) -> Row:
     """
     at, groups = geometry(row, request), Groups.of(row)
     more = jnp.where(more <= groups.lengths, more, -1)[at.slot]
-    place = jnp.where(more >= 0, answer.place[groups.refill + more, at.index], answer.draft.shape[0])
-    fed = at.inside & (place < answer.draft.shape[0]) & (at.offset >= row.accepted[at.slot])
+    node_index = jnp.where(
+        more >= 0, outputs.node_index[groups.refill + more, at.index], outputs.draft.shape[0]
+    )
+    fed = at.inside & (node_index < outputs.draft.shape[0]) & (at.offset >= row.accepted[at.slot])
     slots = jnp.arange(row.open.shape[0])
     drafted = row.open & jax.vmap(lambda m: jnp.any(fed & (at.slot == m)))(slots)
     return row.replace(
-        draft=jnp.where(fed, at_places(answer.draft, place), row.draft),
+        draft=jnp.where(fed, at_places(outputs.draft, node_index), row.draft),
         drafted=drafted,
         rounds=row.rounds + drafted,
     )
 
 
-def _spread(kept: Array, place: Array, answer: Answer) -> Array:
+def _spread(kept: Array, node_index: Array, outputs: PassOutputs) -> Array:
     """bool [Q] from bool [T]."""
-    return jnp.zeros(answer.draft.shape, bool).at[place].set(kept, mode="drop")
+    return jnp.zeros(outputs.draft.shape, bool).at[node_index].set(kept, mode="drop")
 
 
-def _nothing(row: Row, answer: Answer) -> Outcome:
-    none = jnp.zeros(answer.draft.shape, bool)
+def _nothing(row: RowState, outputs: PassOutputs) -> Outcome:
+    none = jnp.zeros(outputs.draft.shape, bool)
     return Outcome(jnp.zeros(row.draft.shape, bool), none, jnp.zeros_like(row.accepted), jnp.int32(0))
 
 
-def _select(condition: Array, if_true: Row, if_false: Row) -> Row:
+def _select(condition: Array, if_true: RowState, if_false: RowState) -> RowState:
     return jax.tree.map(functools.partial(jnp.where, condition), if_true, if_false)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusion_jax.decode.batch import Shape
-from refusion_jax.decode.config import DecodeConfig, shown
+from refusion_jax.decode.config import DecodeConfig, quoted
 from refusion_jax.decode.outputs import Replay
 from refusion_jax.errors import BadInput
 
@@ -39,7 +39,7 @@ def read_courses(path: Path) -> list[Course]:
             courses.append([{key: step[key] for key in KEYS} for step in course])
         except (ValueError, KeyError, TypeError):
             wanted = 'a result of `sample` for a request with "trace": true'
-            raise BadInput(f"{path}:{number}: must be {wanted}, found {shown(line)}") from None
+            raise BadInput(f"{path}:{number}: must be {wanted}, found {quoted(line)}") from None
     if not all(courses) or not courses:
         raise BadInput(f"--replay={path}: must hold results with plans, found none")
     return courses
@@ -81,7 +81,7 @@ def _runs(step: Mapping[str, Any], config: DecodeConfig) -> Iterator[tuple[int, 
         whole = committed & set(range(place, place + size))
         if offset or not runs or max(runs) > size or place - step["start"] >= config.block_len:
             raise BadInput(
-                f"--replay: no slot of {size} tokens in a block of {config.block_len}: {shown(step)}"
+                f"--replay: no slot of {size} tokens in a block of {config.block_len}: {quoted(step)}"
             )
         # A slot that ended with EOS, or left because of one, counts as whole: there is no EOS to find.
         if whole or step["branch"] == "iterative":

@@ -23,7 +23,7 @@ class Phase(IntEnum):
     DONE = 3
 
 
-class Row(struct.PyTreeNode):
+class RowState(struct.PyTreeNode):
     """Where a row stands in its course; every field has a leading batch axis outside `vmap`.
 
     Attributes:
@@ -63,7 +63,7 @@ class Row(struct.PyTreeNode):
     iterations: Array
 
     @classmethod
-    def start(cls, request: Requests, num_slots: int, block: int) -> "Row":
+    def start(cls, request: Requests, num_slots: int, block: int) -> "RowState":
         """A row before its first plan; a request without blocks is done."""
         none, number = jnp.zeros(num_slots, bool), jnp.int32(0)
         numbers = jnp.zeros(num_slots, jnp.int32)
@@ -96,7 +96,7 @@ class Geometry(struct.PyTreeNode):
     position: Array  # in the text, prompt included
 
 
-def geometry(row: Row, request: Requests) -> Geometry:
+def geometry(row: RowState, request: Requests) -> Geometry:
     index = jnp.arange(row.draft.shape[0])
     slot, offset = jnp.divmod(index, request.slot_size)
     position = request.prompt_len + row.block * request.block_len + index
@@ -108,7 +108,7 @@ def all_slots(request: Requests, num_slots: int) -> Array:
     return jnp.arange(num_slots) * request.slot_size < request.block_len
 
 
-def next_plan(row: Row, request: Requests, left: Array, eos_found: Array) -> tuple[Array, Array, Array]:
+def next_plan(row: RowState, request: Requests, left: Array, eos_found: Array) -> tuple[Array, Array, Array]:
     """What is planned once the block's slots `left` [M] remain.
 
     Returns:
@@ -122,12 +122,12 @@ def next_plan(row: Row, request: Requests, left: Array, eos_found: Array) -> tup
     return row.block + enter, pool, ~(block_done & last)
 
 
-def first_chosen(row: Row) -> Array:
+def first_chosen(row: RowState) -> Array:
     """bool [M]: the first slot chosen, the one whose drafts are verified having seen nothing but itself."""
     return row.chosen & (jnp.cumsum(row.chosen) == 1)
 
 
-def own_entries(row: Row, request: Requests, length: int) -> tuple[Array, Array]:
+def own_entries(row: RowState, request: Requests, length: int) -> tuple[Array, Array]:
     """The entries of the cache that one slot alone may see: accepted while it is infilled.
 
     Args:

@@ -10,7 +10,7 @@ from flax import struct
 Array = jax.Array
 
 
-class Heat(struct.PyTreeNode):
+class DraftSampling(struct.PyTreeNode):
     """How each of N tokens is drafted, each [N].
 
     Attributes:
@@ -41,13 +41,13 @@ class Scores(struct.PyTreeNode):
     entropy: Array | None
 
 
-def score(logits: Array, target: Array, heat: Heat, entropy: bool = False) -> Scores:
+def score(logits: Array, target: Array, sampling: DraftSampling, entropy: bool = False) -> Scores:
     """Scores of N tokens.
 
     Args:
       logits: [N, V], of any float dtype; what is computed of them is float32.
       target: int32 [N], the token that follows each.
-      heat: how they are drafted.
+      sampling: how they are drafted.
       entropy: whether that is asked for.
     """
     exact = logits.astype(jnp.float32)
@@ -57,26 +57,29 @@ def score(logits: Array, target: Array, heat: Heat, entropy: bool = False) -> Sc
         chosen = jnp.take_along_axis(logits, of[:, None], axis=-1)[:, 0].astype(jnp.float32)
         return jnp.exp(chosen - normaliser)
 
-    drafted = draft(exact, heat)
+    drafted = draft(exact, sampling)
     spread = None
     if entropy:
         spread = jnp.sum(jax.scipy.special.entr(jnp.exp(exact - normaliser[:, None])), axis=-1)
     return Scores(drafted, probability(drafted), probability(target), spread)
 
 
-def draft(logits: Array, heat: Heat) -> Array:
+def draft(logits: Array, sampling: DraftSampling) -> Array:
     """int32 [N]: the argmax of logits [N, V], or a Gumbel-max sample where the temperature is above 0.
 
     The noise is keyed by (seed, iteration, place in the response): it depends on the request alone.
     """
 
-    def noise(heat: Heat) -> Array:
-        key = jax.random.fold_in(jax.random.key(heat.seed), heat.iteration)
-        return jax.random.gumbel(jax.random.fold_in(key, heat.place), logits.shape[-1:]) * heat.temperature
+    def noise(sampling: DraftSampling) -> Array:
+        key = jax.random.fold_in(jax.random.key(sampling.seed), sampling.iteration)
+        return (
+            jax.random.gumbel(jax.random.fold_in(key, sampling.place), logits.shape[-1:])
+            * sampling.temperature
+        )
 
     def sample() -> Array:
-        hot = (heat.temperature > 0)[:, None]
-        return jnp.argmax(logits + jnp.where(hot, jax.vmap(noise)(heat), 0), axis=-1)
+        hot = (sampling.temperature > 0)[:, None]
+        return jnp.argmax(logits + jnp.where(hot, jax.vmap(noise)(sampling), 0), axis=-1)
 
-    any_hot = jnp.any(heat.temperature > 0)
+    any_hot = jnp.any(sampling.temperature > 0)
     return jax.lax.cond(any_hot, sample, lambda: jnp.argmax(logits, axis=-1)).astype(jnp.int32)

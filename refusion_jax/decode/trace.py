@@ -7,7 +7,7 @@ from flax import struct
 from refusion_jax.decode.batch import Requests, Shape
 from refusion_jax.decode.kv_cache import scatter_rows
 from refusion_jax.decode.phases import Outcome
-from refusion_jax.decode.row_state import Phase, Row
+from refusion_jax.decode.row_state import Phase, RowState
 
 Array = jax.Array
 
@@ -22,7 +22,7 @@ class Trace(struct.PyTreeNode):
       iterative: bool, whether the slots were infilled one by one (False: committed as verified).
       rounds: int32, refills that the infill took.
       accepted: int32 [T]; entry m * slot_size + r is how many tokens of slot m were accepted when verified
-        (r = 0) or after the r-th refill: what answers.Replay follows.
+        (r = 0) or after the r-th refill: what outputs.Replay follows.
       committed: bool [T], the block's tokens committed, ascending.
       forwards: int32, passes made by then.
     """
@@ -56,11 +56,11 @@ class Trace(struct.PyTreeNode):
         )
 
 
-def record(trace: Trace, before: Row, after: Row, outcome: Outcome, requests: Requests) -> Trace:
+def record(trace: Trace, before: RowState, after: RowState, outcome: Outcome, requests: Requests) -> Trace:
     """Adds an entry to the rows that have just carried out a plan; what was accepted is noted in any case."""
     number = before.iterations[:, None]
 
-    def note(accepted: Array, before: Row, request: Requests, outcome: Outcome) -> Array:
+    def note(accepted: Array, before: RowState, request: Requests, outcome: Outcome) -> Array:
         judged = jnp.where(before.phase == Phase.VERIFY, before.chosen, before.open & before.drafted)
         judged &= before.phase != Phase.PLAN
         if before.settled is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-class Places(NamedTuple):
+class TokenPlaces(NamedTuple):
     """Where the T tokens of a row stand, its E examples being back to back and padding after them.
 
     Attributes:
@@ -32,14 +32,14 @@ class Places(NamedTuple):
     segments: Array
 
 
-def places(prompt_len: Array, total_len: Array, length: int) -> Places:
-    """`Places` of a row of `length` tokens; int32 [E] each, prompt_len and total_len as in a batch."""
+def locate_tokens(prompt_len: Array, total_len: Array, length: int) -> TokenPlaces:
+    """`TokenPlaces` of a row of `length` tokens; int32 [E] each, prompt_len and total_len as in a batch."""
     start = first(total_len)
     owner = owners(start, length)
     position = jnp.arange(length) - start[owner]
     real = position < total_len[owner]
     offset = position - prompt_len[owner]
-    return Places(
+    return TokenPlaces(
         owner=owner,
         position=position.astype(jnp.int32),
         real=real,

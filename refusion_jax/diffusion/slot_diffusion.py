@@ -171,8 +171,8 @@ def rearrange(
     """
 
     def one(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw) -> Noised:
-        places, response_len = prompt_len.shape[0], total_len - prompt_len
-        at = segments.places(prompt_len, total_len, tokens.shape[0])
+        num_examples, response_len = prompt_len.shape[0], total_len - prompt_len
+        at = segments.locate_tokens(prompt_len, total_len, tokens.shape[0])
         owner, position = at.owner, at.position
         in_prompt = position < prompt_len[owner]
         slot_size = draw.slot_size[owner]
@@ -196,11 +196,11 @@ def rearrange(
 
         has_response = jnp.sum(response_len > 0).astype(jnp.float32)
         if config.normalisation == "release":
-            ar_scale, ar_count = jnp.ones(places), jnp.sum(labelled).astype(jnp.float32)
+            ar_scale, ar_count = jnp.ones(num_examples), jnp.sum(labelled).astype(jnp.float32)
             diffusion_scale = 1 / (draw.mask_probability * jnp.maximum(response_len, 1))
         else:
-            ar_scale, ar_count = 1 / _number(labelled, owner, places), has_response
-            diffusion_scale = 1 / _number(masked, owner, places)
+            ar_scale, ar_count = 1 / _number(labelled, owner, num_examples), has_response
+            diffusion_scale = 1 / _number(masked, owner, num_examples)
         return Noised(
             tokens=fed[source],
             positions=position[source],
@@ -286,9 +286,9 @@ def _ceil_div(x: Array, y: Array) -> Array:
     return -(-x // y)
 
 
-def _number(chosen: Array, owner: Array, places: int) -> Array:
+def _number(chosen: Array, owner: Array, num_examples: int) -> Array:
     """int32 [E]: how many of an example's tokens are chosen, bool [T]; at least 1."""
-    count = jax.ops.segment_sum(chosen.astype(jnp.int32), owner, places, indices_are_sorted=True)
+    count = jax.ops.segment_sum(chosen.astype(jnp.int32), owner, num_examples, indices_are_sorted=True)
     return jnp.maximum(count, 1)
 
 

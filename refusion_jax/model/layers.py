@@ -47,23 +47,23 @@ class Context(NamedTuple):
       cache: keys and values of all layers.
       mask: as the kernel wants it.
       segments: of a pass with neither.
-      rows: how the tokens fed make up rows.
+      ragged: how the tokens fed make up rows.
     """
 
     cache: LayerKV | None = None
     mask: Array | Visible | None = None
     segments: Array | None = None
-    rows: Ragged | None = None
+    ragged: Ragged | None = None
 
     def by_row(self, x: Array) -> Array:
         """[1, N, ...] laid out as [B, T, ...]; a row's end is filled with anything finite."""
-        return x if self.rows is None else jnp.take(x[0], self.rows.flat, axis=0, mode="clip")
+        return x if self.ragged is None else jnp.take(x[0], self.ragged.flat, axis=0, mode="clip")
 
     def as_fed(self, y: Array) -> Array:
         """[B, T, ...] laid out as the tokens were fed."""
-        if self.rows is None:
+        if self.ragged is None:
             return y
-        return y.at[self.rows.row, self.rows.place].get(mode="clip")[None]
+        return y.at[self.ragged.row, self.ragged.place].get(mode="clip")[None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Weights:
 
     dtype: jnp.dtype
     param_dtype: jnp.dtype
-    joined: bool = False
+    fused: bool = False
     int8: bool = False
     int8_kernel: bool = False
 
@@ -154,7 +154,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, rope, layer: Array | int | None, context: Context):
         c, w = self.config, self.weights
-        if w.joined:
+        if w.fused:
             qkv = self._joined(x, rope)
             q = qkv[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.head_dim)
             k, v = qkv[..., -2, :], qkv[..., -1, :]
@@ -163,12 +163,12 @@ class Attention(nn.Module):
         cache, mask = context.cache, context.mask
         with jax.named_scope("attend"):
             if isinstance(mask, Visible):
-                if not w.joined:
+                if not w.fused:
                     parts = q.reshape(*k.shape[:3], -1, c.head_dim), k[..., None, :], v[..., None, :]
                     qkv = jnp.concatenate(parts, axis=-2)
                 y = context.as_fed(attend_visible(context.by_row(qkv), cache, layer, mask))
                 y = y.reshape(q.shape)
-            elif cache is None and context.rows is None:
+            elif cache is None and context.ragged is None:
                 y = attend_fed(q, (k, v), context.segments, self.kernel, self.max_segments, self.causal, mask)
             else:
                 of_layer = None if cache is None else (cache[0][layer], cache[1][layer])
@@ -232,7 +232,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         (D, F), w = (self.config.embed_dim, self.config.mlp_dim), self.weights
-        if w.joined:
+        if w.fused:
             y = w.product(self, "BTD,DJF->BTJF", x, "gate_up", (D, 2, F), ("embed", None, "mlp"))
             gate, up = y[:, :, 0], y[:, :, 1]
         else:

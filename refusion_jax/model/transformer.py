@@ -55,8 +55,8 @@ class Transformer(nn.Module):
       kernel: how attention is computed, one of attention.KERNELS: "triton" for decoding, forward passes
         alone; of the others, "cudnn" and "splash" serve a pass without a cache, "splash" without a mask.
       max_segments: most segments of a row.
-      joined: the projections that read the same input are one matrix, `qkv` and `gate_up`, as `joined.join`
-        makes them of the others: fewer and larger products, for decoding.
+      fused: the projections that read the same input are one matrix, `qkv` and `gate_up`, as
+        `fused.fuse_projections` makes them: fewer and larger products, for decoding.
       int8: the layers' matrices and the head are int8 with a scale for each output channel, as
         `quantized.quantize` makes them; activations, the embedding and the rest stay as they are.
       causal: a pass without a mask is causal in the order fed; otherwise each token sees all.
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     kernel: str = "dense"
     max_segments: int = 1
-    joined: bool = False
+    fused: bool = False
     int8: bool = False
     causal: bool = True
     cache_by_layer: bool = False
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), self.param_dtype)
         self.weights = Weights(
-            self.dtype, self.param_dtype, self.joined, self.int8, int8_kernel=self.kernel == "triton"
+            self.dtype, self.param_dtype, self.fused, self.int8, int8_kernel=self.kernel == "triton"
         )
         block, arguments = Block, (c, self.weights, self.kernel, self.max_segments, self.causal)
         if REMAT_POLICIES[self.remat] is not None:
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         cache=None,
         mask: Array | None = None,
         segments: Array | None = None,
-        rows: Ragged | None = None,
+        ragged: Ragged | None = None,
     ):
         """Final normalised states [B, T, D] and the fresh keys and values; see `__call__`."""
         # Gathered over fsdp before the lookup: looked up in pieces, the activations would be moved instead.
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
         c = self.config
         rope = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        context = Context(cache, self._mask(tokens, cache, mask, segments, rows), segments, rows)
+        context = Context(cache, self._mask(tokens, cache, mask, segments, ragged), segments, ragged)
         if self.scan_layers:
             layers = None if cache is None else jnp.arange(c.num_layers)
             x, kv = self.layers(x, rope, layers, context)
@@ -137,11 +137,11 @@ class Transformer(nn.Module):
             kv = tuple(map(jnp.stack, zip(*fresh, strict=True)))
         return self.final_norm(x), kv
 
-    def _mask(self, tokens: Array, cache, mask: Array | None, segments: Array | None, rows: Ragged | None):
+    def _mask(self, tokens: Array, cache, mask: Array | None, segments: Array | None, ragged: Ragged | None):
         """The mask as the layers take it."""
         if self.kernel != "triton":
             return mask
-        B, T = tokens.shape if rows is None else rows.flat.shape
+        B, T = tokens.shape if ragged is None else ragged.flat.shape
         if mask is None:
             if cache is not None:
                 raise ValueError("attention to a cache needs a mask")
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
         cache=None,
         mask: Array | None = None,
         segments: Array | None = None,
-        rows: Ragged | None = None,
+        ragged: Ragged | None = None,
     ):
         """Logits of the tokens fed, and their keys and values.
 
@@ -181,14 +181,14 @@ class Transformer(nn.Module):
           mask: bool, broadcastable to [B, T, S + T]; None, only without a cache, is as `causal` says.
           segments: int32 [B, T], without cache and mask: a token sees those of its own segment alone;
             segments stand one after the other in ascending order. None is one segment.
-          rows: of rows of different lengths; then tokens and positions are [1, N], and B and T of cache
-            and mask those of `rows`.
+          ragged: of rows of different lengths; then tokens and positions are [1, N], and B and T of cache
+            and mask those of `ragged`.
 
         Returns:
-          logits [B, T, V] in `dtype`, and the fresh keys and values, each [L, B, T, K, H]; with `rows`
+          logits [B, T, V] in `dtype`, and the fresh keys and values, each [L, B, T, K, H]; with `ragged`
           [1, N, V] and [L, 1, N, K, H].
         """
-        x, kv = self.hidden(tokens, positions, cache, mask, segments, rows)
+        x, kv = self.hidden(tokens, positions, cache, mask, segments, ragged)
         return self.unembed(x), kv
 
 

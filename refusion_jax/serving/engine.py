@@ -19,13 +19,13 @@ from jax.sharding import NamedSharding
 
 from refusion_jax.baselines.decoders import ar, bd3, mdm
 from refusion_jax.decode import loop as decode
-from refusion_jax.decode.batch import Shape, check_prompt, column
-from refusion_jax.decode.config import DecodeConfig, shown
+from refusion_jax.decode.batch import Shape, check_prompt, padded_column
+from refusion_jax.decode.config import DecodeConfig, quoted
 from refusion_jax.decode.inputs import tokens_ahead
 from refusion_jax.decode.kv_cache import insert_rows
 from refusion_jax.decode.samples import Samples
 from refusion_jax.errors import BadInput
-from refusion_jax.serving.packed_transfer import OneArray
+from refusion_jax.serving.packed_transfer import Packed
 from refusion_jax.sharding import replicated
 from refusion_jax.tokenizer import Tokenizer
 
@@ -96,13 +96,13 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     if not isinstance(raw, dict):
         raise BadInput(f"a request must be a JSON object, found {type(raw).__name__}")
     if not is_id(raw.get("id")):
-        raise BadInput(f"id must be text or a whole number, found {shown(raw.get('id'))}")
+        raise BadInput(f"id must be text or a whole number, found {quoted(raw.get('id'))}")
     given = [field for field in PROMPTS if field in raw]
     if len(given) != 1:
         raise BadInput(f"exactly one of {', '.join(PROMPTS)} is needed, found {given or 'none'}")
     trace = raw.get("trace", False)
     if not isinstance(trace, bool):
-        raise BadInput(f"trace must be true or false, found {shown(trace)}")
+        raise BadInput(f"trace must be true or false, found {quoted(trace)}")
     method = METHODS[defaults.method]
     own = {key: value for key, value in raw.items() if key not in ("id", "trace", *PROMPTS)}
     for key in own:
@@ -133,7 +133,7 @@ def _encode(kind: str, value: Any, defaults: Defaults, tokenizer: Tokenizer) -> 
     wanted = str if kind == "prompt" else list
     if not isinstance(value, wanted):
         raise BadInput(
-            f"{kind} must be {'text' if wanted is str else 'a list of messages'}, found {shown(value)}"
+            f"{kind} must be {'text' if wanted is str else 'a list of messages'}, found {quoted(value)}"
         )
     return tokenizer.encode_prompt(value, raw=defaults.raw, **defaults.template)
 
@@ -190,8 +190,8 @@ def decoded(model, params, requests: Sequence[Request], shape: Shape) -> Iterato
             taken = [(row, *waiting.popleft()) for row in itertools.islice(free, min(few.rows, len(waiting)))]
             rows, numbers, asked = zip(*taken, strict=True)
             *inputs, _ = method.prepare(model, [r.prompt for r in asked], [r.config for r in asked], few)
-            places = column(rows, few.rows, np.int32, padding=shape.rows)
-            state = _taken_in(method.begin, model, params, state, OneArray.of((places, inputs)), few)
+            places = padded_column(rows, few.rows, np.int32, padding=shape.rows)
+            state = _taken_in(method.begin, model, params, state, Packed.of((places, inputs)), few)
             running |= zip(rows, numbers, strict=True)
         until = max(0, len(running) - few.rows)
         state = method.resume(model, params, state, mask_id, eos_id, until, shape=shape)
@@ -216,16 +216,16 @@ def _beside(params, tree: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("begin", "model", "shape"), donate_argnames=("state",))
-def _taken_in(begin: Callable, model, params, state: Any, packed: OneArray, shape: Shape) -> Any:
+def _taken_in(begin: Callable, model, params, state: Any, packed: Packed, shape: Shape) -> Any:
     """The state with some rows taken over by a batch that begins; `packed` has (the rows, its inputs)."""
     rows, inputs = packed.tree()
     return insert_rows(state, begin(model, params, *inputs, shape=shape), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("finish", "shape"))
-def _answers(finish: Callable, state: Any, eos_id: jax.Array, shape: Shape) -> OneArray:
+def _answers(finish: Callable, state: Any, eos_id: jax.Array, shape: Shape) -> Packed:
     """Which rows are done, and the Samples of all."""
-    return OneArray.of((state.done, finish(state, eos_id, shape)))
+    return Packed.of((state.done, finish(state, eos_id, shape)))
 
 
 def warm_up(model, params, tokenizer: Tokenizer, like: Request, shape: Shape) -> None:

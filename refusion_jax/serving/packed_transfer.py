@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 
-class OneArray(struct.PyTreeNode):
+class Packed(struct.PyTreeNode):
     """A tree of arrays, of NumPy or all on the device.
 
     Attributes:
@@ -24,7 +24,7 @@ class OneArray(struct.PyTreeNode):
     layout: tuple[Any, tuple[tuple[tuple[int, ...], np.dtype], ...]] = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, tree: Any) -> "OneArray":
+    def of(cls, tree: Any) -> "Packed":
         """From arrays whose entries are bool or take 32 bits."""
         leaves, structure = jax.tree.flatten(tree)
         join = jnp.concatenate if isinstance(leaves[0], jax.Array) else np.concatenate

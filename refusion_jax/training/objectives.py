@@ -36,35 +36,37 @@ class Objective(NamedTuple):
     causal: bool = True
 
 
-def make_objective(name: str, config: DiffusionConfig, places: int, mask_id: int | None) -> Objective:
+def make_objective(
+    name: str, config: DiffusionConfig, max_examples_per_row: int, mask_id: int | None
+) -> Objective:
     """The one of OBJECTIVES that has the name.
 
     Args:
       name: of it.
       config: the noise.
-      places: E, the most examples of a row.
+      max_examples_per_row: E, the most examples of a row.
       mask_id: the mask token; "ar" needs none.
     """
 
     def segments(noised: Noised) -> dict[str, Any]:
         # Where attention is causal one example a row does not see the padding after it anyway.
-        return {"segments": noised.segments if places > 1 or name == "mdm" else None}
+        return {"segments": noised.segments if max_examples_per_row > 1 or name == "mdm" else None}
 
     def refusion(key: Array, batch: Batch) -> Noised:
         tokens, *lengths = _rows(batch)
-        max_slots = config.max_slots(tokens.shape[1], places)
-        draw = diffusion.draw(key, batch["index"], lengths[1] - lengths[0], max_slots, config)
+        max_slots = config.max_slots(tokens.shape[1], max_examples_per_row)
+        draw = diffusion.draw(key, batch["example_id"], lengths[1] - lengths[0], max_slots, config)
         return diffusion.rearrange(tokens, *lengths, draw, mask_id, config)
 
     def mdm(key: Array, batch: Batch) -> Noised:
         tokens, *lengths = _rows(batch)
-        draw = mdm_objective.draw(key, batch["index"], *lengths, tokens.shape[1], config.eps)
+        draw = mdm_objective.draw(key, batch["example_id"], *lengths, tokens.shape[1], config.eps)
         return mdm_objective.corrupt(tokens, *lengths, draw, mask_id)
 
     def bd3(key: Array, batch: Batch) -> Noised:
         tokens, *lengths = _rows(batch)
         size = tokens.shape[1], config.eps, config.block_len
-        draw = mdm_objective.draw(key, batch["index"], *lengths, *size)
+        draw = mdm_objective.draw(key, batch["example_id"], *lengths, *size)
         return bd3_objective.twice(tokens, *lengths, draw, mask_id, config.block_len)
 
     match name:

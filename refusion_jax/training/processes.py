@@ -1,6 +1,6 @@
 """Several processes as one run: how they find each other, and how none is left waiting for one that failed.
 
-    with processes.joined("10.0.0.1:8476", num_processes=4, process_id=2):
+    with processes.distributed("10.0.0.1:8476", num_processes=4, process_id=2):
         …  # jax.devices() are those of all four
 
 JAX finds the processes of a SLURM step and of a TPU slice by itself. Elsewhere three flags name them.
@@ -25,7 +25,7 @@ GRACE = 2  # seconds that process 0, which the others need to live, stays after 
 
 
 @contextlib.contextmanager
-def joined(
+def distributed(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,

@@ -153,7 +153,7 @@ class Program(NamedTuple):
 
 def objective_of(run: RunConfig, mask_id: int | None) -> Objective:
     """What a run trains for; `mask_id` may be None where that needs no mask token."""
-    return make_objective(run.objective, run.diffusion, run.data.places, mask_id)
+    return make_objective(run.objective, run.diffusion, run.data.max_examples_per_row, mask_id)
 
 
 def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
@@ -181,7 +181,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
         run.train.scan_layers,
         run.train.remat,
         kernel=fitting_kernel(platform, dtype, run.model.head_dim, run.data.max_length),
-        max_segments=run.data.places + 1,  # and one of padding
+        max_segments=run.data.max_examples_per_row + 1,  # and one of padding
         causal=objective.causal,
     )
     optimizer = run.optimizer.transformation(run.train.steps)
@@ -254,7 +254,7 @@ def make_train_step(
             return pull_back(grads)[0], losses
 
         # The parameters that are trained are the model's own, or adapters to be merged into it.
-        model_params, pull_back = jax.vjp(lambda params: lora.merge(lora.join(params, frozen)), params)
+        model_params, pull_back = jax.vjp(lambda params: lora.merge(lora.combine(params, frozen)), params)
         working = _working_copy(model_params, model.dtype)
         if run.train.microbatches == 1:
             return of_part(noised)
@@ -293,8 +293,10 @@ def _working_copy(params: Any, dtype: Any) -> Any:
 
 
 def _abstract_batch(run: RunConfig, rows: NamedSharding) -> Batch:
-    examples = (run.train.batch_size, run.data.places) if run.data.packing else (run.train.batch_size,)
-    shapes = dict.fromkeys(("prompt_len", "total_len", "index"), examples)
+    examples = (
+        (run.train.batch_size, run.data.max_examples_per_row) if run.data.packing else (run.train.batch_size,)
+    )
+    shapes = dict.fromkeys(("prompt_len", "total_len", "example_id"), examples)
     shapes["tokens"] = (run.train.batch_size, run.data.max_length)
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name, shape in shapes.items()}
 

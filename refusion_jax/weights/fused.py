@@ -10,19 +10,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from refusion_jax.weights import lazy as stored
-from refusion_jax.weights.lazy import Stored
+from refusion_jax.weights import lazy
+from refusion_jax.weights.lazy import LazyArray
 
 
-def join(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a model with `joined` from those of one without, unrolled or scanned.
+def fuse_projections(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a model with `fused` from those of one without, unrolled or scanned.
 
     Args:
-      params: arrays, or Stored yet to be read; of the layers q, k and v [D, heads, H] with or without
+      params: arrays, or LazyArray yet to be read; of the layers q, k and v [D, heads, H] with or without
         biases, gate and up [D, F].
 
     Returns:
-      the same, with qkv [D, K, G + 2, H] and gate_up [D, 2, F] instead; nothing is read of Stored.
+      the same, with qkv [D, K, G + 2, H] and gate_up [D, 2, F] instead; nothing is read of LazyArray.
     """
     return {name: _join_layer(leaf) if name.startswith("layers") else leaf for name, leaf in params.items()}
 
@@ -51,11 +51,11 @@ def _with_axis(x: Any) -> Any:
 
 def _reshape(x: Any, shape: Sequence[int]) -> Any:
     assert math.prod(x.shape) == math.prod(shape), (x.shape, shape)
-    return x.split(shape) if isinstance(x, Stored) else jnp.reshape(x, shape)
+    return x.split(shape) if isinstance(x, LazyArray) else jnp.reshape(x, shape)
 
 
 def _concatenate(parts: Sequence[Any]) -> Any:
     """Along the last but one axis."""
-    if isinstance(parts[0], Stored):
-        return stored.concatenate(parts, axis=len(parts[0].shape) - 2)
+    if isinstance(parts[0], LazyArray):
+        return lazy.concatenate(parts, axis=len(parts[0].shape) - 2)
     return jnp.concatenate(parts, axis=-2)

@@ -1,6 +1,6 @@
 """Arrays that lie on disk and are read when, and as far as, they are needed.
 
-Loading and conversion work on trees of `Stored` in the structure of a model's parameters. So whatever
+Loading and conversion work on trees of `LazyArray` in the structure of a model's parameters. So whatever
 the layouts at both ends, a process holds a few tensors at a time, and only its own parts of those.
 """
 
@@ -15,7 +15,7 @@ Index = tuple[slice, ...]  # one slice for each axis, within its bounds or open,
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class LazyArray:
     """One array on disk. JAX takes it for a leaf of a tree.
 
     Attributes:
@@ -39,14 +39,14 @@ class Stored:
         """All of it."""
         return self.read((slice(None),) * len(self.shape))
 
-    def astype(self, dtype: Any) -> "Stored":
+    def astype(self, dtype: Any) -> "LazyArray":
         """The same, cast as it is read."""
         dtype = np.dtype(dtype)
         return dataclasses.replace(
             self, dtype=dtype, read=lambda index: self.read(index).astype(dtype, copy=False)
         )
 
-    def transpose(self, order: Sequence[int]) -> "Stored":
+    def transpose(self, order: Sequence[int]) -> "LazyArray":
         """The same with its axes in that order."""
         order = tuple(order)
 
@@ -55,7 +55,7 @@ class Stored:
 
         return dataclasses.replace(self, shape=tuple(self.shape[axis] for axis in order), read=read)
 
-    def split(self, shape: Sequence[int]) -> "Stored":
+    def split(self, shape: Sequence[int]) -> "LazyArray":
         """The same in a shape where one of its axes is two; nothing is read beyond what is asked for."""
         axis = next(axis for axis, size in enumerate(self.shape) if size != shape[axis])
         size = shape[axis + 1]
@@ -69,7 +69,7 @@ class Stored:
 
         return dataclasses.replace(self, shape=tuple(shape), read=read)
 
-    def reshape(self, shape: Sequence[int]) -> "Stored":
+    def reshape(self, shape: Sequence[int]) -> "LazyArray":
         """The same in any other shape; it is read whole."""
         return dataclasses.replace(
             self, shape=tuple(shape), read=lambda index: self.whole().reshape(shape)[index]
@@ -81,8 +81,8 @@ def bounds(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def concatenate(parts: Sequence[Stored], axis: int) -> Stored:
-    """Stored arrays as one along `axis`; of each no more is read than is asked for."""
+def concatenate(parts: Sequence[LazyArray], axis: int) -> LazyArray:
+    """LazyArray arrays as one along `axis`; of each no more is read than is asked for."""
     borders = np.cumsum([0] + [part.shape[axis] for part in parts])
     first = parts[0]
     shape = (*first.shape[:axis], int(borders[-1]), *first.shape[axis + 1 :])
@@ -97,14 +97,14 @@ def concatenate(parts: Sequence[Stored], axis: int) -> Stored:
         return np.concatenate(pieces, axis=axis)
 
     where = " with ".join(part.where for part in parts)
-    return Stored(shape, np.result_type(*(part.dtype for part in parts)), read, where)
+    return LazyArray(shape, np.result_type(*(part.dtype for part in parts)), read, where)
 
 
-def place(stored: Any, abstract: Any) -> Any:
-    """A tree of Stored as arrays on devices; each process reads only what its devices hold.
+def load_to_devices(stored: Any, abstract: Any) -> Any:
+    """A tree of LazyArray as arrays on devices; each process reads only what its devices hold.
 
     Args:
-      stored: tree of Stored.
+      arrays: tree of LazyArray.
       abstract: ShapeDtypeStructs in the same structure: the dtypes and shardings wanted (None is the
         default device).
 
@@ -113,7 +113,7 @@ def place(stored: Any, abstract: Any) -> Any:
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def read(leaf: Stored, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(leaf: LazyArray, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
         def part(index: Index) -> np.ndarray:
@@ -128,11 +128,11 @@ def place(stored: Any, abstract: Any) -> Any:
 
 
 def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored parameters of the unrolled model from those of either, see model.unstack_layers."""
+    """LazyArray parameters of the unrolled model from those of either, see model.unstack_layers."""
     if "layers" not in params:
         return dict(params)
 
-    def layer(leaf: Stored, i: int) -> Stored:
+    def layer(leaf: LazyArray, i: int) -> LazyArray:
         def read(index: Index) -> np.ndarray:
             return leaf.read((slice(i, i + 1), *index))[0]
 
@@ -146,9 +146,9 @@ def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored parameters of the scanned model from those of the unrolled one, see model.stack_layers."""
+    """LazyArray parameters of the scanned model from those of the unrolled one, see model.stack_layers."""
 
-    def stacked(*layers: Stored) -> Stored:
+    def stacked(*layers: LazyArray) -> LazyArray:
         def read(index: Index) -> np.ndarray:
             return np.stack([layer.read(index[1:]) for layer in layers[index[0]]])
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from refusion_jax.weights.lazy import Index, Stored
+from refusion_jax.weights.lazy import Index, LazyArray
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -91,7 +91,7 @@ def split(params: Params) -> tuple[Params, Params]:
     return params["lora"], {name: part for name, part in params.items() if name != "lora"}
 
 
-def join(trained: Params, frozen: Params) -> Params:
+def combine(trained: Params, frozen: Params) -> Params:
     """The parameters again of which `split` gave the two."""
     return {"lora": trained, **frozen} if frozen else trained
 
@@ -109,7 +109,7 @@ def merge(params: Params) -> Params:
 
 
 def merge_stored(params: Params) -> Params:
-    """`merge` for parameters that are yet to be read, nested dict of Stored."""
+    """`merge` for parameters that are yet to be read, nested dict of LazyArray."""
     if "lora" not in params:
         return params
     kernels = flatten_dict(params["base"])
@@ -153,7 +153,9 @@ def _product(a: Any, b: Any, stacked: int) -> Any:
     return (a.reshape(*layers, -1, rank) @ b.reshape(*layers, rank, -1)).reshape(shape)
 
 
-def _merged(kernel: Stored, a: Stored, b: Stored, scale: Stored, path: tuple[str, ...]) -> Stored:
+def _merged(
+    kernel: LazyArray, a: LazyArray, b: LazyArray, scale: LazyArray, path: tuple[str, ...]
+) -> LazyArray:
     stacked, middle = _stacked(path), len(a.shape) - 1
 
     def read(index: Index) -> np.ndarray:

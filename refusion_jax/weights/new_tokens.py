@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from refusion_jax.model.transformer import ModelConfig
-from refusion_jax.weights.lazy import Index, Stored, bounds
+from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
 BLOCK = 4096  # rows read at once for the mean
 
@@ -25,7 +25,7 @@ def add_rows(
 
     Args:
       config: its shape.
-      params: of the unrolled model, nested dict of Stored.
+      params: of the unrolled model, nested dict of LazyArray.
       ids: of the new tokens.
       num_known: ids before it have tokens, whose rows are averaged.
 
@@ -39,7 +39,7 @@ def add_rows(
     return dataclasses.replace(config, vocab_size=size), {**params, **changed}
 
 
-def _with_means(table: Stored, axis: int, size: int, ids: Collection[int], num_known: int) -> Stored:
+def _with_means(table: LazyArray, axis: int, size: int, ids: Collection[int], num_known: int) -> LazyArray:
     """A matrix whose `axis` has `size` entries, with the mean of the first `num_known` at `ids`."""
     had = table.shape[axis]
     mean = _mean(table, axis, min(num_known, had)).astype(table.dtype)
@@ -61,7 +61,7 @@ def _with_means(table: Stored, axis: int, size: int, ids: Collection[int], num_k
     return dataclasses.replace(table, shape=shape, read=read)
 
 
-def _mean(table: Stored, axis: int, count: int) -> np.ndarray:
+def _mean(table: LazyArray, axis: int, count: int) -> np.ndarray:
     """Mean of the first `count` entries along `axis`, float32."""
     total = np.zeros(table.shape[1 - axis], np.float64)
     for start in range(0, count, BLOCK):

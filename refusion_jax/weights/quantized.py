@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refusion_jax.weights.lazy import Index, Stored
+from refusion_jax.weights.lazy import Index, LazyArray
 
 LARGEST = 127
 # The matrices, and how many of their first axes are summed over.
@@ -23,7 +23,7 @@ def quantize(params: Mapping[str, Any], rest: Any = None) -> dict[str, Any]:
     """Parameters of a model with `int8` from those of one without.
 
     Args:
-      params: arrays, or Stored yet to be read, of an unrolled model, joined or not. Those of a tied head
+      params: arrays, or LazyArray yet to be read, of an unrolled model, joined or not. Those of a tied head
         keep it: it is the embedding.
       rest: dtype of what is not quantised, the norms say; None leaves it as it is.
 
@@ -36,7 +36,7 @@ def quantize(params: Mapping[str, Any], rest: Any = None) -> dict[str, Any]:
         if isinstance(leaf, Mapping):
             found[name] = quantize(leaf, rest)
         elif name in MATRICES:
-            split = _of_stored if isinstance(leaf, Stored) else _of_array
+            split = _of_stored if isinstance(leaf, LazyArray) else _of_array
             found[name], found[f"{name}_scale"] = split(leaf, MATRICES[name])
         else:
             found[name] = leaf if rest is None else leaf.astype(rest)
@@ -49,7 +49,7 @@ def _of_array(matrix: Any, num_in: int) -> tuple[jax.Array, jax.Array]:
     return jnp.round(matrix / _expanded(scale, num_in)).astype(jnp.int8), scale
 
 
-def _of_stored(matrix: Stored, num_in: int) -> tuple[Stored, Stored]:
+def _of_stored(matrix: LazyArray, num_in: int) -> tuple[LazyArray, LazyArray]:
     """As they are read, of no more outputs than are asked for."""
     num_out = len(matrix.shape) - num_in
     turned = matrix.transpose((*range(num_in, len(matrix.shape)), *range(num_in)))
@@ -67,8 +67,8 @@ def _of_stored(matrix: Stored, num_in: int) -> tuple[Stored, Stored]:
         return np.round(part / _expanded(scale(index[:num_out]), num_in)).astype(np.int8)
 
     return (
-        Stored(turned.shape, np.dtype(np.int8), numbers, matrix.where),
-        Stored(turned.shape[:num_out], np.dtype(np.float32), scale, matrix.where),
+        LazyArray(turned.shape, np.dtype(np.int8), numbers, matrix.where),
+        LazyArray(turned.shape[:num_out], np.dtype(np.float32), scale, matrix.where),
     )
 
 

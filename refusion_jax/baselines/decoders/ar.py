@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.decode.batch import Prepared, Shape, check_pairs, column, pad_prompts
-from refusion_jax.decode.config import check_common, shown
+from refusion_jax.decode.batch import Prepared, Shape, check_pairs, pad_prompts, padded_column
+from refusion_jax.decode.config import check_common, quoted
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
 from refusion_jax.decode.samples import Samples, in_text_order
-from refusion_jax.decode.scores import Heat, draft
+from refusion_jax.decode.scores import DraftSampling, draft
 from refusion_jax.errors import BadInput
 from refusion_jax.model.transformer import exact_matmuls
 
@@ -48,7 +48,7 @@ class ARConfig:
         check_common(self)
         if self.first_token not in FIRST_TOKENS:
             raise BadInput(
-                f"first_token must be one of {', '.join(FIRST_TOKENS)}, found {shown(self.first_token)}"
+                f"first_token must be one of {', '.join(FIRST_TOKENS)}, found {quoted(self.first_token)}"
             )
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
@@ -69,11 +69,11 @@ class ARRequests(struct.PyTreeNode):
     @classmethod
     def batch(cls, prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig], rows: int) -> "ARRequests":
         return cls(
-            prompt_len=column([len(p) for p in prompts], rows, jnp.int32),
-            gen_length=column([c.gen_length for c in configs], rows, jnp.int32),
-            temperature=column([c.temperature for c in configs], rows, jnp.float32),
-            seed=column([c.seed for c in configs], rows, jnp.uint32),
-            from_mask=column([c.first_token == "mask" for c in configs], rows, bool),
+            prompt_len=padded_column([len(p) for p in prompts], rows, jnp.int32),
+            gen_length=padded_column([c.gen_length for c in configs], rows, jnp.int32),
+            temperature=padded_column([c.temperature for c in configs], rows, jnp.float32),
+            seed=padded_column([c.seed for c in configs], rows, jnp.uint32),
+            from_mask=padded_column([c.first_token == "mask" for c in configs], rows, bool),
         )
 
 
@@ -167,13 +167,13 @@ def next_pass(model, params, state: ARState, eos_id: Array) -> ARState:
 def append(state: ARState, logits: Array, eos_id: Array) -> ARState:
     """Adds the token that logits [B, V] name to the rows that go on."""
     requests = state.requests
-    heat = Heat(
+    sampling = DraftSampling(
         temperature=requests.temperature,
         seed=requests.seed,
         iteration=state.count,
         place=jnp.zeros_like(state.count),
     )
-    token = draft(logits.astype(jnp.float32), heat)
+    token = draft(logits.astype(jnp.float32), sampling)
     positions = (requests.prompt_len + state.count)[:, None]
     count = state.count + ~state.done
     return state.replace(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from refusion_jax.baselines.decoders import blocks
 from refusion_jax.baselines.decoders.blocks import BlockConfig, BlockRequests, BlockState, exact_shape, finish
-from refusion_jax.baselines.decoders.passes import Fed, padded_pass, read_block, sized_pass
+from refusion_jax.baselines.decoders.passes import BlockInputs, padded_pass, read_block, sized_pass
 from refusion_jax.decode.batch import Prepared, Shape
 from refusion_jax.decode.config import MOST_TOKENS, check_whole
 from refusion_jax.decode.forward import pass_sizes
@@ -75,7 +75,7 @@ def begin(
     """A batch of prompts int32 [B, P] after its first pass, over the prompts and the first blocks."""
     with exact_matmuls(model):
         state = init(model, prompts, requests, shape=shape)
-        fed = feed_prompt(state, mask_id, shape)
+        fed = prompt_inputs(state, mask_id, shape)
         passed = padded_pass(model, params, fed)
         of_prompt = fed.active & (fed.positions < requests.prompt_len[:, None])
         state = state.replace(cache=passed.commit(state.cache, fed.positions, of_prompt))
@@ -95,7 +95,7 @@ def resume(
         )
 
 
-def feed_prompt(state: BlockState, mask_id: Array, shape: Shape) -> Fed:
+def prompt_inputs(state: BlockState, mask_id: Array, shape: Shape) -> BlockInputs:
     """The prompts in P places, and the first blocks in T."""
     (B, _), P, T = state.tokens.shape, shape.prompt, shape.block
     prompt_len, block_len = state.requests.prompt_len[:, None], state.requests.block_len[:, None]
@@ -106,10 +106,10 @@ def feed_prompt(state: BlockState, mask_id: Array, shape: Shape) -> Fed:
     # The block sees itself in both directions.
     mask = active[:, None] & (in_block[:, None] | (place <= place[:, None]))
     in_block = jnp.broadcast_to(P + jnp.arange(T), (B, T))
-    return Fed(state.fed_tokens(positions, mask_id), positions, active, mask, in_block)
+    return BlockInputs(state.fed_tokens(positions, mask_id), positions, active, mask, in_block)
 
 
-def feed(state: BlockState, mask_id: Array, length: int) -> Fed:
+def block_inputs(state: BlockState, mask_id: Array, length: int) -> BlockInputs:
     """The current block of every row, and behind it, where that begins, the finished block before it.
 
     Args:
@@ -124,7 +124,7 @@ def feed(state: BlockState, mask_id: Array, length: int) -> Fed:
     among_fed = finished[:, None] | (current[:, :, None] & current[:, None])
     seen = jnp.broadcast_to(state.cache.filled[:, None], (*among_fed.shape[:2], state.tokens.shape[1]))
     in_block = jnp.broadcast_to(jnp.arange(length), (state.tokens.shape[0], length))
-    return Fed(
+    return BlockInputs(
         state.fed_tokens(positions, mask_id),
         positions,
         current | finished,
@@ -135,7 +135,7 @@ def feed(state: BlockState, mask_id: Array, length: int) -> Fed:
 
 def next_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
     """A pass over the block of each row; finished blocks are kept."""
-    fed = feed(state, mask_id, shape.block)
+    fed = block_inputs(state, mask_id, shape.block)
     most = fed.tokens.size
     sizes = pass_sizes(most, max(SMALLEST_PASS, most // 8))
     passed = sized_pass(model, params, state.cache, fed, sizes, keep=True)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.decode.batch import Prepared, Shape, check_pairs, column, pad_prompts
+from refusion_jax.decode.batch import Prepared, Shape, check_pairs, pad_prompts, padded_column
 from refusion_jax.decode.config import MOST_BLOCK_TOKENS, MOST_TOKENS, check_common, check_finite, check_whole
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
 from refusion_jax.decode.samples import Samples, in_text_order
-from refusion_jax.decode.scores import Heat, draft
+from refusion_jax.decode.scores import DraftSampling, draft
 from refusion_jax.errors import BadInput
 
 Array = jax.Array
@@ -85,10 +85,10 @@ class BlockRequests(struct.PyTreeNode):
     @classmethod
     def batch(cls, prompts: Sequence[Sequence[int]], configs: Sequence[BlockConfig], rows: int) -> Self:
         fields = {
-            name: column([getattr(c, name) for c in configs], rows, dtype)
+            name: padded_column([getattr(c, name) for c in configs], rows, dtype)
             for name, dtype in cls.FIELDS.items()
         }
-        return cls(prompt_len=column([len(p) for p in prompts], rows, jnp.int32), **fields)
+        return cls(prompt_len=padded_column([len(p) for p in prompts], rows, jnp.int32), **fields)
 
 
 class BlockState(struct.PyTreeNode):
@@ -166,11 +166,11 @@ def surest(masked: Array, confidence: Array, count: Array, threshold: Array) -> 
     return masked & ((rank < count) | (confidence > threshold))
 
 
-def drafts(logits: Array, mask_id: Array, heat: Heat) -> tuple[Array, Array]:
+def drafts(logits: Array, mask_id: Array, sampling: DraftSampling) -> tuple[Array, Array]:
     """int32 and float32 [N]: the token that each of logits [N, V] names, never the mask, and its probability
     among the tokens that are not the mask."""
     exact = jnp.where(jnp.arange(logits.shape[1]) == mask_id, -jnp.inf, logits.astype(jnp.float32))
-    token = draft(exact, heat)
+    token = draft(exact, sampling)
     of_token = jnp.take_along_axis(exact, token[:, None], axis=1)[:, 0]
     return token, jnp.exp(of_token - jax.nn.logsumexp(exact, axis=1))
 
@@ -191,10 +191,10 @@ def commit(state: BlockState, logits: Array, mask_id: Array, eos_id: Array) -> B
         return jnp.broadcast_to(x[:, None], (B, T)).reshape(-1)
 
     place = positions - requests.prompt_len[:, None]
-    heat = Heat(
+    sampling = DraftSampling(
         by_token(requests.temperature), by_token(requests.seed), by_token(state.forwards), place.reshape(-1)
     )
-    token, confidence = (x.reshape(B, T) for x in drafts(logits.reshape(B * T, -1), mask_id, heat))
+    token, confidence = (x.reshape(B, T) for x in drafts(logits.reshape(B * T, -1), mask_id, sampling))
     chosen = jax.vmap(surest)(masked, confidence, requests.tokens_per_step, requests.token_threshold)
 
     forwards = state.forwards + ~state.done

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 
 from refusion_jax.baselines.decoders import blocks
 from refusion_jax.baselines.decoders.blocks import BlockConfig, BlockRequests, BlockState, finish
-from refusion_jax.baselines.decoders.passes import Fed, padded_pass, quarters, read_block, sized_pass
+from refusion_jax.baselines.decoders.passes import BlockInputs, padded_pass, quarters, read_block, sized_pass
 from refusion_jax.decode.batch import Prepared, Shape
-from refusion_jax.decode.config import MOST_TOKENS, check_whole, shown
+from refusion_jax.decode.config import MOST_TOKENS, check_whole, quoted
 from refusion_jax.decode.forward import pass_sizes
 from refusion_jax.decode.inputs import SMALLEST_PASS
 from refusion_jax.decode.samples import Samples
@@ -59,7 +59,7 @@ class MDMConfig(BlockConfig):
         check_whole("num_blocks", self.num_blocks, 1, MOST_TOKENS)
         self.check_blocks("num_blocks", self.num_blocks, self.gen_length // self.num_blocks)
         if self.cache not in CACHES:
-            raise BadInput(f"cache must be one of {', '.join(CACHES)}, found {shown(self.cache)}")
+            raise BadInput(f"cache must be one of {', '.join(CACHES)}, found {quoted(self.cache)}")
 
     @property
     def block_len(self) -> int:
@@ -110,7 +110,7 @@ def begin(
     """A batch of prompts int32 [B, P] after its first pass."""
     with exact_matmuls(model):
         state = init(model, prompts, requests, shape=shape)
-        fed = feed(state, mask_id, width=state.tokens.shape[1], length=shape.block, cached=False)
+        fed = block_inputs(state, mask_id, width=state.tokens.shape[1], length=shape.block, cached=False)
         passed = padded_pass(model, params, fed)
         if any_kept(shape):
             keep = fed.active & (state.requests.cache_kind != NONE)[:, None]
@@ -152,7 +152,7 @@ def keeps(state: BlockState) -> Array:
     return state.begins & (state.requests.cache_kind != NONE)
 
 
-def feed(state: BlockState, mask_id: Array, width: int, length: int, cached: bool) -> Fed:
+def block_inputs(state: BlockState, mask_id: Array, width: int, length: int, cached: bool) -> BlockInputs:
     """What every row feeds, in `width` places: all of its text, or from its block on, or its block.
 
     Args:
@@ -169,7 +169,7 @@ def feed(state: BlockState, mask_id: Array, width: int, length: int, cached: boo
         fed = (position >= first[:, None]) & (position < past[:, None])
         mask = jnp.concatenate([state.cache.filled & ~fed, active], axis=1)
     in_block = (state.block_start - first)[:, None] + jnp.arange(length)
-    return Fed(state.fed_tokens(positions, mask_id), positions, active, mask[:, None], in_block)
+    return BlockInputs(state.fed_tokens(positions, mask_id), positions, active, mask[:, None], in_block)
 
 
 def interval(state: BlockState) -> tuple[Array, Array]:
@@ -190,7 +190,7 @@ def pass_beginning(
     B, S = state.tokens.shape
     # Rows begin a block together, or few at a time; one row feeds all of its text.
     sizes = quarters(S) if B == 1 else pass_sizes(B * S, least(B * S, 16))
-    fed = feed(state, mask_id, S, shape.block, cached=True)
+    fed = block_inputs(state, mask_id, S, shape.block, cached=True)
     passed = sized_pass(model, params, state.cache, fed, sizes, keep=True)
     keep = fed.active & keeps(state)[:, None]
     return state.replace(cache=passed.commit(state.cache, fed.positions, keep)), passed.states
@@ -201,7 +201,7 @@ def pass_within(model, params, state: BlockState, mask_id: Array, shape: Shape) 
     (B, S), T = state.tokens.shape, shape.block
 
     def pass_of(width: int, sizes: list[int], cached: bool = True) -> Array:
-        fed = feed(state, mask_id, width, T, cached)
+        fed = block_inputs(state, mask_id, width, T, cached)
         return sized_pass(model, params, state.cache if cached else None, fed, sizes, keep=False).states
 
     if not any_kept(shape):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from refusion_jax.baselines.decoders.blocks import BlockState, commit
-from refusion_jax.decode.forward import ragged, widened, write_fed
+from refusion_jax.decode.forward import ragged_layout, widened, write_fed
 from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.model.attention import LayerKV
 from refusion_jax.model.layers import Ragged
@@ -18,7 +18,7 @@ from refusion_jax.model.layers import Ragged
 Array = jax.Array
 
 
-class Fed(NamedTuple):
+class BlockInputs(NamedTuple):
     """What each row feeds, from its first place on without gaps.
 
     Attributes:
@@ -42,25 +42,27 @@ class Passed(NamedTuple):
     Attributes:
       states: [B, T, D], final states of the current block's tokens.
       fresh: keys and values of the tokens fed, as in forward.Forwarded; None where they were not asked for.
-      rows: how the tokens were laid out, if not by row.
+      ragged: how the tokens were laid out, if not by row.
     """
 
     states: Array
     fresh: LayerKV | None
-    rows: Ragged | None
+    ragged: Ragged | None
 
     def commit(self, cache: KVCache, positions: Array, keep: Array) -> KVCache:
         """The cache with some of the fresh keys and values to be seen; positions and keep [B, Q]."""
-        return write_fed(cache, self.fresh, self.rows, positions, keep).fill(positions, keep)
+        return write_fed(cache, self.fresh, self.ragged, positions, keep).fill(positions, keep)
 
 
-def padded_pass(model, params, fed: Fed) -> Passed:
+def padded_pass(model, params, fed: BlockInputs) -> Passed:
     """A pass over all Q places of every row, without a cache: the first of a batch."""
     x, fresh = model.apply({"params": params}, fed.tokens, fed.positions, None, fed.mask, method="hidden")
     return Passed(jnp.take_along_axis(x, fed.block[:, :, None], axis=1, mode="clip"), fresh, None)
 
 
-def sized_pass(model, params, cache: KVCache | None, fed: Fed, sizes: Sequence[int], *, keep: bool) -> Passed:
+def sized_pass(
+    model, params, cache: KVCache | None, fed: BlockInputs, sizes: Sequence[int], *, keep: bool
+) -> Passed:
     """A pass no larger than it has to be; of several rows what is fed is laid out one after the other.
 
     Args:
@@ -69,23 +71,27 @@ def sized_pass(model, params, cache: KVCache | None, fed: Fed, sizes: Sequence[i
       keep: whether keys and values are asked for.
     """
     B = fed.tokens.shape[0]
-    rows, flat, layers = None, (fed.tokens, fed.positions), None if cache is None else cache.layers
+    ragged, flat, layers = None, (fed.tokens, fed.positions), None if cache is None else cache.layers
     if B > 1:
-        rows = ragged(fed.active)
-        flat = jax.tree.map(lambda x: x.at[rows.row, rows.place].get(mode="clip")[None], flat)
+        ragged = ragged_layout(fed.active)
+        flat = jax.tree.map(lambda x: x.at[ragged.row, ragged.place].get(mode="clip")[None], flat)
     length = fed.mask.shape[2] - fed.tokens.shape[1]
 
     def pass_of(size: int):
         def run() -> tuple[Array, LayerKV | None]:
             tokens, positions = (x[:, :size] for x in flat)
-            if rows is None:
+            if ragged is None:
                 part, mask = None, fed.mask[:, :size, : length + size]
             else:
-                part, mask = Ragged(rows.flat, rows.row[:size], rows.place[:size]), fed.mask
+                part, mask = Ragged(ragged.flat, ragged.row[:size], ragged.place[:size]), fed.mask
             x, fresh = model.apply(
-                {"params": params}, tokens, positions, layers, mask, rows=part, method="hidden"
+                {"params": params}, tokens, positions, layers, mask, ragged=part, method="hidden"
             )
-            at = fed.block if rows is None else jnp.take_along_axis(rows.flat, fed.block, axis=1, mode="clip")
+            at = (
+                fed.block
+                if ragged is None
+                else jnp.take_along_axis(ragged.flat, fed.block, axis=1, mode="clip")
+            )
             states = x[0].at[at].get(mode="clip")
             if not keep:
                 return states, None
@@ -95,7 +101,7 @@ def sized_pass(model, params, cache: KVCache | None, fed: Fed, sizes: Sequence[i
 
     number = jnp.sum(jnp.sum(fed.active) > jnp.asarray(sizes[:-1], jnp.int32))
     states, fresh = jax.lax.switch(number, [pass_of(size) for size in sizes])
-    return Passed(states, fresh, rows)
+    return Passed(states, fresh, ragged)
 
 
 def quarters(most: int) -> list[int]:

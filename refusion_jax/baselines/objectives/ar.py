@@ -17,7 +17,7 @@ def labelled(tokens: Array, prompt_len: Array, total_len: Array) -> Noised:
     """What is fed and asked: the rows as they are; arguments as of `diffusion.rearrange`."""
 
     def one(tokens: Array, prompt_len: Array, total_len: Array) -> Noised:
-        at = segments.places(prompt_len, total_len, tokens.shape[0])
+        at = segments.locate_tokens(prompt_len, total_len, tokens.shape[0])
         asked = jnp.roll(at.response & (at.position > 0), -1)  # each token for the one after it
         weights = asked.astype(jnp.float32)
         return Noised(

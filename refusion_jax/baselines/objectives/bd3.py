@@ -37,7 +37,7 @@ def twice(
     noised = mdm_objective.corrupt(tokens, prompt_len, total_len, draw, mask_id)
 
     def one(prompt_len: Array, total_len: Array) -> tuple[Array, Array]:
-        at = segments.places(prompt_len, total_len, tokens.shape[1])
+        at = segments.locate_tokens(prompt_len, total_len, tokens.shape[1])
         block = (at.position - prompt_len[at.owner]) // jnp.where(at.response, block_len, 1)
         return block, jnp.where(at.response, at.segments, prompt_len.shape[0])
 

@@ -56,7 +56,7 @@ def draw(
     uniform = jax.vmap(lambda key, number: jax.random.uniform(jax.random.fold_in(key, number)))
 
     def one(example: Array, prompt_len: Array, total_len: Array) -> Draw:
-        at = segments.places(prompt_len, total_len, length)
+        at = segments.locate_tokens(prompt_len, total_len, length)
         keys = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number)))(example)
         t = uniform(keys[at.owner, 0], at.offset // (block_len or length))
         p = (1 - eps) * t + eps
@@ -69,7 +69,7 @@ def corrupt(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw, mask
     """Rows with the drawn tokens masked, in text order; arguments as of `diffusion.rearrange`."""
 
     def one(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw) -> Noised:
-        at = segments.places(prompt_len, total_len, tokens.shape[0])
+        at = segments.locate_tokens(prompt_len, total_len, tokens.shape[0])
         masked, response_len = at.response & draw.masked, total_len - prompt_len
         weights = jnp.where(masked, 1 / (draw.mask_probability * response_len[at.owner]), 0)
         return Noised(
