@@ -1,4 +1,7 @@
-"""ReFusion in JAX: slot-level plan-and-infill masked diffusion language models."""
+"""ReFusion in JAX: slot-level plan-and-infill masked diffusion language models.
+
+Importing the package imports no JAX; its public names are loaded when they are first used.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +10,16 @@ from refusion_jax.deferred import deferred
 if TYPE_CHECKING:
     from refusion_jax import diffusion
     from refusion_jax.loader import load
+    from refusion_jax.serving.generate import generate
 
-__all__ = ["diffusion", "load"]
+__version__ = "0.1.0"
+__all__ = ["__version__", "diffusion", "generate", "load"]
 
-__getattr__ = deferred(__name__, {"diffusion": "refusion_jax.diffusion", "load": "refusion_jax.loader"})
+__getattr__ = deferred(
+    __name__,
+    {
+        "diffusion": "refusion_jax.diffusion",
+        "generate": "refusion_jax.serving.generate",
+        "load": "refusion_jax.loader",
+    },
+)

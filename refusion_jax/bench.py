@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from refusion_jax import config, sharding
 from refusion_jax.benchmarks import decode as bench_decode
@@ -23,9 +24,10 @@ from refusion_jax.benchmarks import train as bench_train
 from refusion_jax.decode.replay import read_courses
 from refusion_jax.errors import BadInput, command
 from refusion_jax.loader import decoding_scope, load
-from refusion_jax.sample import check_output
-from refusion_jax.serving import flags as opening
-from refusion_jax.serving.engine import METHODS, Config
+from refusion_jax.serving.flags import DTYPES, add_setting_flags, given_settings
+from refusion_jax.serving.methods import METHODS, Config, default_settings
+from refusion_jax.serving.opened import use_compilation_cache
+from refusion_jax.serving.results import check_output
 from refusion_jax.training.step import RunConfig
 
 DECODING = {"gen_length": 512, "slot_size": 32, "num_blocks": 4}  # where flags say nothing
@@ -56,8 +58,8 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
         raise BadInput("--checkpoint and --config: give one of the two")
     courses = read_courses(Path(flags.replay)) if flags.replay else ()
     asked = {method: asked_config(flags, method) for method in methods}
-    opening.use_compilation_cache()
-    dtype = opening.DTYPES[flags.dtype]
+    use_compilation_cache()
+    dtype = jnp.dtype(flags.dtype)
     mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
     if flags.checkpoint:
         model, params, _ = load(flags.checkpoint, mesh, dtype, flags.int8)
@@ -80,9 +82,9 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
 
 def asked_config(flags: argparse.Namespace, method: str) -> Config:
     """How a method decodes: by those of the flags that it knows."""
-    known, given = METHODS[method].settings, opening.given_settings(flags)
+    known, given = default_settings(method), given_settings(flags)
     settings = {name: value for name, value in (DECODING | given).items() if name in known}
-    return METHODS[method].config(bench_decode.MASK_ID, bench_decode.NEVER, **settings)
+    return METHODS[method](bench_decode.MASK_ID, bench_decode.NEVER, **settings)
 
 
 def add_decode(commands) -> None:
@@ -103,10 +105,10 @@ def add_decode(commands) -> None:
     several = {"type": config.whole_numbers, "metavar": "N,…"}
     add("--batch_size", **several, default="1", help="requests decoded together (default %(default)s)")
     add("--prompt_length", **whole, default=128, help="tokens a prompt (default %(default)s)")
-    opening.add_setting_flags(parser)
+    add_setting_flags(parser)
     add("--replay", metavar="FILE", help="results of `sample` with traces, whose course the rows follow")
     add("--repeats", **whole, default=5, help="timed runs (default %(default)s)")
-    add("--dtype", choices=tuple(opening.DTYPES), default="bfloat16", help="default %(default)s")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="default %(default)s")
     add("--int8", action="store_true", help="int8 weights, a scale for each output channel")
     add("--tensor", type=int, default=1, metavar="N", help="devices that share each product (default 1)")
     add("--output", metavar="FILE", help="the figures as JSON")

@@ -16,12 +16,12 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from refusion_jax import evaluate
 from refusion_jax.config import Parser
 from refusion_jax.data.tasks.registry import make_task
 from refusion_jax.data.tasks.task import Task
 from refusion_jax.errors import BadInput, command
-from refusion_jax.serving import flags as opening
+from refusion_jax.serving.opened import Opened, open_by
+from refusion_jax.serving.score import score
 
 PROBLEMS = 200
 BATCH_SIZE = 50
@@ -45,9 +45,9 @@ def trained_task(folder: Path) -> Task:
     return make_task(name, settings)
 
 
-def open_model(folder: Path, method: str) -> opening.Opened:
+def open_model(folder: Path, method: str) -> Opened:
     """The checkpoint with the decoding flags of the demo."""
-    return opening.open_by([f"--checkpoint={folder}", f"--method={method}", *DECODING[method]])
+    return open_by([f"--checkpoint={folder}", f"--method={method}", *DECODING[method]])
 
 
 def show(console: Console, answer: Mapping[str, Any], prompt_len: int) -> None:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = {}
     for method in DECODING:
         opened = open_model(folder, method)
-        (scored,) = evaluate.score(opened, [task], "test", PROBLEMS, BATCH_SIZE, trace=method == "refusion")
+        (scored,) = score(opened, [task], "test", PROBLEMS, BATCH_SIZE, trace=method == "refusion")
         figures[method] = scored.figures()
         console.print(
             f"{method:>8}: {scored.accuracy:.1%} of {PROBLEMS} held-out problems right, "

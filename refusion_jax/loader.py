@@ -13,13 +13,11 @@ from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.checkpoints import safetensors_io
 from refusion_jax.errors import BadInput
+from refusion_jax.files import SMALL
 from refusion_jax.model.attention import fitting_decode_kernel
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.tokenizer import Tokenizer, load_tokenizer
 from refusion_jax.weights import fused, lazy, lora, quantized
-
-# The model that comes with the package, trained by configs/small.py.
-SMALL = Path(__file__).with_name("small")
 
 
 def load(

@@ -16,7 +16,7 @@ import numpy as np
 import transcription
 
 from refusion_jax.decode import loop as decode
-from refusion_jax.decode.batch import Requests, Shape
+from refusion_jax.decode.batch import Requests, Shape, pad_prompts
 from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.decode.samples import Samples
 from refusion_jax.model.transformer import ModelConfig, Transformer
@@ -104,16 +104,16 @@ def sample(cases: Sequence[Case], model=MODEL, params=PARAMS, shape=SHAPE) -> li
 
 
 def arguments(cases: Sequence[Case]):
-    """What `decode.decode`, `first_step` and `step` take of a batch."""
-    prompts, requests = Requests.batch(
-        [c.prompt for c in cases], [c.config for c in cases], SHAPE, CONFIG.vocab_size
-    )
-    return prompts, requests, np.int32(MASK), np.int32(cases[0].config.eos_id)
+    """What `Decoder.decode` and `Decoder.begin` take of a batch beside the model."""
+    prompts, configs = [c.prompt for c in cases], [c.config for c in cases]
+    padded = pad_prompts(prompts, configs, SHAPE, CONFIG.vocab_size)
+    requests = Requests.batch(prompts, configs, SHAPE)
+    return padded, requests, np.int32(MASK), np.int32(configs[0].eos_id)
 
 
 def final_state(cases: Sequence[Case], model=MODEL, params=PARAMS, shape=SHAPE) -> decode.DecodeState:
     """The state a batch ends in; as compiled for `sample`."""
-    return jax.device_get(decode.decode(model, params, *arguments(cases), shape=shape))
+    return jax.device_get(decode.DECODER.decode(model, params, *arguments(cases), shape=shape))
 
 
 def steps(case: Case, samples: Samples) -> list[transcription.Step]:

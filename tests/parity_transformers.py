@@ -23,6 +23,7 @@ import transformers
 
 from refusion_jax import convert, load
 from refusion_jax.baselines.decoders import ar
+from refusion_jax.baselines.decoders.config import ARConfig
 from refusion_jax.tokenizer import ByteTokenizer
 
 RANDOM_LIMIT, SMOLLM2_LIMIT = 1e-4, 1e-3  # largest difference of a logit
@@ -164,8 +165,8 @@ def compare_text(folder: Path, theirs) -> None:
     model, params, tokenizer = load(folder)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer.encode_prompt(text) for text in QUESTIONS]
-    config = ar.ARConfig(mask_id=tokenizer.eos_id, eos_id=tokenizer.eos_id, gen_length=64, first_token="next")
-    samples = jax.device_get(ar.sample(model, params, prompts, config))
+    config = ARConfig(mask_id=tokenizer.eos_id, eos_id=tokenizer.eos_id, gen_length=64, first_token="next")
+    samples = jax.device_get(ar.DECODER.sample(model, params, prompts, config))
     same_prompts = same_answers = 0
     for i, (question, prompt) in enumerate(zip(QUESTIONS, prompts, strict=True)):
         chat = [{"role": "user", "content": question}]

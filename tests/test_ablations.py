@@ -20,11 +20,12 @@ import transcription
 from decoding import CASES, CLOSE_CALL, MASK, MODEL, NEVER, PARAMS, WHOLE, Case
 
 from refusion_jax.decode import loop as decode
+from refusion_jax.decode.batch import Replay
 from refusion_jax.decode.config import SLOT_SCORES, DecodeConfig
-from refusion_jax.decode.outputs import Replay
 from refusion_jax.errors import BadInput
 from refusion_jax.serving import engine as serving
-from refusion_jax.serving import flags as opening
+from refusion_jax.serving import requests as asking
+from refusion_jax.serving.flags import add_setting_flags, given_settings
 
 SHAPE = dataclasses.replace(decoding.SHAPE, scores=("mean", "entropy"), recompute=True)
 # Without entropies.
@@ -43,13 +44,15 @@ CHANGED = [
     )
 ]
 
-decoder = jax.jit(functools.partial(decode.decode, MODEL), static_argnames="shape")
+decoder = jax.jit(functools.partial(decode.DECODER.decode, MODEL), static_argnames="shape")
 
 
 def final_states(cases: Sequence[Case], shape=SHAPE, params=PARAMS, replay=None) -> list[decode.DecodeState]:
     """The states that rows end in, decoded as one batch."""
-    batch = decode.prepare(MODEL, [c.prompt for c in cases], [c.config for c in cases], shape)
-    state = jax.device_get(decoder(params, *batch[:4], replay, shape=shape))
+    batch = decode.DECODER.prepare(MODEL, [c.prompt for c in cases], [c.config for c in cases], shape)
+    prompts, requests, mask_id, eos_id = batch.inputs
+    requests = requests.replace(replay=replay)
+    state = jax.device_get(decoder(params, prompts, requests, mask_id, eos_id, shape=shape))
     return [decoding.rows_of(state, row) for row in range(len(cases))]
 
 
@@ -185,9 +188,9 @@ def test_a_recomputing_course_is_replayed():
 
 def test_default_requests_carry_nothing_of_it():
     shape = decoding.SHAPE
-    batch = decode.prepare(MODEL, [[1]], [DecodeConfig(MASK, NEVER, 8)], shape)
+    batch = decode.DECODER.prepare(MODEL, [[1]], [DecodeConfig(MASK, NEVER, 8)], shape)
     assert batch.requests.slot_score is None and batch.requests.recompute is None
-    init = functools.partial(decode.init, MODEL, shape=shape)
+    init = functools.partial(decode.DECODER.init, MODEL, shape=shape)
     assert jax.eval_shape(init, batch.prompts, batch.requests).row.settled is None
 
 
@@ -196,9 +199,9 @@ def test_default_requests_carry_nothing_of_it():
 TOKENIZER = types.SimpleNamespace(need_mask=lambda: MASK, mask_id=MASK, eos_id=2)
 
 
-def parse(method: str = "refusion", **settings) -> serving.Request:
+def parse(method: str = "refusion", **settings) -> asking.Request:
     raw = {"id": 1, "prompt_ids": [1], "gen_length": 8, **settings}
-    return serving.parse(raw, serving.Defaults(method, {}), TOKENIZER, 24)
+    return asking.parse(raw, asking.Defaults(method, {}), TOKENIZER, 24)
 
 
 def test_requests_and_flags():
@@ -206,10 +209,10 @@ def test_requests_and_flags():
     assert (config.slot_score, config.recompute) == ("entropy", True)
     parse(method="ar", slot_score="entropy", recompute=True)  # passed over
     parser = argparse.ArgumentParser()
-    opening.add_setting_flags(parser)
-    given = opening.given_settings(parser.parse_args(["--slot_score=mean", "--recompute"]))
+    add_setting_flags(parser)
+    given = given_settings(parser.parse_args(["--slot_score=mean", "--recompute"]))
     assert given == {"slot_score": "mean", "recompute": True}
-    assert opening.given_settings(parser.parse_args([])) == {}
+    assert given_settings(parser.parse_args([])) == {}
     text = " ".join(parser.format_help().split())
     assert "--slot_score {first,mean,entropy}" in text and "together once more" in text
 

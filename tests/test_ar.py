@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from refusion_jax.baselines.decoders import ar
-from refusion_jax.baselines.decoders.ar import ARConfig
+from refusion_jax.baselines.decoders.config import ARConfig
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.decode.batch import Shape
 from refusion_jax.decode.samples import Samples
 from refusion_jax.errors import BadInput
 from refusion_jax.model.transformer import Transformer
 from refusion_jax.serving import engine as serving
-from refusion_jax.serving.engine import Request
+from refusion_jax.serving.requests import Request
 
 FOLDER = Path(__file__).parent / "data" / "oracle" / "tiny_a"
 MODEL, PARAMS = Transformer(hf.read_config(FOLDER)), hf.load_params(FOLDER, hf.read_config(FOLDER))
@@ -46,8 +46,10 @@ CASES = {(first, eos): cases(first, eos) for first in ("next", "mask") for eos i
 
 
 def sample(cases: Sequence[Case], shape: Shape = SHAPE) -> list[Samples]:
-    """`ar.sample` of a batch, taken apart into rows."""
-    together = ar.sample(MODEL, PARAMS, [c.prompt for c in cases], [c.config for c in cases], shape=shape)
+    """`ar.DECODER.sample` of a batch, taken apart into rows."""
+    together = ar.DECODER.sample(
+        MODEL, PARAMS, [c.prompt for c in cases], [c.config for c in cases], shape=shape
+    )
     together = jax.device_get(together)
     return [jax.tree.map(lambda x, row=row: x[row], together) for row in range(len(cases))]
 
@@ -83,11 +85,11 @@ def plain_loop(case: Case) -> list[int]:
 
 @pytest.fixture(scope="module")
 def compilations():
-    """How often `ar.resume` was compiled until all of CASES were decoded, before anything else here."""
-    before = ar.resume._cache_size()
+    """How often `Decoder.resume` was compiled until all of CASES were decoded, before anything else here."""
+    before = ar.DECODER.resume._cache_size()
     for batch in CASES.values():
         sample(batch)
-    return ar.resume._cache_size() - before
+    return ar.DECODER.resume._cache_size() - before
 
 
 @pytest.mark.parametrize("first_token", ["next", "mask"])
@@ -175,17 +177,17 @@ def test_temperature_draws_from_the_tempered_softmax(compilations):
 
 def test_one_compilation_serves_every_request(compilations):
     assert compilations == 1
-    before = ar.resume._cache_size()
+    before = ar.DECODER.resume._cache_size()
     batch = [Case([5] * i, ARConfig(7, 9, 3 * i, 0.5 * i, i, "mask")) for i in range(1, SHAPE.rows + 1)]
     sample(batch)
     sample(batch[:2])
-    assert ar.resume._cache_size() == before
+    assert ar.DECODER.resume._cache_size() == before
 
 
 def test_an_empty_prompt(compilations):
     """It has no last token to read the first one off, but it has room for a mask."""
     with pytest.raises(BadInput, match="first_token must be 'mask' for an empty prompt, found 'next'"):
-        ar.sample(MODEL, PARAMS, [[]], ARConfig(MASK, EOS))
+        ar.DECODER.sample(MODEL, PARAMS, [[]], ARConfig(MASK, EOS))
     case = Case([], ARConfig(MASK, EOS, 10, first_token="mask"))
     (ours,) = sample([case])
     assert raw_ids(ours) == plain_loop(case)
@@ -219,12 +221,12 @@ def test_impossible_settings(settings, message):
 )
 def test_impossible_prompts(prompt, mask_id, message):
     with pytest.raises(BadInput, match=message):
-        ar.sample(MODEL, PARAMS, [prompt], ARConfig(mask_id, EOS))
+        ar.DECODER.sample(MODEL, PARAMS, [prompt], ARConfig(mask_id, EOS))
 
 
 def test_a_batch_has_one_mask_and_one_eos():
     with pytest.raises(BadInput, match="must share mask_id and eos_id"):
-        ar.sample(MODEL, PARAMS, [[1], [1]], [ARConfig(MASK, EOS), ARConfig(MASK, NEVER)])
+        ar.DECODER.sample(MODEL, PARAMS, [[1], [1]], [ARConfig(MASK, EOS), ARConfig(MASK, NEVER)])
 
 
 def test_the_longest_requests_are_begun_first():

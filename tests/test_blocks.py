@@ -16,15 +16,14 @@ import pytest
 from decoding import CONFIG, random_params
 
 from refusion_jax.baselines.decoders import bd3, mdm
-from refusion_jax.baselines.decoders.bd3 import BD3Config
 from refusion_jax.baselines.decoders.blocks import surest
-from refusion_jax.baselines.decoders.mdm import CACHES, MDMConfig
+from refusion_jax.baselines.decoders.config import CACHES, BD3Config, MDMConfig
 from refusion_jax.decode.batch import Shape
 from refusion_jax.decode.samples import Samples
 from refusion_jax.errors import BadInput
 from refusion_jax.model.transformer import Transformer
 from refusion_jax.serving import engine as serving
-from refusion_jax.serving.engine import Request
+from refusion_jax.serving.requests import Request
 from refusion_jax.weights import fused
 
 MODEL, PARAMS = Transformer(CONFIG), random_params()
@@ -116,12 +115,10 @@ def run(batch: Sequence[Case], shape: Shape = SHAPE) -> list[tuple[Samples, np.n
     """The samples of each row, and by place of the response the pass that committed each token."""
     method = batch[0].method
     prepared = method.prepare(MODEL, [c.prompt for c in batch], [c.config for c in batch], shape)
-    *inputs, shape = prepared
-    special = prepared.mask_id, prepared.eos_id
-    state = method.resume(
-        MODEL, PARAMS, method.begin(MODEL, PARAMS, *inputs, shape=shape), *special, shape=shape
+    state = method.decode(MODEL, PARAMS, *prepared.inputs, shape=prepared.shape)
+    samples, passes = jax.device_get(
+        (method.finish(state, prepared.eos_id, prepared.shape), state.committed_in)
     )
-    samples, passes = jax.device_get((method.finish(state, prepared.eos_id, shape), state.committed_in))
     return [
         (jax.tree.map(lambda x, i=i: x[i], samples), passes[i, len(case.prompt) :][: case.config.gen_length])
         for i, case in enumerate(batch)
@@ -238,7 +235,7 @@ def test_rows_that_take_the_place_of_others(batch):
     assert len(found) == 2 * rows
 
 
-@pytest.mark.parametrize(("method", "batch"), [(mdm, mixed), (bd3, bd3_batch)])
+@pytest.mark.parametrize(("method", "batch"), [(mdm.DECODER, mixed), (bd3.DECODER, bd3_batch)])
 def test_one_compilation_serves_every_request(method, batch):
     run(batch())
     before = method.resume._cache_size()
@@ -322,9 +319,11 @@ def test_impossible_settings(config, settings, message):
 
 def test_requests_that_do_not_fit_the_shape():
     with pytest.raises(BadInput, match=r"the shape's caches must hold \('dual',\) .* found \('none',\)"):
-        mdm.prepare(MODEL, [[1]], MDMConfig(MASK, 2, 8, cache="dual"), Shape(1, 8, 8, 8, caches=("none",)))
+        mdm.DECODER.prepare(
+            MODEL, [[1]], MDMConfig(MASK, 2, 8, cache="dual"), Shape(1, 8, 8, 8, caches=("none",))
+        )
     with pytest.raises(BadInput, match="the shape's block must be at least 8"):
-        bd3.prepare(MODEL, [[1]], BD3Config(MASK, 2, 8, block_len=8), Shape(1, 8, 8, 4))
+        bd3.DECODER.prepare(MODEL, [[1]], BD3Config(MASK, 2, 8, block_len=8), Shape(1, 8, 8, 4))
 
 
 @pytest.mark.parametrize("config", [MDMConfig(MASK, NEVER, 8, 8), BD3Config(MASK, NEVER, 8, 8, block_len=8)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from refusion_jax import config
-from refusion_jax.serving.engine import METHODS
+from refusion_jax.serving.methods import METHODS
 from refusion_jax.training.step import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -38,13 +38,13 @@ def entry(settings, right, forwards=50, tasks=("paths", "gsm8k")):
 def test_every_setting_of_the_grid_can_be_decoded(method):
     settings = of("settings")
     for choice in settings.grid(method):
-        METHODS[method].config(mask_id=0, eos_id=1, gen_length=settings.GEN_LENGTH, **choice)
+        METHODS[method](mask_id=0, eos_id=1, gen_length=settings.GEN_LENGTH, **choice)
 
 
 def test_every_ablation_can_be_decoded_once():
     settings = of("settings")
     choices = settings.ablations()
-    made = {METHODS["refusion"].config(0, 1, settings.GEN_LENGTH, **choice) for choice in choices}
+    made = {METHODS["refusion"](0, 1, settings.GEN_LENGTH, **choice) for choice in choices}
     assert len(made) == len(choices) and len(made) > 50
 
 

@@ -61,11 +61,11 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def compilations():
-    """How often `decode.resume` was compiled until all of CASES were decoded."""
-    before = decode._resume._cache_size()
+    """How often `Decoder.resume` was compiled until all of CASES were decoded."""
+    before = decode.DECODER.resume._cache_size()
     for semantics in CASES:
         run(semantics)
-    return decode._resume._cache_size() - before
+    return decode.DECODER.resume._cache_size() - before
 
 
 @pytest.fixture(params=["release", "fixed"])
@@ -191,15 +191,17 @@ def test_release_semantics_has_the_holes_that_fixed_fills():
 
 def test_one_compilation_serves_every_request(compilations):
     """Prompts, lengths, slot sizes, thresholds, EOS ids and semantics differed; so do these."""
-    before = decode._resume._cache_size(), decode._begin._cache_size()
+    before = decode.DECODER.resume._cache_size(), decode.DECODER.begin._cache_size()
     assert compilations <= 1 <= before[0]  # 0 where a test before this one has compiled
     hot = [
         Case([1] * i, DecodeConfig(5, 6, 24, 3, 2, 0.5, 0.1, temperature=0.3 * i, seed=i)) for i in range(9)
     ]
     for batch in (hot[:8], hot[8:], hot[3:5]):
         sample(batch)
-    assert (decode._resume._cache_size(), decode._begin._cache_size()) == before
-    state = jax.eval_shape(functools.partial(decode.init, MODEL, shape=SHAPE), *arguments(hot[:8])[:2])
+    assert (decode.DECODER.resume._cache_size(), decode.DECODER.begin._cache_size()) == before
+    state = jax.eval_shape(
+        functools.partial(decode.DECODER.init, MODEL, shape=SHAPE), *arguments(hot[:8])[:2]
+    )
     assert state.tokens.shape == (8, 56) and state.cache.layers[1].shape == (2, 8, 56, 2, 8)
 
 

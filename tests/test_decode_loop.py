@@ -31,20 +31,21 @@ from decoding import (
 )
 
 from refusion_jax.decode import loop as decode
+from refusion_jax.decode.batch import Replay
+from refusion_jax.decode.decoder import NO_LIMIT
 from refusion_jax.decode.forward import pass_sizes
 from refusion_jax.decode.kv_cache import insert_rows
-from refusion_jax.decode.outputs import Replay
 from refusion_jax.decode.row_state import Phase, own_entries
 
 apply = jax.jit(lambda *args: MODEL.apply({"params": PARAMS}, *args))
 feeds = jax.jit(decode.batch_inputs, static_argnames="ahead")
-one_pass = functools.partial(decode.resume, passes=1, shape=SHAPE)
+one_pass = functools.partial(decode.DECODER.resume, until=0, limit=1, shape=SHAPE)
 
 
 def python_loop(cases: Sequence[Case], between=lambda state: state) -> list[decode.DecodeState]:
-    """`decode.decode` as a Python loop: the states before each step and at the end."""
+    """`Decoder.decode` as a Python loop: the states before each step and at the end."""
     *inputs, mask_id, eos_id = arguments(cases)
-    states = [between(decode.begin(MODEL, PARAMS, *inputs, mask_id, eos_id, shape=SHAPE))]
+    states = [between(decode.DECODER.begin(MODEL, PARAMS, *inputs, mask_id, eos_id, shape=SHAPE))]
     while not states[-1].done.all():
         before = jax.tree.map(jnp.copy, states[-1])
         states.append(between(one_pass(MODEL, PARAMS, before, mask_id, eos_id)))
@@ -160,14 +161,17 @@ def test_a_row_may_be_taken_in_while_others_are_under_way(eventful, by_layer):
     """Two rows of a running batch are replaced by requests that have made their first pass elsewhere."""
     batch, model = eventful[:4], MODEL.clone(cache_by_layer=by_layer)
     *inputs, mask_id, eos_id = arguments(batch)
-    state = decode.begin(model, PARAMS, *inputs, mask_id, eos_id, shape=SHAPE)
+    state = decode.DECODER.begin(model, PARAMS, *inputs, mask_id, eos_id, shape=SHAPE)
     assert isinstance(state.cache.layers[0], tuple) is by_layer
-    state = decode.resume(model, PARAMS, state, mask_id, eos_id, passes=3, shape=SHAPE)
+    state = decode.DECODER.resume(model, PARAMS, state, mask_id, eos_id, 0, 3, shape=SHAPE)
     two = dataclasses.replace(SHAPE, rows=2)
-    late = decode.prepare(MODEL, [c.prompt for c in eventful[4:6]], [c.config for c in eventful[4:6]], two)
-    begun = decode.begin(model, PARAMS, *late[:4], shape=two)
+    late = decode.DECODER.prepare(
+        MODEL, [c.prompt for c in eventful[4:6]], [c.config for c in eventful[4:6]], two
+    )
+    begun = decode.DECODER.begin(model, PARAMS, *late[:4], shape=two)
     state = insert_rows(state, begun, np.asarray([6, 1], np.int32))
-    samples = decode.finish(decode.resume(model, PARAMS, state, mask_id, eos_id, shape=SHAPE), eos_id, SHAPE)
+    state = decode.DECODER.resume(model, PARAMS, state, mask_id, eos_id, 0, NO_LIMIT, shape=SHAPE)
+    samples = decode.DECODER.finish(state, eos_id, SHAPE)
     rows = [jax.tree.map(lambda x, row=row: x[row], jax.device_get(samples)) for row in range(8)]
     undisturbed = sample(eventful)
     for row, case in {0: 0, 1: 5, 2: 2, 3: 3, 6: 4}.items():
@@ -221,8 +225,10 @@ def test_a_trace_is_replayed_whatever_the_logits_say(eventful):
     recorded = final_state(never, shape=AHEAD)
     other = jax.tree.map(lambda x: x[..., ::-1], PARAMS)
     replay = Replay(recorded.trace.planned, recorded.trace.accepted, recorded.row.iterations)
-    led = jax.device_get(decode.decode(MODEL, other, *arguments(never), replay, shape=AHEAD))
-    unled = jax.device_get(decode.decode(MODEL, other, *arguments(never), shape=AHEAD))
+    prompts, requests, *special = arguments(never)
+    led_inputs = prompts, requests.replace(replay=replay), *special
+    led = jax.device_get(decode.DECODER.decode(MODEL, other, *led_inputs, shape=AHEAD))
+    unled = jax.device_get(decode.DECODER.decode(MODEL, other, *arguments(never), shape=AHEAD))
     for field in ("block", "planned", "iterative", "rounds", "accepted", "committed", "forwards"):
         np.testing.assert_array_equal(getattr(led.trace, field), getattr(recorded.trace, field), field)
     assert (led.tokens != recorded.tokens).any() and (unled.trace.committed != led.trace.committed).any()

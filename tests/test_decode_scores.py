@@ -100,14 +100,14 @@ def judge(state, logits, dtype, target):
     verifying = state.row.replace(phase=jnp.full_like(state.row.phase, Phase.VERIFY))
     # As if the masks fed were drafts to verify: place 0 of JOINT is the first token.
     fed = fed.replace(node_index=jnp.broadcast_to(jnp.arange(SHAPE.block), fed.node_index.shape))
-    answer = jax.vmap(lambda *args: read_outputs(*args, None, dtype))(scored, fed, verifying, state.requests)
+    answer = jax.vmap(lambda *args: read_outputs(*args, dtype))(scored, fed, verifying, state.requests)
     return Judged(answer.draft, answer.confidence, answer.confident, answer.passes)
 
 
 def scores(logits: np.ndarray, configs: Sequence[DecodeConfig], target=0) -> Judged:
     """What rows make of their logits [V], all alike along the block."""
     prompts, requests, *_ = arguments([Case([1], config) for config in configs])
-    state = decode.init(MODEL, prompts, requests, shape=SHAPE)
+    state = decode.DECODER.init(MODEL, prompts, requests, shape=SHAPE)
     logits = np.broadcast_to(logits, (SHAPE.rows, SHAPE.block, logits.shape[-1]))
     return jax.device_get(judge(state, logits, logits.dtype, target))
 

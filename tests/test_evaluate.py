@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from refusion_jax import evaluate
-from refusion_jax.evaluate import wilson
 from refusion_jax.serving import engine as serving
+from refusion_jax.serving.score import wilson
 
 ORACLE = Path(__file__).parent / "data" / "oracle" / "tiny_a"
 
@@ -40,7 +40,7 @@ def test_several_tasks_take_one_compilation(tmp_path, capsys, monkeypatch):
     warmed = []
     warm_up = serving.warm_up
     monkeypatch.setattr(serving, "warm_up", lambda *a: warmed.append(a) or warm_up(*a))
-    decoder = serving.METHODS["mdm"].decoder
+    decoder = serving.DECODERS[serving.METHODS["mdm"]]
     before = decoder.resume._cache_size()
     flags = ["--method=mdm", "--num_blocks=2", "--cache=dual", "--raw", f"--output={tmp_path}"]
     settings = json.dumps({"extraction": {"fields": 1, "distractors": 0}, "arithmetic": {"digits": 1}})
@@ -62,7 +62,7 @@ def test_nothing_is_compiled_after_warming_up(caplog, monkeypatch, method, tenso
 
     def warmed(*arguments):
         warm_up(*arguments)
-        assert "_taken_in" in compiling.findall(caplog.text)
+        assert "_inserted" in compiling.findall(caplog.text)
         caplog.clear()
 
     monkeypatch.setattr(serving, "warm_up", warmed)

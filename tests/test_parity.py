@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 
 from refusion_jax.baselines.decoders import ar
+from refusion_jax.baselines.decoders.config import ARConfig
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.decode import loop as decode
-from refusion_jax.decode.batch import Requests, Shape, bucket
+from refusion_jax.decode.batch import Shape, bucket
 from refusion_jax.decode.config import DecodeConfig
+from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.diffusion import slot_diffusion as diffusion
 from refusion_jax.errors import BadInput
 from refusion_jax.model.transformer import Transformer, stack_layers
@@ -102,7 +104,7 @@ def test_forward_through_the_cache(folder):
     apply = jax.jit(model.apply)
     for split in sorted(name[: -len("/cuts")] for name in recorded if name.endswith("/cuts")):
         borders = [0, *recorded[f"{split}/cuts"].tolist(), T]
-        cache = decode.KVCache.zeros(model.config, B, T, jnp.float32)
+        cache = KVCache.zeros(model.config, B, T, jnp.float32)
         pieces = []
         for start, end in itertools.pairwise(borders):
             width = end - start
@@ -263,7 +265,7 @@ def fitting_shape(folder: Path, rows: int, ahead: int = 0) -> Shape:
     cases = records(folder, "decode")["cases"] if (folder / "decode.json").exists() else []
     largest = DecodeConfig(**special_ids(folder), gen_length=64, slot_size=1, num_blocks=2)
     prompts, configs = [case["prompt"] for case in cases], [settings(case, folder) for case in cases]
-    return Shape.fitting([*prompts, []], [*configs, largest], rows=rows, trace=True, ahead=ahead)
+    return Shape.exact([*prompts, []], [*configs, largest]).padded(rows=rows, trace=True, ahead=ahead)
 
 
 def in_batches(cases: list, size: int):
@@ -274,15 +276,14 @@ def test_slot_decoding(folder):
     """Ids, forwards, every step of the trace, and the last layer's cached keys and values."""
     needs(folder, "decode.json")
     model, params = load(folder)
-    special = {name: jnp.int32(value) for name, value in special_ids(folder).items()}
     # Neighbours of one length keep a batch from waiting for its last row.
     cases = sorted(records(folder, "decode")["cases"], key=lambda case: case["n_forward"])
     shape = fitting_shape(folder, rows=16)
     for batch in in_batches(cases, shape.rows):
         prompts = [case["prompt"] for case in batch]
         configs = [settings(case, folder) for case in batch]
-        padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
-        state = jax.device_get(decode.decode(model, params, padded, requests, **special, shape=shape))
+        prepared = decode.DECODER.prepare(model, prompts, configs, shape)
+        state = jax.device_get(decode.DECODER.decode(model, params, *prepared.inputs, shape=shape))
         for row, (case, config) in enumerate(zip(batch, configs, strict=True)):
             of_row = jax.tree.map(lambda x, row=row: x[row], state.replace(cache=None))
             compare_decode(case, config, of_row.replace(cache=state.cache.rows(row)))
@@ -293,14 +294,13 @@ def test_slot_decoding_ahead_of_need(folder, rows):
     """Ids and traces in a batch of any size, in at most three passes for four of the recordings."""
     needs(folder, "decode.json")
     model, params = load(folder)
-    special = {name: jnp.int32(value) for name, value in special_ids(folder).items()}
     cases = sorted(records(folder, "decode")["cases"], key=lambda case: case["n_forward"])
     shape = fitting_shape(folder, rows, ahead=64)
     made = 0
     for batch in in_batches(cases, rows):
         prompts, configs = [case["prompt"] for case in batch], [settings(case, folder) for case in batch]
-        padded, requests = Requests.batch(prompts, configs, shape, model.config.vocab_size)
-        state = jax.device_get(decode.decode(model, params, padded, requests, **special, shape=shape))
+        prepared = decode.DECODER.prepare(model, prompts, configs, shape)
+        state = jax.device_get(decode.DECODER.decode(model, params, *prepared.inputs, shape=shape))
         for row, (case, config) in enumerate(zip(batch, configs, strict=True)):
             of_row = jax.tree.map(lambda x, row=row: x[row], state.replace(cache=None))
             made += int(of_row.row.forwards)
@@ -338,7 +338,7 @@ def test_left_to_right_decoding(folder, first_token, recorded):
     needs(folder, "ar.json")
     model, params = load(folder)
     runs = records(folder, "ar")
-    config = ar.ARConfig(
+    config = ARConfig(
         **special_ids(folder) | {"eos_id": runs["eos"]},
         gen_length=runs["max_new_tokens"],
         first_token=first_token,
@@ -347,7 +347,7 @@ def test_left_to_right_decoding(folder, first_token, recorded):
     shape = Shape(rows=16, prompt=bucket(longest), gen=bucket(config.gen_length))
     for batch in in_batches(runs["cases"], shape.rows):
         prompts = [case["prompt"] for case in batch]
-        samples = jax.device_get(ar.sample(model, params, prompts, config, shape=shape))
+        samples = jax.device_get(ar.DECODER.sample(model, params, prompts, config, shape=shape))
         for row, case in enumerate(batch):
             want = case[recorded]["new_tokens"]
             assert samples.raw_ids[row, : samples.num_raw[row]].tolist() == want, case["prompt_id"]

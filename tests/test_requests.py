@@ -28,10 +28,10 @@ from refusion_jax.serving.packed_transfer import Packed
 def test_a_shape_fits_all_requests():
     prompts = [[1] * 5, [1] * 17]
     configs = [DecodeConfig(MASK, 2, 48, 4, 2), DecodeConfig(MASK, 2, 32, 16, 2)]
-    shape = Shape.fitting(prompts, configs)
+    shape = Shape.exact(prompts, configs).padded()
     assert shape.prompt >= 17
     assert shape == Shape(2, shape.prompt, gen=48, block=24, slots=6, iterations=12)
-    assert Shape.fitting(prompts, configs, rows=8, trace=True) == dataclasses.replace(
+    assert Shape.exact(prompts, configs).padded(rows=8, trace=True) == dataclasses.replace(
         shape, rows=8, trace=True
     )
     sizes = [bucket(length) for length in range(200)]
@@ -145,9 +145,9 @@ def test_arrays_come_back_bit_for_bit_from_one_array(on_device):
         "scalar": np.int32(7),
         "none": None,
     }
-    packed = Packed.of(jax.device_put(tree) if on_device else tree)
+    packed = Packed.pack(jax.device_put(tree) if on_device else tree)
     assert packed.words.dtype == np.int32 and packed.words.shape == (4 + 6 + 1 + 3 + 1,)
-    for back in (packed.tree(), jax.jit(lambda packed: Packed.of(packed.tree()))(packed).tree()):
+    for back in (packed.unpack(), jax.jit(lambda packed: Packed.pack(packed.unpack()))(packed).unpack()):
         assert jax.tree.structure(back) == jax.tree.structure(tree)
         for ours, given in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
             assert ours.dtype == given.dtype and ours.shape == given.shape

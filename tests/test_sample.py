@@ -34,7 +34,7 @@ from refusion_jax.decode import loop as decode
 from refusion_jax.decode.batch import Shape
 from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.decode.inputs import tokens_ahead
-from refusion_jax.serving import flags as opening
+from refusion_jax.serving import opened as opening
 
 
 def test_results_come_in_the_order_of_the_requests(served):

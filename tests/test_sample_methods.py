@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import pytest
 from sampling import FLAGS, OF_OTHERS, SUM, assert_refused, change_config, command, copied, lines
 
-from refusion_jax.baselines.decoders import ar, bd3, mdm
+from refusion_jax.baselines.decoders import ar
+from refusion_jax.baselines.decoders.config import ARConfig, BD3Config, MDMConfig
 from refusion_jax.decode.batch import Shape
 from refusion_jax.decode.inputs import tokens_ahead
 from refusion_jax.serving import engine as serving
-from refusion_jax.serving import flags as opening
+from refusion_jax.serving import opened as opening
+from refusion_jax.serving.methods import METHODS
 
 
 def open_model(folder: Path, *flags: str):
@@ -72,9 +74,9 @@ def test_left_to_right(checkpoint, opened, tmp_path, flag, first_token):
     asked.write_text("".join(json.dumps(request) + "\n" for request in requests))
     ran = command(f"--checkpoint={checkpoint}", *OF_OTHERS, "--method=ar", *flag, f"--input={asked}")
     assert (ran.code, ran.err) == (0, "")
-    config = ar.ARConfig(3, 2, gen_length=32, first_token=first_token)
+    config = ARConfig(3, 2, gen_length=32, first_token=first_token)
     shape = Shape(rows=2, prompt=64, gen=32)
-    samples = jax.device_get(ar.sample(model, params, prompts, config, shape=shape))
+    samples = jax.device_get(ar.DECODER.sample(model, params, prompts, config, shape=shape))
     for row, result in enumerate(lines(ran.out)):
         assert result["raw_ids"] == samples.raw_ids[row, : samples.num_raw[row]].tolist()
         assert result["num_forwards"] == result["num_tokens"] == result["num_iterations"]
@@ -109,9 +111,9 @@ def test_a_model_without_a_mask_decodes_left_to_right(checkpoint, tmp_path):
         (
             "mdm",
             ["--num_blocks=4", "--cache=dual"],
-            mdm.MDMConfig(3, 2, 32, 2, 0.5, num_blocks=4, cache="dual"),
+            MDMConfig(3, 2, 32, 2, 0.5, num_blocks=4, cache="dual"),
         ),
-        ("bd3", ["--block_len=8"], bd3.BD3Config(3, 2, 32, 2, 0.5, block_len=8)),
+        ("bd3", ["--block_len=8"], BD3Config(3, 2, 32, 2, 0.5, block_len=8)),
     ],
 )
 @pytest.mark.long
@@ -129,7 +131,7 @@ def test_block_by_block(checkpoint, opened, tmp_path, method, flags, config):
     ran = command(f"--checkpoint={checkpoint}", f"--method={method}", *flags, f"--input={asked}")
     assert (ran.code, ran.err) == (0, "")
     configs = [config, config, dataclasses.replace(config, tokens_per_step=32)]
-    decoder = serving.METHODS[method].decoder
+    decoder = serving.DECODERS[METHODS[method]]
     shape = decoder.exact_shape(prompts, configs).padded(
         4, trace=True, ahead=tokens_ahead(4)
     )  # the command's

@@ -15,6 +15,7 @@ from sampling import FLAGS, GOOD, WEIGHTS, assert_refused, change_config, comman
 
 from refusion_jax import sample
 from refusion_jax.decode.config import DecodeConfig
+from refusion_jax.serving import results
 
 # In flags.
 
@@ -86,7 +87,7 @@ def test_help_names_every_flag_with_its_default():
         "seed",
     ):
         assert re.search(rf"--{flag} [NX] [^-]*\(default {re.escape(str(getattr(of, flag)))}\)", text), flag
-    assert "(default {'refusion': 0.4, 'mdm': 1.0, 'bd3': 1.0})" in text
+    assert "(default 0.4 for refusion, 1.0 for mdm and bd3)" in text
     for flag, default in (
         ("semantics", "fixed"),
         ("batch_size", "8"),
@@ -227,9 +228,9 @@ def test_results_take_their_name_when_they_are_whole(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample.write_results(stopped(), str(answered))
+        results.write_results(stopped(), str(answered))
     assert answered.read_text() == "of another run"
-    sample.write_results(iter([{"id": 1}, {"id": "ü"}]), str(answered))
+    results.write_results(iter([{"id": 1}, {"id": "ü"}]), str(answered))
     assert lines(answered) == [{"id": 1}, {"id": "ü"}] and os.listdir(tmp_path) == ["results.jsonl"]
 
 

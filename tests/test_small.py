@@ -116,7 +116,7 @@ def test_its_courses_fit_the_settings_of_their_name(name):
     courses = read_courses(trace_file(name))
     assert len(courses) == MEASURE["COURSES"] * len(RESULTS["refusion"]["tasks"])
     rows = len(courses)
-    followed = replay(courses, config, Shape.fitting([[2]] * rows, [config] * rows))
+    followed = replay(courses, config, Shape.exact([[2]] * rows, [config] * rows).padded())
     assert followed.length.tolist() == [len(course) for course in courses]
     assert trace_file(name).stat().st_size < 300e3
 

@@ -30,10 +30,11 @@ import settings as choices
 
 from refusion_jax.data.tasks.task import Task
 from refusion_jax.decode.batch import Shape
-from refusion_jax.evaluate import config_tasks, useful_tokens
+from refusion_jax.evaluate import config_tasks
 from refusion_jax.serving import engine as serving
-from refusion_jax.serving import flags as opening
-from refusion_jax.serving.engine import Request
+from refusion_jax.serving import opened as opening
+from refusion_jax.serving.requests import Request, parse
+from refusion_jax.serving.score import useful_tokens
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")
@@ -51,7 +52,7 @@ def opened_run(run: str, method: str | None) -> opening.Opened:
 def requests_of(opened: opening.Opened, queries: Sequence[str], settings: dict[str, Any]) -> list[Request]:
     model, _, tokenizer, defaults, _ = opened
     return [
-        serving.parse({"id": i, "prompt": query, **settings}, defaults, tokenizer, model.config.vocab_size)
+        parse({"id": i, "prompt": query, **settings}, defaults, tokenizer, model.config.vocab_size)
         for i, query in enumerate(queries)
     ]
 

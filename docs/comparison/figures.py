@@ -9,7 +9,7 @@ from typing import Any
 
 from settings import USUAL, accuracy, tokens_a_pass
 
-from refusion_jax.evaluate import Z
+from refusion_jax.serving.score import Z
 
 HERE = Path(__file__).parent
 NAMES = {"ar": "AR", "refusion": "ReFusion", "mdm": "MDM", "bd3": "BD3", "refusion_ar": "ReFusion's as AR"}

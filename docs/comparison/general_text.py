@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from refusion_jax import load
-from refusion_jax.baselines.decoders.ar import ARConfig
+from refusion_jax.baselines.decoders.config import ARConfig
 from refusion_jax.serving import engine as serving
-from refusion_jax.serving.engine import Request
+from refusion_jax.serving.requests import Request
 
 FEWEST, MOST = 8, 800  # characters of a turn
 

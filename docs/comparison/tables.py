@@ -6,7 +6,7 @@ from typing import Any
 from figures import NAMES, Result, request_costs, results, shown, speeds, varied, with_interval
 from settings import accuracy, slot_sizes, tokens_a_pass
 
-from refusion_jax.evaluate import wilson
+from refusion_jax.serving.score import wilson
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

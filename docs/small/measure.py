@@ -17,7 +17,8 @@ from typing import Any
 
 from refusion_jax import evaluate
 from refusion_jax.decode.replay import KEYS
-from refusion_jax.serving import flags as opening
+from refusion_jax.serving.opened import open_by
+from refusion_jax.serving.score import score
 
 ROOT = Path(__file__).parents[2]
 # The dtype is what a CPU takes by itself, so that README's command finds about the same on every machine.
@@ -55,8 +56,8 @@ def table(results: Mapping[str, Figures]) -> str:
 
 def courses(slot_size: int) -> Iterator[Figures]:
     """Results with traces, a problem of each task in turn, and no more in them than a replay needs."""
-    opened = opening.open_by([*MODEL, "--num_blocks=4", f"--slot_size={slot_size}"])
-    scores = evaluate.score(opened, evaluate.config_tasks(CONFIG), "test", COURSES, 1, trace=True)
+    opened = open_by([*MODEL, "--num_blocks=4", f"--slot_size={slot_size}"])
+    scores = score(opened, evaluate.config_tasks(CONFIG), "test", COURSES, 1, trace=True)
     for answers in zip(*(scored.answers for scored in scores), strict=True):
         for answer in answers:
             trace = [{key: plan[key] for key in KEYS} for plan in answer["trace"]]

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusion_jax import sharding
+from refusion_jax.decode.decoder import NO_LIMIT
 from refusion_jax.decode.replay import Course, replay
 from refusion_jax.loader import boxed_params, decoding_model
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.serving.engine import METHODS, Config
+from refusion_jax.serving.engine import DECODERS
+from refusion_jax.serving.methods import Config
 
 MASK_ID = 5  # where weights are random any will do
 NEVER = 2**31 - 1  # no token has this id
@@ -111,18 +113,19 @@ def _programs(model, params, work: Work) -> _Programs:
     vocab, config = model.config.vocab_size, work.config
     random = np.random.default_rng(0)
     prompts = random.integers(0, vocab, (work.batch, work.prompt_length)).tolist()
-    decoder = METHODS[work.method].decoder
+    decoder = DECODERS[type(config)]
     batch = decoder.prepare(model, prompts, config)
-    *inputs, shape = batch
+    prompts, requests, mask_id, eos_id = batch.inputs
+    shape = batch.shape
     if work.method == "refusion":
         if work.ahead is not None:
             shape = dataclasses.replace(shape, ahead=work.ahead)
         if work.courses:
-            inputs.append(replay(work.courses, config, shape))
+            requests = requests.replace(replay=replay(work.courses, config, shape))
     return _Programs(
-        lambda: decoder.begin(model, params, *inputs, shape=shape),
-        lambda state: decoder.resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape),
-        lambda state: decoder.finish(state, batch.eos_id, shape),
+        lambda: decoder.begin(model, params, prompts, requests, mask_id, eos_id, shape=shape),
+        lambda state: decoder.resume(model, params, state, mask_id, eos_id, 0, NO_LIMIT, shape=shape),
+        lambda state: decoder.finish(state, eos_id, shape),
     )
 
 

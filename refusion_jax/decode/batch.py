@@ -60,18 +60,6 @@ class Shape:
             recompute=any(c.recompute for c in configs),
         )
 
-    @classmethod
-    def fitting(
-        cls,
-        prompts: Sequence[Sequence[int]],
-        configs: Sequence[DecodeConfig],
-        rows: int | None = None,
-        trace: bool = False,
-        ahead: int = 0,
-    ) -> "Shape":
-        """A padded shape that holds all these requests, in batches of `rows` (default: one batch)."""
-        return cls.exact(prompts, configs).padded(rows, trace, ahead)
-
     def padded(self, rows: int | None = None, trace: bool = False, ahead: int = 0) -> "Shape":
         """This shape with its lengths in buckets, so that few different ones occur; prompts of up to 64
         tokens share one. `rows`: how many are decoded together, when not all."""
@@ -117,11 +105,28 @@ def bucket(length: int) -> int:
     return power
 
 
+class Replay(struct.PyTreeNode):
+    """A recorded course to follow whatever the logits say.
+
+    Attributes:
+      planned: bool [I, M], the slots chosen by each plan.
+      accepted: int32 [I, T]; entry m * slot_size + r is how many tokens of slot m are accepted when verified
+        (r = 0) or after the r-th refill.
+      length: int32, plans after which decoding ends.
+    """
+
+    planned: jax.Array
+    accepted: jax.Array
+    length: jax.Array
+
+
 class Requests(struct.PyTreeNode):
     """A batch of requests as arrays [B]; a row of padding has no blocks. Fields as in DecodeConfig.
 
     `slot_score`, int32, one of FIRST, MEAN and ENTROPY, and `recompute` are None where no request of the
-    shape asks for anything but their defaults: then nothing is compiled for them.
+    shape asks for anything but their defaults: then nothing is compiled for them. `replay` is a recorded
+      course
+    that each row follows whatever the logits say, or None.
     """
 
     prompt_len: jax.Array
@@ -135,24 +140,19 @@ class Requests(struct.PyTreeNode):
     seed: jax.Array
     slot_score: jax.Array | None
     recompute: jax.Array | None
+    replay: Replay | None
 
     @classmethod
     def batch(
-        cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig], shape: Shape, vocab_size: int
-    ) -> tuple[np.ndarray, "Requests"]:
-        """Prompts int32 [B, P], padded on the right, and their requests.
-
-        Raises:
-          BadInput: a prompt holds something that is no token of the vocabulary, or the special tokens
-            are outside it or differ between requests.
-        """
-        padded = pad_prompts(prompts, configs, shape, vocab_size)
+        cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig], shape: Shape
+    ) -> "Requests":
+        """The requests of these prompts, as NumPy arrays padded to `shape.rows`."""
 
         def of(field: str, dtype, padding=0) -> jax.Array:
             return padded_column([getattr(c, field) for c in configs], shape.rows, dtype, padding)
 
         scores = [SLOT_SCORES.index(c.slot_score) for c in configs]
-        requests = cls(
+        return cls(
             prompt_len=padded_column([len(p) for p in prompts], shape.rows, jnp.int32),
             slot_size=of("slot_size", jnp.int32, padding=1),
             block_len=of("block_len", jnp.int32),
@@ -164,8 +164,8 @@ class Requests(struct.PyTreeNode):
             seed=of("seed", jnp.uint32),
             slot_score=padded_column(scores, shape.rows, jnp.int32) if shape.scores else None,
             recompute=of("recompute", bool) if shape.recompute else None,
+            replay=None,
         )
-        return padded, requests
 
 
 class Prepared(NamedTuple):
@@ -184,6 +184,11 @@ class Prepared(NamedTuple):
     mask_id: np.int32
     eos_id: np.int32
     shape: Shape
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, Any, np.int32, np.int32]:
+        """What `Decoder.begin` and `Decoder.decode` take beside the model and its parameters."""
+        return self[:4]
 
     @classmethod
     def of(cls, prompts: np.ndarray, requests: Any, configs: Sequence, shape: Shape) -> "Prepared":

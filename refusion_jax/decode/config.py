@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -102,6 +103,9 @@ class DecodeConfig:
     def response_len(self) -> int:
         """Tokens that are generated at most."""
         return self.block_len * self.num_blocks
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Any prompt can be continued, an empty one too."""
 
 
 def check_common(config) -> None:

@@ -16,21 +16,6 @@ from refusion_jax.decode.scores import Scores
 Array = jax.Array
 
 
-class Replay(struct.PyTreeNode):
-    """A recorded course to follow whatever the logits say.
-
-    Attributes:
-      planned: bool [I, M], the slots chosen by each plan.
-      accepted: int32 [I, T]; entry m * slot_size + r is how many tokens of slot m are accepted when verified
-        (r = 0) or after the r-th refill.
-      length: int32, plans after which decoding ends.
-    """
-
-    planned: Array
-    accepted: Array
-    length: Array
-
-
 class PassOutputs(struct.PyTreeNode):
     """What a row reads off its pass.
 
@@ -42,7 +27,6 @@ class PassOutputs(struct.PyTreeNode):
         the token threshold.
       entropy: float32 [Q], or None, as in Scores.
       node_index: int32 [J, T], as in PassInputs.
-      replay: or None.
     """
 
     draft: Array
@@ -51,12 +35,9 @@ class PassOutputs(struct.PyTreeNode):
     passes: Array
     entropy: Array | None
     node_index: Array
-    replay: Replay | None
 
 
-def read_outputs(
-    scores: Scores, inputs: PassInputs, row: RowState, request: Requests, replay: Replay | None, dtype
-) -> PassOutputs:
+def read_outputs(scores: Scores, inputs: PassInputs, row: RowState, request: Requests, dtype) -> PassOutputs:
     """What a row reads off the scores [Q] of what it fed.
 
     `fixed` works in float32. `release` rounds probabilities and thresholds to the dtype of the logits,
@@ -72,12 +53,12 @@ def read_outputs(
         row.phase == Phase.VERIFY, inputs.node_index[Groups.JOINT], inputs.node_index[Groups.ALONE]
     )
     passes = jnp.roll(at_places(next_passes, needed), 1)
-    if replay is not None:
+    if request.replay is not None:
         at = geometry(row, request)
         first = at.slot * request.slot_size
-        passes = at.offset < replay.accepted[row.iterations][first + row.rounds[at.slot]]
+        passes = at.offset < request.replay.accepted[row.iterations][first + row.rounds[at.slot]]
     confident = confidence > rounded(request.slot_threshold)
-    return PassOutputs(scores.draft, confidence, confident, passes, scores.entropy, inputs.node_index, replay)
+    return PassOutputs(scores.draft, confidence, confident, passes, scores.entropy, inputs.node_index)
 
 
 def at_places(x: Array, node_index: Array) -> Array:

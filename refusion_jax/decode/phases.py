@@ -53,12 +53,14 @@ def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -
 # The phases. Each takes one row and returns it advanced, with what comes of the pass.
 
 
+@jax.named_scope("plan")
 def plan(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
     """Chooses slots among those fed as masks."""
     del eos_id
     return _choose(row, request, outputs, outputs.node_index[Groups.of(row).plan]), _nothing(row, outputs)
 
 
+@jax.named_scope("verify")
 def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
     """Commits the chosen slots that the longest passing prefix of their drafts covers.
 
@@ -105,6 +107,7 @@ def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
     return _select(iterate, infill, done), outcome
 
 
+@jax.named_scope("infill")
 def infill(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
     """Lets the accepted prefix of every rechecked slot grow by at least one token; commits when all are
     whole, or has them verified as settled drafts where keys and values are to be recomputed."""
@@ -177,8 +180,8 @@ def _choose(row: RowState, request: Requests, outputs: PassOutputs, node_index: 
     """
     slots = jnp.arange(row.pool.shape[0])
     confidence, confident = slot_scores(row, request, outputs, node_index)
-    if outputs.replay is not None:
-        confident = row.pool & outputs.replay.planned[row.iterations]
+    if request.replay is not None:
+        confident = row.pool & request.replay.planned[row.iterations]
     best = slots == jnp.argmax(confidence)  # the earliest of equals
     return row.replace(
         phase=jnp.int32(Phase.VERIFY),
@@ -199,8 +202,8 @@ def _go_on(
       eos: bool, whether one was committed.
       group: int32, where the next plan was fed ahead, if it was; -1 where that was for something else.
     """
-    if outputs.replay is not None:
-        ends = row.iterations + 1 >= outputs.replay.length
+    if request.replay is not None:
+        ends = row.iterations + 1 >= request.replay.length
         left, eos = left & ~ends, eos | ends
     eos = row.eos_found | eos
     block, pool, more = next_plan(row, request, left, eos)

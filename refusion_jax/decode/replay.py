@@ -10,12 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from refusion_jax.decode.batch import Shape
+from refusion_jax.decode.batch import Replay, Shape
 from refusion_jax.decode.config import DecodeConfig, quoted
-from refusion_jax.decode.outputs import Replay
 from refusion_jax.errors import BadInput
 
 Course = Sequence[Mapping[str, Any]]  # the "trace" of a result
@@ -70,7 +68,7 @@ def replay(courses: Sequence[Course], config: DecodeConfig, shape: Shape) -> Rep
             for slot, runs in _runs(step, config):
                 planned[row, i, slot] = True
                 accepted[row, i, slot * size :][: len(runs)] = runs
-    return Replay(jnp.asarray(planned), jnp.asarray(accepted), jnp.asarray(lengths))
+    return Replay(planned, accepted, lengths)
 
 
 def _runs(step: Mapping[str, Any], config: DecodeConfig) -> Iterator[tuple[int, list[int]]]:

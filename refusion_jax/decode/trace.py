@@ -22,7 +22,7 @@ class Trace(struct.PyTreeNode):
       iterative: bool, whether the slots were infilled one by one (False: committed as verified).
       rounds: int32, refills that the infill took.
       accepted: int32 [T]; entry m * slot_size + r is how many tokens of slot m were accepted when verified
-        (r = 0) or after the r-th refill: what outputs.Replay follows.
+        (r = 0) or after the r-th refill: what batch.Replay follows.
       committed: bool [T], the block's tokens committed, ascending.
       forwards: int32, passes made by then.
     """

@@ -24,15 +24,15 @@ class Packed(struct.PyTreeNode):
     layout: tuple[Any, tuple[tuple[tuple[int, ...], np.dtype], ...]] = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, tree: Any) -> "Packed":
+    def pack(cls, tree: Any) -> "Packed":
         """From arrays whose entries are bool or take 32 bits."""
         leaves, structure = jax.tree.flatten(tree)
-        join = jnp.concatenate if isinstance(leaves[0], jax.Array) else np.concatenate
+        concatenate = jnp.concatenate if isinstance(leaves[0], jax.Array) else np.concatenate
         words = [leaf.astype(np.int32) if leaf.dtype.kind == "b" else leaf.view(np.int32) for leaf in leaves]
         layout = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        return cls(join([part.reshape(-1) for part in words]), layout)
+        return cls(concatenate([part.reshape(-1) for part in words]), layout)
 
-    def tree(self) -> Any:
+    def unpack(self) -> Any:
         """The arrays again."""
         structure, arrays = self.layout
         leaves, start = [], 0

@@ -1,45 +1,44 @@
 """Shows a decode on a terminal while it happens: slots appear in place, in the order they are committed."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from refusion_jax.decode import loop as decode
-from refusion_jax.decode.batch import Shape
-from refusion_jax.serving import engine as serving
-from refusion_jax.serving.engine import Request
+from refusion_jax.decode.loop import DecodeState
+from refusion_jax.serving.requests import Request
 from refusion_jax.tokenizer import Tokenizer
 
 MISSING = "·"  # one for each token that is not there yet
 FRESH = "bold green"
 
 
-def answer(
-    console: Console, model, params, tokenizer: Tokenizer, request: Request, shape: Shape, stop
-) -> Any:
-    """Decodes one request in view and returns its result, as `serving.serve` gives it.
+@contextlib.contextmanager
+def live_view(
+    console: Console, tokenizer: Tokenizer, request: Request
+) -> Iterator[Callable[[DecodeState], None]]:
+    """A `watch` for `engine.serve` that shows the one request being decoded, in row 0.
 
-    What was shown is wiped at the end, for the caller to print the text as it came out.
+    The view is wiped at the end; the caller prints the finished text.
     """
-    batch = decode.prepare(model, [request.prompt], [request.config], shape)
-    start, block_len = len(request.prompt), request.config.block_len
-    seen = np.zeros(shape.gen, bool)
+    start, stop = len(request.prompt), len(request.prompt) + request.config.response_len
+    seen = np.zeros(request.config.response_len, bool)
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for state in decode.stream(model, params, batch):
-            filled = np.asarray(state.cache.filled[0, start : start + shape.gen])
+
+        def watch(state: DecodeState) -> None:
+            # Whole arrays are fetched: slicing them on the device would compile programs of its own.
+            filled = np.asarray(state.cache.filled)[0, start:stop]
             if (filled & ~seen).any():
-                tokens = np.asarray(state.tokens[0, start : start + shape.gen])
-                end = (int(state.row.block[0]) + 1) * block_len
+                tokens = np.asarray(state.tokens)[0, start:stop]
+                end = (int(np.asarray(state.row.block)[0]) + 1) * request.config.block_len
                 live.update(picture(tokenizer, tokens[:end], filled[:end], ~seen[:end]), refresh=True)
-                seen = filled
-    samples = jax.device_get(decode.finish(state, batch.eos_id, shape))
-    return serving.result(request, jax.tree.map(lambda x: x[0], samples), tokenizer, stop)
+                seen[:] = filled
+
+        yield watch
 
 
 def picture(tokenizer: Tokenizer, tokens: np.ndarray, filled: np.ndarray, new: np.ndarray) -> Text:

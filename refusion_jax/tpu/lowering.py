@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from refusion_jax import sharding
 from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.decode.inputs import tokens_ahead
-from refusion_jax.decode.loop import decode, prepare
+from refusion_jax.decode.loop import DECODER
 from refusion_jax.loader import boxed_params, decoding_model
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.sharding import MeshConfig
@@ -106,13 +106,13 @@ def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> L
     settings = DecodeConfig(
         _MASK_ID, _MASK_ID, asked.gen_length, slot_size=asked.slot_size, num_blocks=asked.num_blocks
     )
-    *inputs, shape = prepare(decoder, [[0] * asked.prompt_length] * asked.batch_size, settings)
+    *inputs, shape = DECODER.prepare(decoder, [[0] * asked.prompt_length] * asked.batch_size, settings)
     kind = mesh.devices.flat[0].device_kind
     shape = dataclasses.replace(shape, ahead=tokens_ahead(asked.batch_size, kind))
     everywhere = sharding.replicated(mesh)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)
     arguments = {"parameters": params, "requests": inputs}
-    program = jax.jit(decode, static_argnames=("model", "shape"))
+    program = jax.jit(DECODER.decode, static_argnames=("model", "shape"))
     return Lowered(program.lower(decoder, params, *inputs, shape=shape), _bytes_each(arguments))
 
 

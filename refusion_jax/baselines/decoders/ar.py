@@ -1,60 +1,19 @@
 """Left-to-right decoding of the same model through the same cache: the baseline of the paper's claims."""
 
-import dataclasses
-import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.decode.batch import Prepared, Shape, check_pairs, pad_prompts, padded_column
-from refusion_jax.decode.config import check_common, quoted
+from refusion_jax.baselines.decoders.config import ARConfig
+from refusion_jax.decode.batch import Shape, check_pairs, padded_column
+from refusion_jax.decode.decoder import Decoder, repeated
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
-from refusion_jax.decode.samples import Samples, in_text_order
 from refusion_jax.decode.scores import DraftSampling, draft
-from refusion_jax.errors import BadInput
-from refusion_jax.model.transformer import exact_matmuls
 
 Array = jax.Array
-FIRST_TOKENS = ("next", "mask")
-
-
-@dataclasses.dataclass(frozen=True)
-class ARConfig:
-    """How one prompt is continued left to right.
-
-    Attributes:
-      mask_id, eos_id: of the tokenizer.
-      gen_length: most response tokens, EOS included.
-      temperature: 0 is greedy.
-      seed: of the samples where temperature is above 0.
-      first_token: where the first response token is read: "next", off the last prompt token, as AR
-        models are trained, or "mask", off one mask fed after the prompt, as ReFusion models are (no
-        prompt token was ever trained to predict what follows it).
-
-    Raises:
-      BadInput: a setting that cannot be decoded.
-    """
-
-    mask_id: int
-    eos_id: int
-    gen_length: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-    first_token: str = "next"
-
-    def __post_init__(self):
-        check_common(self)
-        if self.first_token not in FIRST_TOKENS:
-            raise BadInput(
-                f"first_token must be one of {', '.join(FIRST_TOKENS)}, found {quoted(self.first_token)}"
-            )
-
-    def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Raises BadInput for an empty prompt where the first token is read off its last."""
-        if self.first_token == "next" and not len(prompt):
-            raise BadInput("first_token must be 'mask' for an empty prompt, found 'next'")
 
 
 class ARRequests(struct.PyTreeNode):
@@ -67,7 +26,10 @@ class ARRequests(struct.PyTreeNode):
     from_mask: Array
 
     @classmethod
-    def batch(cls, prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig], rows: int) -> "ARRequests":
+    def batch(
+        cls, prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig], shape: Shape
+    ) -> "ARRequests":
+        rows = shape.rows
         return cls(
             prompt_len=padded_column([len(p) for p in prompts], rows, jnp.int32),
             gen_length=padded_column([c.gen_length for c in configs], rows, jnp.int32),
@@ -93,10 +55,26 @@ class ARState(struct.PyTreeNode):
     count: Array
     done: Array
     requests: ARRequests
+    trace: ClassVar[None] = None
+
+    def committed(self, eos_id: Array) -> Array:
+        """bool [B, S]."""
+        del eos_id  # decoding ends there
+        position, prompt_len = jnp.arange(self.tokens.shape[1]), self.requests.prompt_len[:, None]
+        return (position >= prompt_len) & (position < prompt_len + self.count[:, None])
+
+    @property
+    def forwards(self) -> Array:
+        """int32 [B]."""
+        return self.count
+
+    @property
+    def iterations(self) -> Array:
+        """int32 [B]."""
+        return self.count
 
 
-@functools.partial(jax.jit, static_argnames=("model", "shape"))
-def init(model, prompts: Array, requests: ARRequests, *, shape: Shape) -> ARState:
+def start(model, prompts: Array, requests: ARRequests, shape: Shape) -> ARState:
     """The state before the first pass; rows that ask for nothing are done."""
     B, P = prompts.shape
     by_layer = model.cache_by_layer
@@ -107,29 +85,6 @@ def init(model, prompts: Array, requests: ARRequests, *, shape: Shape) -> ARStat
         done=requests.gen_length == 0,
         requests=requests,
     )
-
-
-@functools.partial(jax.jit, static_argnames=("model", "shape"))
-def begin(
-    model, params, prompts: Array, requests: ARRequests, mask_id: Array, eos_id: Array, *, shape: Shape
-) -> ARState:
-    """A batch of prompts int32 [B, P] after its first pass, which reads the first token of each."""
-    with exact_matmuls(model):
-        return first_pass(model, params, init(model, prompts, requests, shape=shape), mask_id, eos_id, shape)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
-def resume(
-    model, params, state: ARState, mask_id: Array, eos_id: Array, until: int = 0, *, shape: Shape
-) -> ARState:
-    """Goes on until no more than `until` rows are left running; uses `state` up."""
-    del mask_id, shape
-    with exact_matmuls(model):
-        return jax.lax.while_loop(
-            lambda state: jnp.sum(~state.done) > until,
-            lambda state: next_pass(model, params, state, eos_id),
-            state,
-        )
 
 
 def first_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shape: Shape) -> ARState:
@@ -153,8 +108,9 @@ def first_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, sha
     return append(state, logits, eos_id)
 
 
-def next_pass(model, params, state: ARState, eos_id: Array) -> ARState:
+def next_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shape: Shape) -> ARState:
     """Feeds the last token of each row and appends the next."""
+    del mask_id, shape
     positions = (state.requests.prompt_len + state.count - 1)[:, None]
     token = jnp.take_along_axis(state.tokens, positions, axis=1)
     itself = jnp.ones_like(positions, bool)
@@ -183,30 +139,6 @@ def append(state: ARState, logits: Array, eos_id: Array) -> ARState:
     )
 
 
-def prepare(
-    model,
-    prompts: Sequence[Sequence[int]],
-    config: ARConfig | Sequence[ARConfig],
-    shape: Shape | None = None,
-) -> Prepared:
-    """Checks and pads a batch; arguments and errors as those of `sample`."""
-    configs = [config] * len(prompts) if isinstance(config, ARConfig) else list(config)
-    needed = exact_shape(prompts, configs)
-    shape = needed.padded() if shape is None else shape
-    shape.check_holds(needed)
-    padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
-    requests = ARRequests.batch(prompts, configs, shape.rows)
-    return Prepared.of(padded, requests, configs, shape)
-
-
-def finish(state: ARState, eos_id: Array, shape: Shape) -> Samples:
-    """The answers in a state whose rows are done."""
-    prompt_len = state.requests.prompt_len
-    committed = jnp.arange(state.tokens.shape[1]) < (prompt_len + state.count)[:, None]
-    answers = in_text_order(state.tokens, committed, prompt_len, eos_id, gen=shape.gen)
-    return Samples(*answers, state.count, state.count)
-
-
 def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig]) -> Shape:
     """The smallest shape that holds these requests as one batch.
 
@@ -219,22 +151,4 @@ def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig]) -
     return Shape(len(prompts), max(map(len, prompts)), max(c.gen_length for c in configs))
 
 
-def sample(
-    model,
-    params,
-    prompts: Sequence[Sequence[int]],
-    config: ARConfig | Sequence[ARConfig],
-    *,
-    shape: Shape | None = None,
-) -> Samples:
-    """Continues prompts left to right; see `refusion_jax.decode.sample`.
-
-    Raises:
-      BadInput: a prompt or setting that cannot be decoded; an empty prompt has no last token to read a
-        first one off, so it needs first_token "mask".
-    """
-    batch = prepare(model, prompts, config, shape)
-    *inputs, shape = batch
-    state = begin(model, params, *inputs, shape=shape)
-    state = resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape)
-    return jax.tree.map(lambda x: x[: len(prompts)], finish(state, batch.eos_id, shape))
+DECODER = Decoder(exact_shape, ARRequests.batch, start, first_pass, repeated(next_pass))

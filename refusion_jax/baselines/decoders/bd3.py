@@ -11,88 +11,26 @@ block with an EOS, and tokens after that EOS are not given out.
 P, S and T are prompt, text and block as padded; other letters as in model.py.
 """
 
-import dataclasses
-import functools
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
-from refusion_jax.baselines.decoders import blocks
-from refusion_jax.baselines.decoders.blocks import BlockConfig, BlockRequests, BlockState, exact_shape, finish
+from refusion_jax.baselines.decoders.blocks import BlockRequests, BlockState, exact_shape
 from refusion_jax.baselines.decoders.passes import BlockInputs, padded_pass, read_block, sized_pass
-from refusion_jax.decode.batch import Prepared, Shape
-from refusion_jax.decode.config import MOST_TOKENS, check_whole
+from refusion_jax.decode.batch import Shape
+from refusion_jax.decode.decoder import Decoder, repeated
 from refusion_jax.decode.forward import pass_sizes
 from refusion_jax.decode.inputs import SMALLEST_PASS
-from refusion_jax.decode.samples import Samples
-from refusion_jax.model.transformer import exact_matmuls
 
 Array = jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class BD3Config(BlockConfig):
-    """How one prompt is answered; other attributes and errors as in BlockConfig.
-
-    Attributes:
-      block_len: tokens of a block, as the model was trained; gen_length is a multiple.
-    """
-
-    block_len: int = 32
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole("block_len", self.block_len, 1, MOST_TOKENS)
-        self.check_blocks("block_len", self.block_len, self.block_len)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of a response."""
-        return self.gen_length // self.block_len
-
-
-def prepare(
-    model,
-    prompts: Sequence[Sequence[int]],
-    config: BD3Config | Sequence[BD3Config],
-    shape: Shape | None = None,
-) -> Prepared:
-    """Checks and pads a batch; see `blocks.prepare`."""
-    return blocks.prepare(model, prompts, config, shape, exact_shape, BlockRequests)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "shape"))
-def init(model, prompts: Array, requests: BlockRequests, *, shape: Shape) -> BlockState:
-    """The state before the first pass."""
-    return BlockState.start(model, prompts, requests, shape)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "shape"))
-def begin(
-    model, params, prompts: Array, requests: BlockRequests, mask_id: Array, eos_id: Array, *, shape: Shape
-) -> BlockState:
-    """A batch of prompts int32 [B, P] after its first pass, over the prompts and the first blocks."""
-    with exact_matmuls(model):
-        state = init(model, prompts, requests, shape=shape)
-        fed = prompt_inputs(state, mask_id, shape)
-        passed = padded_pass(model, params, fed)
-        of_prompt = fed.active & (fed.positions < requests.prompt_len[:, None])
-        state = state.replace(cache=passed.commit(state.cache, fed.positions, of_prompt))
-        return read_block(model, params, state, passed.states, mask_id, eos_id)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
-def resume(
-    model, params, state: BlockState, mask_id: Array, eos_id: Array, until: int = 0, *, shape: Shape
-) -> BlockState:
-    """Goes on until no more than `until` rows are left running; uses `state` up."""
-    with exact_matmuls(model):
-        return jax.lax.while_loop(
-            lambda state: jnp.sum(~state.done) > until,
-            lambda state: next_pass(model, params, state, mask_id, eos_id, shape),
-            state,
-        )
+def first_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
+    """The first pass, over the prompts and the first blocks."""
+    fed = prompt_inputs(state, mask_id, shape)
+    passed = padded_pass(model, params, fed)
+    of_prompt = fed.active & (fed.positions < state.requests.prompt_len[:, None])
+    state = state.replace(cache=passed.commit(state.cache, fed.positions, of_prompt))
+    return read_block(model, params, state, passed.states, mask_id, eos_id)
 
 
 def prompt_inputs(state: BlockState, mask_id: Array, shape: Shape) -> BlockInputs:
@@ -144,21 +82,4 @@ def next_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, s
     return read_block(model, params, state, passed.states, mask_id, eos_id)
 
 
-def sample(
-    model,
-    params,
-    prompts: Sequence[Sequence[int]],
-    config: BD3Config | Sequence[BD3Config],
-    *,
-    shape: Shape | None = None,
-) -> Samples:
-    """Answers prompts block by block; see `refusion_jax.decode.sample`.
-
-    Raises:
-      BadInput: a prompt or setting that cannot be decoded.
-    """
-    batch = prepare(model, prompts, config, shape)
-    *inputs, shape = batch
-    state = begin(model, params, *inputs, shape=shape)
-    state = resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape)
-    return jax.tree.map(lambda x: x[: len(prompts)], finish(state, batch.eos_id, shape))
+DECODER = Decoder(exact_shape, BlockRequests.batch, BlockState.start, first_pass, repeated(next_pass))

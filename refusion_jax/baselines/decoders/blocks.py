@@ -1,4 +1,4 @@
-"""What decoders that unmask a response block by block share: settings, where a row stands, what to commit.
+"""What decoders that unmask a response block by block share: requests, state, and what a pass commits.
 
 The response begins as masks. Its blocks are filled left to right; every pass of a row drafts the masked
 tokens of its current block and commits the surest of them, until none is left.
@@ -6,60 +6,19 @@ tokens of its current block and commits the surest of them, until none is left.
 T tokens are those of a block as padded.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.decode.batch import Prepared, Shape, check_pairs, pad_prompts, padded_column
-from refusion_jax.decode.config import MOST_BLOCK_TOKENS, MOST_TOKENS, check_common, check_finite, check_whole
+from refusion_jax.baselines.decoders.config import BlockConfig
+from refusion_jax.decode.batch import Shape, check_pairs, padded_column
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
-from refusion_jax.decode.samples import Samples, in_text_order
 from refusion_jax.decode.scores import DraftSampling, draft
-from refusion_jax.errors import BadInput
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """How one prompt is answered block by block; a method adds how long its blocks are.
-
-    Attributes:
-      mask_id, eos_id: of the tokenizer.
-      gen_length: most response tokens, EOS included.
-      tokens_per_step: of the masked tokens of a block every pass commits so many, the surest.
-      token_threshold: and besides them every one drafted with a probability above this; from 1 on none.
-      temperature: of the drafts (Gumbel-max); 0 is greedy. Their probability is that at temperature 1.
-      seed: of the drafts where temperature is above 0.
-
-    Raises:
-      BadInput: a setting that cannot be decoded.
-    """
-
-    mask_id: int
-    eos_id: int
-    gen_length: int = 128
-    tokens_per_step: int = 1
-    token_threshold: float = 1.0
-    temperature: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self):
-        check_common(self)
-        check_whole("tokens_per_step", self.tokens_per_step, 1, MOST_TOKENS)
-        check_finite("token_threshold", self.token_threshold)
-
-    def check_blocks(self, of: str, parts: int, block_len: int) -> None:
-        """Raises BadInput unless gen_length divides into `parts` (which the setting `of` says) and blocks of
-        `block_len` are not too long."""
-        if self.gen_length % parts:
-            raise BadInput(f"gen_length must be a multiple of {of} = {parts}, found {self.gen_length}")
-        if block_len > MOST_BLOCK_TOKENS:
-            raise BadInput(f"blocks must be at most {MOST_BLOCK_TOKENS} tokens long, found {block_len}")
 
 
 class BlockRequests(struct.PyTreeNode):
@@ -83,7 +42,8 @@ class BlockRequests(struct.PyTreeNode):
     seed: Array
 
     @classmethod
-    def batch(cls, prompts: Sequence[Sequence[int]], configs: Sequence[BlockConfig], rows: int) -> Self:
+    def batch(cls, prompts: Sequence[Sequence[int]], configs: Sequence[BlockConfig], shape: Shape) -> Self:
+        rows = shape.rows
         fields = {
             name: padded_column([getattr(c, name) for c in configs], rows, dtype)
             for name, dtype in cls.FIELDS.items()
@@ -113,6 +73,18 @@ class BlockState(struct.PyTreeNode):
     forwards: Array
     done: Array
     requests: BlockRequests
+    trace: ClassVar[None] = None
+
+    def committed(self, eos_id: Array) -> Array:
+        """bool [B, S], up to and including the first EOS of each row."""
+        there = self.committed_in > 0
+        eos = there & (self.tokens == eos_id)
+        return there & (jnp.cumsum(eos, axis=1) - eos == 0)
+
+    @property
+    def iterations(self) -> Array:
+        """int32 [B]."""
+        return self.forwards
 
     @classmethod
     def start(
@@ -224,41 +196,3 @@ def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[BlockConfig]
         gen=max(c.gen_length for c in configs),
         block=max(c.block_len for c in configs),
     )
-
-
-def prepare(
-    model,
-    prompts: Sequence[Sequence[int]],
-    config: BlockConfig | Sequence[BlockConfig],
-    shape: Shape | None,
-    exact_shape: Callable[..., Shape],
-    requests: type[BlockRequests],
-) -> Prepared:
-    """Checks and pads a batch.
-
-    Args:
-      model: an unrolled Transformer.
-      prompts: token ids, of any lengths.
-      config: one for all prompts, or one for each; they must agree on mask_id and eos_id.
-      shape: sizes to pad to; None is as small as the batch allows.
-      exact_shape, requests: of the method.
-
-    Raises:
-      BadInput: a prompt or setting that cannot be decoded, naming it.
-    """
-    configs = [config] * len(prompts) if isinstance(config, BlockConfig) else list(config)
-    needed = exact_shape(prompts, configs)
-    shape = needed.padded() if shape is None else shape
-    shape.check_holds(needed)
-    padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
-    asked = requests.batch(prompts, configs, shape.rows)
-    return Prepared.of(padded, asked, configs, shape)
-
-
-def finish(state: BlockState, eos_id: Array, shape: Shape) -> Samples:
-    """The answers in a state whose rows are done, up to and including the first EOS."""
-    committed = state.committed_in > 0
-    eos = committed & (state.tokens == eos_id)
-    committed &= jnp.cumsum(eos, axis=1) - eos == 0
-    answers = in_text_order(state.tokens, committed, state.requests.prompt_len, eos_id, gen=shape.gen)
-    return Samples(*answers, state.forwards, state.forwards)

@@ -19,57 +19,22 @@ S is the prompt and the response as padded, T the block; other letters as in mod
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from refusion_jax.baselines.decoders import blocks
-from refusion_jax.baselines.decoders.blocks import BlockConfig, BlockRequests, BlockState, finish
+from refusion_jax.baselines.decoders.blocks import BlockRequests, BlockState
+from refusion_jax.baselines.decoders.config import CACHES, DUAL, NONE, MDMConfig
 from refusion_jax.baselines.decoders.passes import BlockInputs, padded_pass, quarters, read_block, sized_pass
-from refusion_jax.decode.batch import Prepared, Shape
-from refusion_jax.decode.config import MOST_TOKENS, check_whole, quoted
+from refusion_jax.decode.batch import Shape
+from refusion_jax.decode.decoder import Carry, Decoder
 from refusion_jax.decode.forward import pass_sizes
 from refusion_jax.decode.inputs import SMALLEST_PASS
-from refusion_jax.decode.samples import Samples
-from refusion_jax.errors import BadInput
-from refusion_jax.model.transformer import exact_matmuls
 
 Array = jax.Array
-CACHES = ("none", "prefix", "dual")
-NONE, PREFIX, DUAL = range(3)
-
-
-@dataclasses.dataclass(frozen=True)
-class MDMConfig(BlockConfig):
-    """How one prompt is answered; other attributes and errors as in BlockConfig.
-
-    Attributes:
-      num_blocks: blocks that are filled left to right; gen_length is a multiple.
-      cache: one of CACHES, see above.
-    """
-
-    num_blocks: int = 1
-    cache: str = "none"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole("num_blocks", self.num_blocks, 1, MOST_TOKENS)
-        self.check_blocks("num_blocks", self.num_blocks, self.gen_length // self.num_blocks)
-        if self.cache not in CACHES:
-            raise BadInput(f"cache must be one of {', '.join(CACHES)}, found {quoted(self.cache)}")
-
-    @property
-    def block_len(self) -> int:
-        """Tokens a block."""
-        return self.gen_length // self.num_blocks
-
-    @property
-    def cache_kind(self) -> int:
-        """NONE, PREFIX or DUAL."""
-        return CACHES.index(self.cache)
 
 
 class MDMRequests(BlockRequests):
@@ -87,59 +52,44 @@ def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[MDMConfig]) 
     return dataclasses.replace(blocks.exact_shape(prompts, configs), caches=caches)
 
 
-def prepare(
-    model,
-    prompts: Sequence[Sequence[int]],
-    config: MDMConfig | Sequence[MDMConfig],
-    shape: Shape | None = None,
-) -> Prepared:
-    """Checks and pads a batch; see `blocks.prepare`."""
-    return blocks.prepare(model, prompts, config, shape, exact_shape, MDMRequests)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "shape"))
-def init(model, prompts: Array, requests: MDMRequests, *, shape: Shape) -> BlockState:
+def start(model, prompts: Array, requests: MDMRequests, shape: Shape) -> BlockState:
     """The state before the first pass."""
     return BlockState.start(model, prompts, requests, shape, cached=any_kept(shape))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "shape"))
-def begin(
-    model, params, prompts: Array, requests: MDMRequests, mask_id: Array, eos_id: Array, *, shape: Shape
-) -> BlockState:
-    """A batch of prompts int32 [B, P] after its first pass."""
-    with exact_matmuls(model):
-        state = init(model, prompts, requests, shape=shape)
-        fed = block_inputs(state, mask_id, width=state.tokens.shape[1], length=shape.block, cached=False)
-        passed = padded_pass(model, params, fed)
-        if any_kept(shape):
-            keep = fed.active & (state.requests.cache_kind != NONE)[:, None]
-            state = state.replace(cache=passed.commit(state.cache, fed.positions, keep))
-        return read_block(model, params, state, passed.states, mask_id, eos_id)
+def first_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
+    """The first pass over all prompts and responses."""
+    fed = block_inputs(state, mask_id, width=state.tokens.shape[1], length=shape.block, cached=False)
+    passed = padded_pass(model, params, fed)
+    if any_kept(shape):
+        keep = fed.active & (state.requests.cache_kind != NONE)[:, None]
+        state = state.replace(cache=passed.commit(state.cache, fed.positions, keep))
+    return read_block(model, params, state, passed.states, mask_id, eos_id)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "shape"), donate_argnames=("state",))
-def resume(
-    model, params, state: BlockState, mask_id: Array, eos_id: Array, until: int = 0, *, shape: Shape
-) -> BlockState:
-    """Goes on until no more than `until` rows are left running; uses `state` up."""
+def passes(
+    model, params, carry: Carry, go_on: Callable, mask_id: Array, eos_id: Array, shape: Shape
+) -> Carry:
+    """`Decoder.passes`: passes that may begin a block are apart from those that do not.
 
-    def go_on(state: BlockState) -> Array:
-        return jnp.sum(~state.done) > until
+    The latter only read the cache, so that it stays where it is.
+    """
 
-    def within_blocks(state: BlockState) -> BlockState:
+    def within_blocks(carry: Carry) -> Carry:
+        state, made = carry
         states = pass_within(model, params, state, mask_id, shape)
-        return read_block(model, params, state, states, mask_id, eos_id)
+        return read_block(model, params, state, states, mask_id, eos_id), made + 1
 
-    def body(state: BlockState) -> BlockState:
-        """A pass in which rows may begin a block and keep what they feed, then all passes in which none does:
-        these only read the cache, which stays where it is."""
+    def body(carry: Carry) -> Carry:
+        """One pass in which rows may begin a block and keep what they feed, then all in which none does."""
+        state, made = carry
         state, states = pass_beginning(model, params, state, mask_id, shape)
-        state = read_block(model, params, state, states, mask_id, eos_id)
-        return jax.lax.while_loop(lambda state: go_on(state) & ~jnp.any(keeps(state)), within_blocks, state)
+        carry = read_block(model, params, state, states, mask_id, eos_id), made + 1
+        return jax.lax.while_loop(
+            lambda carry: go_on(carry) & ~jnp.any(keeps(carry[0])), within_blocks, carry
+        )
 
-    with exact_matmuls(model):
-        return jax.lax.while_loop(go_on, body if any_kept(shape) else within_blocks, state)
+    return jax.lax.while_loop(go_on, body if any_kept(shape) else within_blocks, carry)
 
 
 def any_kept(shape: Shape) -> bool:
@@ -224,21 +174,4 @@ def least(most: int, parts: int) -> int:
     return max(SMALLEST_PASS, most // parts)
 
 
-def sample(
-    model,
-    params,
-    prompts: Sequence[Sequence[int]],
-    config: MDMConfig | Sequence[MDMConfig],
-    *,
-    shape: Shape | None = None,
-) -> Samples:
-    """Answers prompts by unmasking; see `refusion_jax.decode.sample`.
-
-    Raises:
-      BadInput: a prompt or setting that cannot be decoded.
-    """
-    batch = prepare(model, prompts, config, shape)
-    *inputs, shape = batch
-    state = begin(model, params, *inputs, shape=shape)
-    state = resume(model, params, state, batch.mask_id, batch.eos_id, shape=shape)
-    return jax.tree.map(lambda x: x[: len(prompts)], finish(state, batch.eos_id, shape))
+DECODER = Decoder(exact_shape, MDMRequests.batch, start, first_pass, passes)

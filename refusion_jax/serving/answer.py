@@ -1,0 +1,158 @@
+"""The three uses of `sample`: a file of requests, given prompts, a conversation on the terminal."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from refusion_jax.errors import BadInput
+from refusion_jax.files import write_atomically
+from refusion_jax.serving.engine import fitting_shape, serve, warm_up
+from refusion_jax.serving.opened import Opened, asked_method, open_model
+from refusion_jax.serving.requests import Request, is_id, parse
+from refusion_jax.serving.results import check_output, write_results
+from refusion_jax.serving.terminal import live_view
+
+
+def answer(flags: argparse.Namespace) -> int:
+    """Serves what the flags of `sample` ask for; 2 if some request of a file could not be served.
+
+    Raises:
+      BadInput: flags that do not go together, or a file that cannot be read or written.
+    """
+    if flags.trace and (len(flags.prompt) != 1 or asked_method(flags.checkpoint, flags.method) != "refusion"):
+        raise BadInput("--trace needs exactly one --prompt and --method=refusion")
+    if flags.prompt and flags.input:
+        raise BadInput("--prompt and --input: give one of the two")
+    if flags.output and not flags.input:
+        raise BadInput("--output needs --input")
+    if flags.input:
+        return answer_file(flags)
+    return answer_prompts(flags, flags.prompt) if flags.prompt else converse(flags)
+
+
+def answer_file(flags: argparse.Namespace) -> int:
+    """Serves every request of --input; 2 if some could not be served."""
+    check_output("--output", flags.output)
+    lines = read_lines(Path(flags.input))
+    opened = open_model(flags)
+    model, params, tokenizer, defaults, _ = opened
+    answers: list[dict[str, Any] | None] = []
+    requests: list[Request] = []
+    for number, line in lines:
+        try:
+            raw = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            answers.append({"id": None, "error": f"{flags.input}:{number}: not JSON ({error})"})
+            continue
+        try:
+            requests.append(parse(raw, defaults, tokenizer, model.config.vocab_size))
+            answers.append(None)
+        except BadInput as error:
+            name = raw["id"] if isinstance(raw, dict) and is_id(raw.get("id")) else None
+            answers.append({"id": name, "error": f"{flags.input}:{number}: {error}"})
+
+    served = iter(())
+    if requests:
+        shape = fitting_shape(requests, flags.batch_size, defaults.ahead)
+        served = serve(model, params, tokenizer, requests, shape, defaults.stop)
+    with opened.scope():
+        write_results((next(served) if answer is None else answer for answer in answers), flags.output)
+    errors = [answer["error"] for answer in answers if answer is not None]
+    if errors:
+        raise BadInput(f"{len(errors)} of {len(answers)} requests could not be served, first {errors[0]}")
+    return 0
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(line number, line) of every line of a file that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--input={path}: cannot be read ({error})") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise BadInput(f"--input={path}: holds no request")
+    return lines
+
+
+def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:
+    """Prints the answer to each --prompt and what it took."""
+    check_output("--trace", flags.trace)
+    opened = open_model(flags)
+    requests = [text_request(opened, prompt, trace=bool(flags.trace)) for prompt in prompts]
+    with opened.scope():
+        answers = print_answers(opened, requests)
+    if flags.trace:
+        write_trace(Path(flags.trace), opened, requests[0], prompts[0], answers[0])
+    return 0
+
+
+def converse(flags: argparse.Namespace) -> int:
+    """Answers lines typed on a terminal until it is closed."""
+    opened = open_model(flags)
+    print("Type a prompt and Enter; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return 0
+        try:
+            with opened.scope():
+                print_answers(opened, [text_request(opened, prompt)])
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def write_trace(path: Path, opened: Opened, request: Request, prompt: str, answer: dict[str, Any]) -> None:
+    """Writes how an answer came about, for `view`: the prompt, each token's text, and every plan."""
+    tokenizer = opened.tokenizer
+    trace = {
+        "prompt": prompt,
+        "prompt_ids": list(request.prompt),
+        "settings": dataclasses.asdict(request.config),
+        "token_texts": [tokenizer.decode([token]) for token in answer["raw_ids"]],
+        **answer,
+    }
+    write_atomically(path, json.dumps(trace, ensure_ascii=False) + "\n")
+
+
+def text_request(opened: Opened, prompt: str, trace: bool = False) -> Request:
+    raw = {"id": 0, "prompt": prompt, "trace": trace}
+    return parse(raw, opened.defaults, opened.tokenizer, opened.model.config.vocab_size)
+
+
+def print_answers(opened: Opened, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """Each answer on stdout and what it took on stderr; one compilation serves them all."""
+    model, params, tokenizer, defaults, _ = opened
+    shape = fitting_shape(requests, 1, defaults.ahead)
+    console = Console()
+    live = console.is_terminal and defaults.method == "refusion"
+    start = time.perf_counter()
+    warm_up(model, params, tokenizer, requests[0], shape)
+    compiled = f"; compiled in {time.perf_counter() - start:.1f} s"
+    answers = []
+    for request in requests:
+        start = time.perf_counter()
+        with live_view(console, tokenizer, request) if live else contextlib.nullcontext() as watch:
+            (answer,) = serve(model, params, tokenizer, [request], shape, defaults.stop, watch)
+        seconds = time.perf_counter() - start
+        print(answer["text"], flush=True)
+        print(
+            f"[{answer['num_tokens']} tokens in {answer['num_forwards']} forwards, "
+            f"{answer['tokens_per_forward']:.2f} tokens per forward, "
+            f"{answer['num_tokens'] / seconds:.0f} tokens/s{compiled}]",
+            file=sys.stderr,
+            flush=True,
+        )
+        compiled = ""
+        answers.append(answer)
+    return answers

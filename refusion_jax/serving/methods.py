@@ -1,0 +1,25 @@
+"""The decoding methods by name, and the settings of each. Imports no JAX, so that `--help` is fast."""
+
+import dataclasses
+from typing import Any
+
+from refusion_jax.baselines.decoders.config import ARConfig, BD3Config, MDMConfig
+from refusion_jax.decode.config import DecodeConfig
+
+Config = DecodeConfig | ARConfig | MDMConfig | BD3Config
+
+METHODS: dict[str, type[Config]] = {
+    "refusion": DecodeConfig,
+    "ar": ARConfig,
+    "mdm": MDMConfig,
+    "bd3": BD3Config,
+}
+
+
+def default_settings(method: str) -> dict[str, Any]:
+    """The settings of a method and their defaults; the ids of special tokens are not among them."""
+    fields = dataclasses.fields(METHODS[method])
+    return {field.name: field.default for field in fields if field.name not in ("mask_id", "eos_id")}
+
+
+SETTINGS = {name for method in METHODS for name in default_settings(method)}

@@ -1,0 +1,136 @@
+"""A checkpoint opened for decoding: the model, and the settings that requests may leave out."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from refusion_jax import sharding
+from refusion_jax.checkpoints import hugging_face
+from refusion_jax.config import Parser
+from refusion_jax.decode.config import MOST_BLOCK_TOKENS
+from refusion_jax.errors import BadInput
+from refusion_jax.loader import decoding_scope, load
+from refusion_jax.model.transformer import Transformer
+from refusion_jax.serving.flags import add_decoding_flags, given_settings
+from refusion_jax.serving.methods import METHODS, default_settings
+from refusion_jax.serving.requests import Defaults
+from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
+
+
+class Opened(NamedTuple):
+    """A model ready to serve requests, in `scope`."""
+
+    model: Transformer
+    params: Any
+    tokenizer: Tokenizer
+    defaults: Defaults
+    mesh: jax.sharding.Mesh | None
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """Within it, decoding uses the devices that hold the parameters."""
+        return decoding_scope(self.model, self.mesh)
+
+
+def open_model(flags: argparse.Namespace) -> Opened:
+    """The model and default settings that the decoding flags name.
+
+    Raises:
+      BadInput: a flag is wrong, or the checkpoint cannot be read or does not go with the method.
+    """
+    if flags.batch_size < 1:
+        raise BadInput(f"--batch_size must be at least 1 request, found {flags.batch_size}")
+    if flags.ahead is not None and not 0 <= flags.ahead <= MOST_BLOCK_TOKENS:
+        raise BadInput(f"--ahead must be 0 to {MOST_BLOCK_TOKENS} tokens, found {flags.ahead}")
+    template = {} if flags.enable_thinking is None else {"enable_thinking": flags.enable_thinking == "true"}
+    mesh = None if flags.tensor == 1 else sharding.tensor_mesh(flags.tensor)
+    opened = open_checkpoint(
+        flags.checkpoint, flags.method, given_settings(flags), dtype=flags.dtype, mesh=mesh, int8=flags.int8
+    )
+    defaults = dataclasses.replace(
+        opened.defaults, raw=flags.raw, template=template, stop=tuple(flags.stop), ahead=flags.ahead
+    )
+    return opened._replace(defaults=defaults)
+
+
+def open_checkpoint(
+    checkpoint: str,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    int8: bool = False,
+) -> Opened:
+    """The model in a folder and the settings it is decoded with.
+
+    Args:
+      checkpoint: as `load` takes it.
+      method: one of METHODS; None is what the checkpoint was trained for.
+      settings: of the method, in place of the defaults of checkpoint and method.
+      dtype: of weights and computation; None is bfloat16, on a CPU float32.
+      mesh, int8: as `load` takes them.
+
+    Raises:
+      BadInput: the checkpoint cannot be read, or does not go with the method or a setting.
+    """
+    use_compilation_cache()
+    computed = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    model, params, tokenizer = load(checkpoint, mesh, computed, int8)
+    method = asked_method(checkpoint, method)
+    asked = asked_settings(checkpoint, method, settings or {})
+    if method != "ar" and tokenizer.mask_id is None:
+        raise BadInput(f"{checkpoint}: {MASK_MISSING}")
+    return Opened(model, params, tokenizer, Defaults(method, asked), mesh)
+
+
+def open_by(arguments: Sequence[str]) -> Opened:
+    """The model and default settings that these decoding flags name, as on a command line."""
+    parser = Parser()
+    add_decoding_flags(parser)
+    return open_model(parser.parse_args(arguments))
+
+
+def asked_method(checkpoint: str, given: str | None) -> str:
+    """How to decode: `given`, or what the checkpoint was trained for.
+
+    Raises:
+      BadInput: the checkpoint was trained for something else, or cannot be read.
+    """
+    method = given or hugging_face.objective(checkpoint)
+    if method not in METHODS:
+        where = f"{checkpoint}/config.json: objective"
+        raise BadInput(f"{where} must be one of {', '.join(METHODS)}, found {method!r}")
+    return method
+
+
+def asked_settings(checkpoint: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the method: those given, in place of the defaults of checkpoint and method.
+
+    Raises:
+      BadInput: a setting is given that the method does not have.
+    """
+    known = default_settings(method)
+    for name in given:
+        if name not in known:
+            having = [other for other in METHODS if name in default_settings(other)]
+            raise BadInput(f"--{name} is for --method={' or '.join(having)} alone, found --method={method}")
+    trained = {}
+    if method == "ar":
+        trained["first_token"] = hugging_face.first_token(checkpoint)
+    if method == "bd3" and (block_len := hugging_face.block_len(checkpoint)) is not None:
+        trained["block_len"] = block_len
+    return known | trained | given
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/refusion_jax."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "refusion_jax"))

@@ -1,0 +1,98 @@
+"""Requests of users as JSON objects, checked and encoded.
+
+A request has `id`, one of `prompt`, `messages` and `prompt_ids`, and settings that override the defaults.
+Settings of another method are ignored, so one file serves all methods.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from refusion_jax.decode.batch import check_prompt
+from refusion_jax.decode.config import quoted
+from refusion_jax.errors import BadInput
+from refusion_jax.serving.methods import METHODS, SETTINGS, Config, default_settings
+from refusion_jax.tokenizer import Tokenizer
+
+PROMPTS = ("prompt", "messages", "prompt_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What a request may leave out.
+
+    Attributes:
+      method: one of METHODS, the same for all requests.
+      settings: of the method.
+      raw: feed a text prompt as it is, without the chat template.
+      template: options of the chat template, such as `enable_thinking`.
+      stop: the text of an answer ends before the first of these.
+      ahead: as in `decode.batch.Shape`; None chooses by the device.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    raw: bool = False
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stop: Sequence[str] = ()
+    ahead: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request that can be served: its id, prompt tokens and settings, and whether to trace it."""
+
+    id: Any
+    prompt: Sequence[int]
+    config: Config
+    trace: bool = False
+
+
+def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -> Request:
+    """A request from its JSON object.
+
+    Raises:
+      BadInput: naming the field that is missing, unknown or wrong.
+    """
+    if not isinstance(raw, dict):
+        raise BadInput(f"a request must be a JSON object, found {type(raw).__name__}")
+    if not is_id(raw.get("id")):
+        raise BadInput(f"id must be text or a whole number, found {quoted(raw.get('id'))}")
+    given = [field for field in PROMPTS if field in raw]
+    if len(given) != 1:
+        raise BadInput(f"exactly one of {', '.join(PROMPTS)} is needed, found {given or 'none'}")
+    trace = raw.get("trace", False)
+    if not isinstance(trace, bool):
+        raise BadInput(f"trace must be true or false, found {quoted(trace)}")
+    own = {key: value for key, value in raw.items() if key not in ("id", "trace", *PROMPTS)}
+    for key in own:
+        if key not in SETTINGS:
+            raise BadInput(f"unknown field {key!r}")
+    known, asked = default_settings(defaults.method), {**defaults.settings, **own}
+    settings = {key: value for key, value in asked.items() if key in known}
+    feeds_mask = defaults.method != "ar" or settings.get("first_token") == "mask"
+    # Where no mask is ever read any token serves as the one that is fed.
+    mask_id = tokenizer.need_mask() if feeds_mask or tokenizer.mask_id is not None else tokenizer.eos_id
+    config = METHODS[defaults.method](mask_id=mask_id, eos_id=tokenizer.eos_id, **settings)
+    prompt = _encode(given[0], raw[given[0]], defaults, tokenizer)
+    check_prompt(prompt, vocab_size)
+    config.check_prompt(prompt)
+    return Request(raw["id"], prompt, config, trace)
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can name a request."""
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def _encode(kind: str, value: Any, defaults: Defaults, tokenizer: Tokenizer) -> Sequence[int]:
+    if kind == "prompt_ids":
+        if not isinstance(value, list):
+            raise BadInput(f"prompt_ids must be a list of token ids, found {type(value).__name__}")
+        return value
+    wanted = str if kind == "prompt" else list
+    if not isinstance(value, wanted):
+        raise BadInput(
+            f"{kind} must be {'text' if wanted is str else 'a list of messages'}, found {quoted(value)}"
+        )
+    return tokenizer.encode_prompt(value, raw=defaults.raw, **defaults.template)

@@ -1,0 +1,105 @@
+"""Answers as JSON objects, with traces; written one a line to a file or to stdout."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from refusion_jax.decode.samples import Samples
+from refusion_jax.errors import BadInput
+from refusion_jax.serving.requests import Request
+from refusion_jax.tokenizer import Tokenizer
+
+
+def result(request: Request, samples: Samples, tokenizer: Tokenizer, stop: Sequence[str]) -> dict[str, Any]:
+    """The JSON object that answers a request, from its row of the samples."""
+    num_raw, num_ids = int(samples.num_raw), int(samples.num_ids)
+    raw_ids = samples.raw_ids[:num_raw].tolist()
+    text = tokenizer.decode(raw_ids[:num_ids])
+    reason = "eos" if num_ids < num_raw else "length"
+    cuts = [text.index(s) for s in stop if s in text]
+    if cuts:
+        text, reason = text[: min(cuts)], "stop"
+    answer = {
+        "id": request.id,
+        "text": text,
+        "ids": raw_ids[:num_ids],
+        "raw_ids": raw_ids,
+        "finish_reason": reason,
+        "num_tokens": num_raw,
+        "num_forwards": int(samples.num_forwards),
+        "tokens_per_forward": round(num_raw / max(int(samples.num_forwards), 1), 4),
+        "num_iterations": int(samples.num_iterations),
+    }
+    if request.trace:
+        answer["trace"] = trace_steps(request, samples)
+    return answer
+
+
+def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
+    """A request's plans as JSON; positions count from the start of the prompt.
+
+    `start` is that of the block; `confidences` are of the slots in the pool, by the position of their first
+    token; `accepted` says of each slot planned how many of its tokens were accepted when verified, and after
+    each refill. Other methods have no plans.
+    """
+    if samples.trace is None:
+        return []
+    steps, size = [], request.config.slot_size
+    for i in range(int(samples.num_iterations)):
+        step = jax.tree.map(lambda x, i=i: x[i], samples.trace)
+        start = len(request.prompt) + int(step.block) * request.config.block_len
+        pool, planned = np.flatnonzero(step.confidence >= 0), np.flatnonzero(step.planned)
+        accepted = [step.accepted[m * size : (m + 1) * size] for m in planned]
+        steps.append(
+            {
+                "block": int(step.block),
+                "start": start,
+                "planned": (start + size * planned).tolist(),
+                "branch": "iterative" if step.iterative else "prefix",
+                "rounds": int(step.rounds),
+                "committed": (start + np.flatnonzero(step.committed)).tolist(),
+                "confidences": {int(start + size * m): round(float(step.confidence[m]), 6) for m in pool},
+                "accepted": [a[a > 0].tolist() for a in accepted],
+                "forwards": int(step.forwards),
+            }
+        )
+    return steps
+
+
+def write_results(results: Iterable[dict[str, Any]], output: str | None) -> None:
+    """Writes results as JSON lines, to a file that takes its name when it is whole, or to stdout."""
+    if output is None:
+        for answer in results:
+            print(to_json(answer), flush=True)
+        return
+    partial = Path(f"{output}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for answer in results:
+            file.write(to_json(answer) + "\n")
+            file.flush()
+    os.replace(partial, output)
+
+
+def to_json(answer: dict[str, Any]) -> str:
+    """One line of JSON; an id that is no valid Unicode stays escaped."""
+    line = json.dumps(answer, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(answer)
+    return line
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """Raises BadInput where a file cannot be written, before any work is done for it."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise BadInput(f"{flag}={path}: cannot be written (it is a folder)")
+    if not Path(path).absolute().parent.is_dir():
+        raise BadInput(f"{flag}={path}: cannot be written (its folder does not exist)")

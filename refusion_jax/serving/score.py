@@ -1,0 +1,135 @@
+"""Scores of a model on tasks: exact match on held-out problems, and what decoding cost."""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from refusion_jax.data.sources.example import Example
+from refusion_jax.data.tasks.task import Task
+from refusion_jax.serving import engine
+from refusion_jax.serving.opened import Opened
+from refusion_jax.serving.requests import Request, parse
+
+Z = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a method made of a task. Useful tokens are those of an answer and the EOS after it.
+
+    Attributes:
+      accuracy: share of the problems answered exactly.
+      interval: the accuracies that this one is compatible with at 95 % (Wilson's interval).
+      tokens_per_forward: all committed tokens over all forward passes, a pass counted once for each row.
+      seconds: to decode them all, compiling excluded.
+      response_tokens: useful tokens of an answer, the mean.
+      tokens_per_second: useful tokens of all answers.
+      latency: seconds that a problem stays in its row, were no row ever idle.
+      compile_seconds: to compile for all tasks scored together.
+      answers: results as `sample` writes them, with task, query, expected and correct.
+    """
+
+    accuracy: float
+    interval: tuple[float, float]
+    tokens_per_forward: float
+    seconds: float
+    response_tokens: float
+    tokens_per_second: float
+    latency: float
+    compile_seconds: float
+    answers: list[dict[str, Any]]
+
+    def figures(self) -> dict[str, float]:
+        """What is compared, rounded for print."""
+        names = ("accuracy", "tokens_per_forward", "seconds")
+        return {name: round(getattr(self, name), 4) for name in names}
+
+    def all_figures(self) -> dict[str, Any]:
+        """What results.json holds of a task."""
+        more = ("response_tokens", "tokens_per_second", "latency", "compile_seconds")
+        interval = {"interval": [round(end, 4) for end in self.interval]}
+        return self.figures() | interval | {name: round(getattr(self, name), 4) for name in more}
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The ends of Wilson's 95 % interval for a share of `count` trials."""
+    centre = share + Z**2 / (2 * count)
+    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    lower, upper = ((centre + sign * half) / (1 + Z**2 / count) for sign in (-1, 1))
+    return max(0.0, lower), min(1.0, upper)
+
+
+def score(
+    opened: Opened,
+    tasks: Sequence[Task],
+    split: str,
+    limit: int,
+    batch_size: int,
+    trace: bool = False,
+) -> list[Score]:
+    """Decodes the first `limit` problems of a split of every task; one compilation serves them all.
+
+    Args:
+      opened: the model and how it decodes.
+      tasks: what to solve and the judges of it.
+      split: "train", "validation" or "test".
+      limit: how many problems.
+      batch_size: decoded together.
+      trace: whether the answers carry their traces.
+    """
+    model, params, tokenizer, defaults, _ = opened
+
+    def request(number: int, example: Example) -> Request:
+        raw = {"id": number, "prompt": example.query, "trace": trace}
+        return parse(raw, defaults, tokenizer, model.config.vocab_size)
+
+    examples = [[task.example(index, split) for index in range(limit)] for task in tasks]
+    requests = [[request(i, example) for i, example in enumerate(of_task)] for of_task in examples]
+    shape = engine.fitting_shape(list(itertools.chain(*requests)), batch_size, defaults.ahead)
+    scores = []
+    with opened.scope():
+        start = time.perf_counter()
+        engine.warm_up(model, params, tokenizer, requests[0][0], shape)
+        compile_seconds = time.perf_counter() - start
+        for task, of_task, asked in zip(tasks, examples, requests, strict=True):
+            start = time.perf_counter()
+            answers = list(engine.serve(model, params, tokenizer, asked, shape, defaults.stop))
+            seconds = time.perf_counter() - start
+            judge(task, of_task, answers)
+            scores.append(summary(answers, seconds, compile_seconds, batch_size))
+    return scores
+
+
+def judge(task: Task, examples: Sequence[Example], answers: Sequence[dict[str, Any]]) -> None:
+    """Adds to answers what was asked, what was expected and whether they are right."""
+    verdicts = task.check_all([(e.query, a["text"]) for e, a in zip(examples, answers, strict=True)])
+    for answer, example, correct in zip(answers, examples, verdicts, strict=True):
+        answer |= {"query": example.query, "expected": example.response, "correct": correct}
+        answer["task"] = task.name
+
+
+def useful_tokens(answer: Mapping[str, Any]) -> int:
+    """Of a result as `sample` writes it: those of the answer and the EOS after it."""
+    return min(len(answer["ids"]) + 1, answer["num_tokens"])  # raw_ids go on where ids end at an EOS
+
+
+def summary(answers: list[dict[str, Any]], seconds: float, compile_seconds: float, batch_size: int) -> Score:
+    """The figures of answers that were judged, decoded `batch_size` at a time."""
+    count = len(answers)
+    forwards = sum(answer["num_forwards"] for answer in answers)
+    useful = sum(map(useful_tokens, answers))
+    accuracy = sum(answer["correct"] for answer in answers) / count
+    return Score(
+        accuracy=accuracy,
+        interval=wilson(accuracy, count),
+        tokens_per_forward=sum(answer["num_tokens"] for answer in answers) / forwards,
+        seconds=seconds,
+        response_tokens=useful / count,
+        tokens_per_second=useful / seconds,
+        latency=seconds * min(batch_size, count) / count,
+        compile_seconds=compile_seconds,
+        answers=answers,
+    )
