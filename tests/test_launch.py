@@ -49,8 +49,7 @@ class Run:
     def __init__(self, config_file: Path, workdir: Path, *flags: str, alone_on: int = 0):
         environment = {
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0"
-            + (f" --xla_force_host_platform_device_count={alone_on}" if alone_on else ""),
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={alone_on or 1}",
         }
         program = ["-m", "refusion_jax.train"] if alone_on else [LAUNCH / "localhost.py"]
         self.workdir = workdir

@@ -173,7 +173,7 @@ def test_a_row_and_the_summary(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_reports_its_rates_and_shares(config_file, tmp_path):
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     command = f"-m refusion_jax.train --config={config_file} --workdir={tmp_path} --profile_steps=3:4"
     done = subprocess.run(
         [sys.executable, *command.split()],
