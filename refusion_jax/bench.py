@@ -28,7 +28,7 @@ from refusion_jax.serving.flags import DTYPES, add_setting_flags, given_settings
 from refusion_jax.serving.methods import METHODS, Config, default_settings
 from refusion_jax.serving.opened import use_compilation_cache
 from refusion_jax.serving.results import check_output
-from refusion_jax.training.step import RunConfig
+from refusion_jax.training.run import RunConfig
 
 DECODING = {"gen_length": 512, "slot_size": 32, "num_blocks": 4}  # where flags say nothing
 

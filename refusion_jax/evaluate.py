@@ -28,7 +28,7 @@ from refusion_jax.files import write_atomically
 from refusion_jax.serving.flags import add_decoding_flags
 from refusion_jax.serving.opened import Opened, open_model
 from refusion_jax.serving.score import Score, score
-from refusion_jax.training.step import RunConfig
+from refusion_jax.training.run import RunConfig
 
 
 def require_judged(task: Task, split: str, limit: int) -> None:

@@ -65,9 +65,9 @@ def objective(name: str, places: int = 4, **settings):
 def of_batch(params, batch, name: str):
     """Losses of a batch, and the logits and noise they are of."""
     asked = objective(name, batch["example_id"].reshape(len(batch["tokens"]), -1).shape[1])
-    noised = asked.noise(KEY, batch)
+    noised = asked.corrupt(KEY, batch)
     model = Transformer(MODEL, causal=asked.causal)
-    logits, _ = model.apply(params, noised.tokens, noised.positions, **asked.seen(noised))
+    logits, _ = model.apply(params, noised.tokens, noised.positions, **asked.attention_kwargs(noised))
     return diffusion.loss(logits, noised)[1], logits, noised
 
 
@@ -104,7 +104,7 @@ def test_mdm_loss_by_hand():
     prompt_len, total_len = np.asarray([[1, 1], [2, 0]], np.int32), np.asarray([[3, 2], [3, 0]], np.int32)
     masked = np.asarray([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1]], bool)  # also where it means nothing
     p = np.asarray([[0.5, 0.5, 0.5, 0.25, 0.25, 0.25], [0.8] * 6], np.float32)
-    noised = mdm_objective.corrupt(tokens, prompt_len, total_len, mdm_objective.Draw(p, masked), MASK)
+    noised = mdm_objective.mask(tokens, prompt_len, total_len, mdm_objective.Draw(p, masked), MASK)
     np.testing.assert_array_equal(noised.tokens, [[1, MASK, 3, 2, MASK, 0], [3, 1, MASK, 0, 0, 0]])
     np.testing.assert_array_equal(noised.positions[0, :5], [0, 1, 2, 0, 1])
     np.testing.assert_array_equal(noised.segments, [[0, 0, 0, 1, 1, 2], [0, 0, 0, 2, 2, 2]])
@@ -180,7 +180,7 @@ def test_mdm_sees_all_of_its_example_and_nothing_else(params, groups):
     def logits(batch):
         clean = ar_objective.labelled(batch["tokens"], batch["prompt_len"], batch["total_len"])
         model = Transformer(MODEL, causal=asked.causal)
-        return model.apply(params, clean.tokens, clean.positions, **asked.seen(clean))[0]
+        return model.apply(params, clean.tokens, clean.positions, **asked.attention_kwargs(clean))[0]
 
     difference = np.abs(logits(batch) - logits(changed))[0].max(-1)
     assert (difference[12:25] > 1e-5).all()
@@ -219,7 +219,7 @@ def test_noise_is_drawn_as_said(block_len):
 def test_the_expected_loss_of_mdm_does_not_depend_on_the_noise():
     """Weighted by 1 / p, each token of a response counts 1 / A on average."""
     rows = rows_of([[(number, [1] * 10, 4)] for number in range(N)], None)
-    noised = objective("mdm", 1, eps=0.2).noise(KEY, rows)
+    noised = objective("mdm", 1, eps=0.2).corrupt(KEY, rows)
     mean = np.asarray(noised.diffusion_weights).mean(0)
     np.testing.assert_allclose(mean[4:10], 1 / 6, atol=0.02)
     assert not mean[:4].any() and not mean[10:].any()
@@ -227,7 +227,7 @@ def test_the_expected_loss_of_mdm_does_not_depend_on_the_noise():
 
 def test_parts_of_a_row_that_hold_nothing_weigh_nothing():
     for name in OBJECTIVES:
-        noised = jax.jit(objective(name).noise)(KEY, rows_of([[], [(3, [1, 2, 3], 3)]], 4))
+        noised = jax.jit(objective(name).corrupt)(KEY, rows_of([[], [(3, [1, 2, 3], 3)]], 4))
         for weights in (noised.ar_weights, noised.diffusion_weights, noised.ar_count, noised.has_response):
             assert not np.asarray(weights).any(), name
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(noised))

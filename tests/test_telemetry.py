@@ -66,7 +66,7 @@ def work_of(lengths, name="refusion", prompt_len=0) -> float:
     """FLOPs of a step of the tiny model over examples of those lengths, by an objective."""
     objective = make_objective(name, DiffusionConfig(block_len=8), 1, mask_id=0)
     lengths = np.asarray(lengths)
-    work = objective.work(np.minimum(prompt_len, lengths), lengths)
+    work = objective.flop_counts(np.minimum(prompt_len, lengths), lengths)
     return float(flops.train_flops(ModelConfig.tiny(), *work))
 
 

@@ -22,7 +22,7 @@ from refusion_jax.data.sources.example import Example
 from refusion_jax.data.sources.jsonl import load_jsonl
 from refusion_jax.data.tasks.registry import TASKS, Task, make_task
 from refusion_jax.errors import BadInput
-from refusion_jax.tokenizer import Tokenizer
+from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,15 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
         if config.packing
         else examples
     )
+
+
+def open_examples(config: DataConfig, tokenizer_folder: str, seed: int) -> Examples:
+    """`load_examples` with the tokenizer of a folder, "" for bytes.
+
+    Worker processes call it: its arguments are small to pickle.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder else ByteTokenizer()
+    return load_examples(config, tokenizer, seed)
 
 
 def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:

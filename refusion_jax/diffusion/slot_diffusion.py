@@ -26,6 +26,7 @@ and L = L_AR + diffusion_weight * L_diff in both. An empty mean is 0, never NaN.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ from refusion_jax.diffusion import segments
 from refusion_jax.diffusion.cross_entropy import weighted_cross_entropy
 
 Array = jax.Array
+# int32 tokens [B, T]; prompt_len, total_len and example_id [B], or [B, E] for rows of up to E examples
+Batch = Mapping[str, Array]
 NORMALISATIONS = ("release", "paper")
 
 
@@ -217,6 +220,28 @@ def rearrange(
     return jax.vmap(one)(tokens, *lengths, draw.replace(**of_examples))
 
 
+def corrupt(
+    key: Array, batch: Batch, config: DiffusionConfig, max_examples_per_row: int, mask_id: int
+) -> Noised:
+    """`draw`, then `rearrange`.
+
+    Args:
+      key: the key of this training step.
+      batch: the rows.
+      config: the noise.
+      max_examples_per_row: E.
+      mask_id: the mask token.
+    """
+    tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
+    max_slots = config.max_slots(tokens.shape[1], max_examples_per_row)
+    drawn = draw(key, batch["example_id"], total_len - prompt_len, max_slots, config)
+    return rearrange(tokens, prompt_len, total_len, drawn, mask_id, config)
+
+
+# Two forms of one loss. `loss_of_states` trains: it takes the model's final states and never holds the logits
+# of a whole batch. `loss` takes logits: it is the reference that tests and other code compare with.
+
+
 def divisors(noised: Noised) -> tuple[Array, Array]:
     """What the AR and the diffusion sums are divided by, over all rows of `noised`; at least 1."""
     return jnp.maximum(jnp.sum(noised.ar_count), 1), jnp.maximum(jnp.sum(noised.has_response), 1)
@@ -228,7 +253,7 @@ def loss(
     diffusion_weight: float = 1.0,
     divided_by: tuple[Array, Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The training loss and its parts, float32.
+    """The loss of logits and its parts, float32: the reference form (module docstring, equations).
 
     Args:
       logits: [B, T, V].
@@ -254,9 +279,18 @@ def loss_of_states(
     divided_by: tuple[Array, Array],
     num_chunks: int,
 ) -> tuple[Array, dict[str, Array]]:
-    """`loss` of final states [B, T, D] under a head [D, V], without logits of the whole; for training.
+    """The same loss of final states under a head: the form that trains.
 
-    `num_chunks` as in `weighted_cross_entropy`.
+    Cross entropy and its gradients are computed chunk by chunk, so the logits of the whole batch never exist.
+
+    Args:
+      states: [B, T, D].
+      head: [D, V].
+      noised, diffusion_weight, divided_by: as in `loss`.
+      num_chunks: as in `weighted_cross_entropy`.
+
+    Returns:
+      as `loss`.
     """
     ar_divisor, diffusion_divisor = divided_by
     weights = noised.ar_weights / ar_divisor + diffusion_weight * noised.diffusion_weights / diffusion_divisor
@@ -273,10 +307,11 @@ def _parts(ce: Array, noised: Noised, divided_by: tuple[Array, Array]) -> dict[s
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
-    """float32 [...] of logits [..., V] at targets int32 [...].
+    """Cross entropy of logits [..., V] at targets int32 [...]: float32 [...].
 
-    The largest logit is taken off both terms before they are subtracted: the loss of a confident token
-    is a few units in the last place of the logits themselves.
+    The largest logit is subtracted from both terms before they are subtracted from each other: the loss of a
+    confident token is a few units in the last place of the logits themselves. optax's function of integer
+    labels adds it back to one of them, and is off by a third at a loss of 5e-5 under logits of 1,000.
     """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]

@@ -6,6 +6,8 @@ from typing import Any
 
 from refusion_jax.model.rope import RopeScaling
 
+DTYPES = ("float32", "bfloat16")  # of activations and matrix products
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

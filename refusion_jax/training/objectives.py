@@ -1,20 +1,17 @@
-"""What a run can be trained to do, and what each of these objectives asks of the training step."""
+"""What a run can be trained to do, and what each objective asks of the training step."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from refusion_jax.baselines.objectives import ar as ar_objective
-from refusion_jax.baselines.objectives import bd3 as bd3_objective
-from refusion_jax.baselines.objectives import mdm as mdm_objective
-from refusion_jax.diffusion import slot_diffusion as diffusion
-from refusion_jax.diffusion.slot_diffusion import DiffusionConfig, Noised
+from refusion_jax.baselines.objectives import ar, bd3, mdm
+from refusion_jax.diffusion import slot_diffusion
+from refusion_jax.diffusion.slot_diffusion import Batch, DiffusionConfig, Noised
 
 Array = jax.Array
-# tokens [B, T], prompt_len, total_len and index [B], or [B, E] of rows that hold up to E examples; int32
-Batch = Mapping[str, Array]
 
 OBJECTIVES = ("refusion", "ar", "mdm", "bd3")
 
@@ -23,69 +20,64 @@ class Objective(NamedTuple):
     """An objective as the training step uses it.
 
     Attributes:
-      noise: (key of the step, batch) -> what is fed and asked.
-      seen: what is fed -> the model's keyword arguments that say which tokens see which.
-      work: prompt_len and total_len, of any shape -> float32, how many tokens are fed of each example, and
-        how many pairs of a query and a key it may see; for `flops.train_flops`.
+      corrupt: (key of the step, batch) -> what the model is fed and what is asked of it.
+      attention_kwargs: what is fed -> the model's keyword arguments that say which tokens attend to which.
+      flop_counts: prompt_len and total_len, of any shape -> float32, the tokens fed of each example and the
+        pairs of a query and a key that attention covers; for `flops.train_flops`.
       causal: as in Transformer.
     """
 
-    noise: Callable[[Array, Batch], Noised]
-    seen: Callable[[Noised], dict[str, Any]]
-    work: Callable[[Array, Array], tuple[Array, Array]]
+    corrupt: Callable[[Array, Batch], Noised]
+    attention_kwargs: Callable[[Noised], dict[str, Any]]
+    flop_counts: Callable[[Array, Array], tuple[Array, Array]]
     causal: bool = True
 
 
 def make_objective(
     name: str, config: DiffusionConfig, max_examples_per_row: int, mask_id: int | None
 ) -> Objective:
-    """The one of OBJECTIVES that has the name.
+    """The objective of OBJECTIVES that has the name.
 
     Args:
-      name: of it.
+      name: of the objective.
       config: the noise.
-      max_examples_per_row: E, the most examples of a row.
+      max_examples_per_row: E.
       mask_id: the mask token; "ar" needs none.
     """
-
-    def segments(noised: Noised) -> dict[str, Any]:
-        # Where attention is causal one example a row does not see the padding after it anyway.
-        return {"segments": noised.segments if max_examples_per_row > 1 or name == "mdm" else None}
-
-    def refusion(key: Array, batch: Batch) -> Noised:
-        tokens, *lengths = _rows(batch)
-        max_slots = config.max_slots(tokens.shape[1], max_examples_per_row)
-        draw = diffusion.draw(key, batch["example_id"], lengths[1] - lengths[0], max_slots, config)
-        return diffusion.rearrange(tokens, *lengths, draw, mask_id, config)
-
-    def mdm(key: Array, batch: Batch) -> Noised:
-        tokens, *lengths = _rows(batch)
-        draw = mdm_objective.draw(key, batch["example_id"], *lengths, tokens.shape[1], config.eps)
-        return mdm_objective.corrupt(tokens, *lengths, draw, mask_id)
-
-    def bd3(key: Array, batch: Batch) -> Noised:
-        tokens, *lengths = _rows(batch)
-        size = tokens.shape[1], config.eps, config.block_len
-        draw = mdm_objective.draw(key, batch["example_id"], *lengths, *size)
-        return bd3_objective.twice(tokens, *lengths, draw, mask_id, config.block_len)
-
+    given = {"config": config, "mask_id": mask_id}
+    # Where attention is causal, one example per row does not see the padding after it anyway.
+    segments = _segments if max_examples_per_row > 1 else _no_segments
     match name:
         case "refusion":
-            return Objective(refusion, segments, _causal_work)
+            corrupt = functools.partial(
+                slot_diffusion.corrupt, **given, max_examples_per_row=max_examples_per_row
+            )
+            return Objective(corrupt, segments, _causal_counts)
         case "ar":
-            return Objective(lambda _, batch: ar_objective.labelled(*_rows(batch)), segments, _causal_work)
+            return Objective(ar.corrupt, segments, _causal_counts)
         case "mdm":
-            return Objective(mdm, segments, mdm_objective.work, causal=False)
+            return Objective(
+                functools.partial(mdm.corrupt, **given), _segments, mdm.flop_counts, causal=False
+            )
         case "bd3":
-            mask = lambda noised: {"mask": bd3_objective.visible(noised)}  # noqa: E731
-            return Objective(bd3, mask, lambda *lengths: bd3_objective.work(*lengths, config.block_len))
+            counts = functools.partial(bd3.flop_counts, block_len=config.block_len)
+            return Objective(functools.partial(bd3.corrupt, **given), _block_mask, counts)
     raise ValueError(f"no objective {name!r}")
 
 
-def _rows(batch: Batch) -> tuple[Array, Array, Array]:
-    return batch["tokens"], batch["prompt_len"], batch["total_len"]
+def _segments(noised: Noised) -> dict[str, Any]:
+    return {"segments": noised.segments}
 
 
-def _causal_work(prompt_len: Array, total_len: Array) -> tuple[Array, Array]:
+def _no_segments(noised: Noised) -> dict[str, Any]:
+    del noised
+    return {"segments": None}
+
+
+def _block_mask(noised: Noised) -> dict[str, Any]:
+    return {"mask": bd3.visible(noised)}
+
+
+def _causal_counts(prompt_len: Array, total_len: Array) -> tuple[Array, Array]:
     length = jnp.asarray(total_len, jnp.float32)
     return length, jnp.square(length) / 2

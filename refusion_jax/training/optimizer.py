@@ -1,11 +1,9 @@
 """AdamW with warm-up, cosine decay and clipping."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 Array = jax.Array
@@ -49,16 +47,15 @@ class OptimizerConfig:
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm: must be positive, found {self.clip_norm}")
 
-    def schedule(self, steps: int) -> Callable[[Array], Array]:
+    def schedule(self, steps: int) -> optax.Schedule:
         """The learning rate of the update that follows `step` updates, in a run of `steps`."""
-
-        def learning_rate(step: Array) -> Array:
-            warm = jnp.minimum((step + 1) / max(self.warmup_steps, 1), 1)
-            done = jnp.clip((step - self.warmup_steps) / max(steps - self.warmup_steps, 1), 0, 1)
-            cosine = (1 + jnp.cos(jnp.pi * done)) / 2
-            return self.learning_rate * warm * (self.final_fraction + (1 - self.final_fraction) * cosine)
-
-        return learning_rate
+        warmup = self.warmup_steps
+        decay = optax.cosine_decay_schedule(self.learning_rate, max(steps - warmup, 1), self.final_fraction)
+        if not warmup:
+            return decay
+        # The first update has a share of the peak already: (step + 1) / warmup.
+        rise = optax.linear_schedule(self.learning_rate / warmup, self.learning_rate, warmup - 1)
+        return optax.join_schedules([rise, decay], [warmup])
 
     def transformation(self, steps: int) -> optax.GradientTransformation:
         """The optimiser of a run of `steps`."""

@@ -8,13 +8,22 @@ import jax
 import jax.numpy as jnp
 
 from refusion_jax.diffusion import segments
-from refusion_jax.diffusion.slot_diffusion import Noised
+from refusion_jax.diffusion.slot_diffusion import Batch, Noised
 
 Array = jax.Array
 
 
+def corrupt(key: Array, batch: Batch) -> Noised:
+    """What is fed and asked: the rows as they are. Nothing is drawn, so the key is not used."""
+    del key
+    return labelled(batch["tokens"], batch["prompt_len"], batch["total_len"])
+
+
 def labelled(tokens: Array, prompt_len: Array, total_len: Array) -> Noised:
-    """What is fed and asked: the rows as they are; arguments as of `diffusion.rearrange`."""
+    """The rows as they are, with a label for each token before one of the response.
+
+    Arguments as of `slot_diffusion.rearrange`.
+    """
 
     def one(tokens: Array, prompt_len: Array, total_len: Array) -> Noised:
         at = segments.locate_tokens(prompt_len, total_len, tokens.shape[0])

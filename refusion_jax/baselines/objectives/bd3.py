@@ -1,7 +1,7 @@
 """The objective of block diffusion (BD3-LM, arXiv 2503.09573; Fast-dLLM v2 trains alike).
 
 The response is cut into blocks of `block_len` tokens, the last of which may be shorter. Every block is noised
-as `mdm_objective` noises an example, with a probability of its own, and is predicted from the prompt, the
+as `mdm` noises an example, with a probability of its own, and is predicted from the prompt, the
 clean blocks before it, and all of itself. One pass does so for all blocks: it is fed each row twice, as it is
 and then noised, 2 T tokens, under `visible`:
 
@@ -18,12 +18,20 @@ can keep their keys and values.
 import jax
 import jax.numpy as jnp
 
-from refusion_jax.baselines.objectives import mdm as mdm_objective
+from refusion_jax.baselines.objectives import mdm
 from refusion_jax.baselines.objectives.mdm import Draw
 from refusion_jax.diffusion import segments
-from refusion_jax.diffusion.slot_diffusion import Noised
+from refusion_jax.diffusion.slot_diffusion import Batch, DiffusionConfig, Noised
 
 Array = jax.Array
+
+
+def corrupt(key: Array, batch: Batch, config: DiffusionConfig, mask_id: int) -> Noised:
+    """A probability drawn for every block, then `twice`; arguments as of `slot_diffusion.corrupt`."""
+    tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
+    size = tokens.shape[1], config.eps, config.block_len
+    drawn = mdm.draw(key, batch["example_id"], prompt_len, total_len, *size)
+    return twice(tokens, prompt_len, total_len, drawn, mask_id, config.block_len)
 
 
 def twice(
@@ -34,7 +42,7 @@ def twice(
     `blocks` numbers the blocks of a response from 0; each token of the prompt is a block of its own, numbered
     below 0. In the noised half prompts count as padding.
     """
-    noised = mdm_objective.corrupt(tokens, prompt_len, total_len, draw, mask_id)
+    noised = mdm.mask(tokens, prompt_len, total_len, draw, mask_id)
 
     def one(prompt_len: Array, total_len: Array) -> tuple[Array, Array]:
         at = segments.locate_tokens(prompt_len, total_len, tokens.shape[1])
@@ -67,7 +75,7 @@ def visible(noised: Noised) -> Array:
     return (of_clean | of_copy) & (noised.segments[:, :, None] == noised.segments[:, None, :])
 
 
-def work(prompt_len: Array, total_len: Array, block_len: int) -> tuple[Array, Array]:
+def flop_counts(prompt_len: Array, total_len: Array, block_len: int) -> tuple[Array, Array]:
     """As in Objective: responses are fed twice, and a token of either copy sees as many."""
     prompt, response = (jnp.asarray(x, jnp.float32) for x in (prompt_len, total_len - prompt_len))
     blocks = response // block_len  # whole ones

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.diffusion import segments
-from refusion_jax.diffusion.slot_diffusion import Noised
+from refusion_jax.diffusion.slot_diffusion import Batch, DiffusionConfig, Noised
 
 Array = jax.Array
 
@@ -65,8 +65,15 @@ def draw(
     return jax.vmap(one)(*map(segments.columns, (example, prompt_len, total_len)))
 
 
-def corrupt(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw, mask_id: int) -> Noised:
-    """Rows with the drawn tokens masked, in text order; arguments as of `diffusion.rearrange`."""
+def corrupt(key: Array, batch: Batch, config: DiffusionConfig, mask_id: int) -> Noised:
+    """`draw`, then `mask`; arguments as of `slot_diffusion.corrupt`."""
+    tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
+    drawn = draw(key, batch["example_id"], prompt_len, total_len, tokens.shape[1], config.eps)
+    return mask(tokens, prompt_len, total_len, drawn, mask_id)
+
+
+def mask(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw, mask_id: int) -> Noised:
+    """Rows with the drawn tokens masked, in text order; arguments as of `slot_diffusion.rearrange`."""
 
     def one(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw) -> Noised:
         at = segments.locate_tokens(prompt_len, total_len, tokens.shape[0])
@@ -86,7 +93,7 @@ def corrupt(tokens: Array, prompt_len: Array, total_len: Array, draw: Draw, mask
     return jax.vmap(one)(tokens, segments.columns(prompt_len), segments.columns(total_len), draw)
 
 
-def work(prompt_len: Array, total_len: Array) -> tuple[Array, Array]:
+def flop_counts(prompt_len: Array, total_len: Array) -> tuple[Array, Array]:
     """As in Objective: every token of an example sees all of it."""
     length = jnp.asarray(total_len, jnp.float32)
     return length, jnp.square(length)
