@@ -24,12 +24,13 @@ MAY_IMPORT = {
     "deferred": set(),
     "files": set(),
     "config": set(),
+    "devices": set(),
     "sharding": set(),
     # the model, the objective, the decoder
     "model": {"model.kernels"},
     "model.kernels": set(),
     "diffusion": set(),
-    "decode": {"model", "training"},
+    "decode": {"devices", "model"},
     "baselines": set(),
     "baselines.objectives": {"diffusion"},
     "baselines.decoders": {"decode", "model"},
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "data.tasks": {"data.sources", "tokenizer"},
     "data": {"data.sources", "data.tasks", "tokenizer"},
     "training": {
+        "devices",
         "baselines.objectives",
         "checkpoints",
         "config",
@@ -68,14 +70,14 @@ MAY_IMPORT = {
         "tokenizer",
     },
     # measuring, and compiling for other machines
-    "benchmarks": {"data", "decode", "loader", "model", "serving", "sharding", "training"},
-    "tpu": {"decode", "loader", "model", "sharding", "training"},
+    "benchmarks": {"devices", "data", "decode", "loader", "model", "serving", "sharding", "training"},
+    "tpu": {"devices", "decode", "loader", "model", "sharding", "training"},
     # commands
     "train": {"config", "training"},
     "sample": {"config", "serving"},
     "evaluate": {"config", "data", "data.tasks", "serving", "training"},
     "convert": {"checkpoints", "config", "loader", "model", "tokenizer", "weights"},
-    "aot": {"config", "model", "sharding", "tpu", "training"},
+    "aot": {"devices", "config", "model", "sharding", "tpu", "training"},
     "bench": {"benchmarks", "config", "decode", "loader", "serving", "sharding", "training"},
     "demo": {"config", "data.tasks", "serving"},
 }

@@ -37,6 +37,16 @@ def test_what_starts_nothing_heavy(code):
     assert run_python(f"{code}\nimport sys\nprint(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
+def test_a_cpu_loads_no_gpu_kernels(checkpoint):
+    """Neither Pallas nor its Triton backend, whatever is decoded."""
+    code = f"""
+import refusion_jax, sys
+refusion_jax.generate("1+2+3", {str(checkpoint)!r}, gen_length=8)
+print(sorted(name for name in sys.modules if "pallas" in name))
+"""
+    assert run_python(code) == "[]"
+
+
 def processor_seconds(code: str) -> float:
     """Of the best of three processes that run `code`, without what starting Python takes."""
 

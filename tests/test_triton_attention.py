@@ -9,7 +9,7 @@ import pytest
 
 from refusion_jax import sharding
 from refusion_jax.model.attention import attend, attend_visible, fitting_decode_kernel
-from refusion_jax.model.kernels.triton_attention import visible
+from refusion_jax.model.kernels.visible import visible
 from refusion_jax.model.transformer import ModelConfig, Ragged, Transformer, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.weights.fused import fuse_projections
@@ -85,7 +85,7 @@ JOINED = fuse_projections(PARAMS)
 
 @functools.partial(jax.jit, static_argnames="model")
 def hidden(model, params, tokens, positions, cache=None, mask=None, rows=None):
-    return model.apply({"params": params}, tokens, positions, cache, mask, rows=rows, method="hidden")
+    return model.apply({"params": params}, tokens, positions, cache, mask, ragged=rows, method="hidden")
 
 
 def assert_agree(found, wanted, **close):

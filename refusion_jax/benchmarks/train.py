@@ -17,8 +17,8 @@ import numpy as np
 from refusion_jax import sharding
 from refusion_jax.benchmarks.decode import arbitrary_params
 from refusion_jax.data.pipeline import batch_iterator
+from refusion_jax.devices import peak_flops
 from refusion_jax.training import step as train_step
-from refusion_jax.training.flops import peak_flops
 from refusion_jax.training.objectives import Batch
 from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_tokenizer
 from refusion_jax.training.step import Program, TrainState

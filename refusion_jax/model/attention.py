@@ -4,26 +4,22 @@ Einsum letters as in model.py. Without a mask attention is causal in the order i
 of all tokens with all.
 """
 
-import dataclasses
 import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from refusion_jax.model.kernels import triton_attention
-from refusion_jax.model.kernels.triton_attention import Visible
+from refusion_jax.model.kernels.visible import Visible
 
 Array = jax.Array
 LayerKV = tuple[Array, Array]  # keys (after norm and RoPE) and values, each [B, S, K, H]
 
 KERNELS = ("dense", "cudnn", "splash", "triton")
 
-# Tiles of the TPU kernel: the largest that divides the length is taken.
-SPLASH_BLOCKS = (512, 256, 128)
+SPLASH_TILE = 128  # the kernel for TPUs takes whole tiles of so many tokens
 
 
 def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) -> Array:
@@ -69,7 +65,7 @@ def fitting_kernel(platform: str, dtype: jnp.dtype, head_dim: int, length: int) 
     """
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
         return "cudnn"
-    whole_tiles = head_dim % 64 == 0 and length % SPLASH_BLOCKS[-1] == 0
+    whole_tiles = head_dim % 64 == 0 and length % SPLASH_TILE == 0
     if platform == "tpu" and dtype == jnp.bfloat16 and whole_tiles:
         return "splash"
     return "dense"
@@ -92,6 +88,8 @@ def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int | None,
     Returns:
       [B, T, K, G, H].
     """
+    from refusion_jax.model.kernels import triton_attention  # loads Pallas' Triton backend
+
     # Where there is no GPU the kernel is interpreted, as tests do.
     kernel = functools.partial(triton_attention.attend, interpret=jax.default_backend() != "gpu")
     rules = nn.get_logical_axis_rules()
@@ -150,7 +148,9 @@ def attend_fed(
     if kernel == "cudnn":
         return _cudnn(q, fresh, segments, max_segments, causal)
     if kernel == "splash":
-        return _splash(q, fresh, segments, causal)
+        from refusion_jax.model.kernels import splash_attention  # loads Pallas' TPU backend
+
+        return splash_attention.attend(q, fresh, segments, causal)
     assert kernel == "dense", kernel
     return attend(q, fresh, None, fed_mask(q.shape[1], segments, causal))
 
@@ -178,43 +178,3 @@ def _cudnn(q: Array, fresh: LayerKV, segments: Array | None, max_segments: int, 
         scale=q.shape[-1] ** -0.5,
         mask_type=MaskType.PADDING_CAUSAL if causal else MaskType.PADDING,
     )
-
-
-def _splash(q: Array, fresh: LayerKV, segments: Array | None, causal: bool) -> Array:
-    """`attend_fed` by the TPU kernel, which forms no T x T scores and skips the tiles no token may see.
-
-    T must be a multiple of the smallest of SPLASH_BLOCKS.
-    """
-    B, T, N, H = q.shape
-    k, v = fresh
-    # The compiler cannot split a kernel by itself: each device calls it on the rows and heads it holds, as
-    # the rules in scope have it. Without rules there is one device.
-    rules = nn.get_logical_axis_rules()
-    split, kv_split = (
-        nn.logical_to_mesh_axes(("act_batch", "act_length", heads, None), rules)
-        for heads in ("act_heads", "act_kv_heads")
-    )
-    if split != kv_split:  # too few key/value heads to split: one for each query head
-        k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
-    if segments is None:
-        segments = jnp.zeros((B, T), jnp.int32)
-
-    def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        kernel = _splash_kernel(q.shape[2], T, causal)
-        q, k, v = (x.swapaxes(1, 2) for x in (q * H**-0.5, k, v))
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments)).swapaxes(1, 2)
-
-    if not rules:
-        return local(q, k, v, segments)
-    specs = (split, split, split, PartitionSpec(*split[:2]))
-    return jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)(q, k, v, segments)
-
-
-def _splash_kernel(heads: int, length: int, causal: bool):
-    """The kernel for queries [heads, length, H]."""
-    block = next(block for block in SPLASH_BLOCKS if length % block == 0)
-    names = [field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block_")]
-    of_head = splash.CausalMask if causal else splash.FullMask
-    mask = splash.MultiHeadMask([of_head((length, length))] * heads)
-    blocks = splash.BlockSizes(**dict.fromkeys(names, block))
-    return splash.make_splash_mha_single_device(mask, block_sizes=blocks)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from refusion_jax.model.attention import LayerKV, attend, attend_fed, attend_visible
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.model.kernels import triton_int8
-from refusion_jax.model.kernels.triton_attention import Visible
+from refusion_jax.model.kernels.visible import Visible
 from refusion_jax.model.rope import apply_rope
 
 Array = jax.Array
@@ -98,14 +97,16 @@ class Weights:
         leading, outputs = x.shape[: x.ndim - num_in], scale.shape
         flat = x.reshape(math.prod(leading), -1), matrix.reshape(math.prod(outputs), -1)
         # On a mesh the compiler splits the product, which it cannot do with a kernel.
-        if self.int8_kernel and not nn.get_logical_axis_rules() and triton_int8.fits(*flat):
-            y = triton_int8.product(*flat, interpret=jax.default_backend() != "gpu")
-            y = y.reshape(*leading, *outputs)
-        else:
-            summed = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(matrix.ndim - num_in, matrix.ndim))
-            y = jax.lax.dot_general(
-                x, matrix.astype(self.dtype), (summed, ((), ())), preferred_element_type=jnp.float32
-            )
+        if self.int8_kernel and not nn.get_logical_axis_rules():
+            from refusion_jax.model.kernels import triton_int8  # loads Pallas' Triton backend
+
+            if triton_int8.fits(*flat):
+                y = triton_int8.product(*flat, interpret=jax.default_backend() != "gpu")
+                return (y.reshape(*leading, *outputs) * scale).astype(self.dtype)
+        summed = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(matrix.ndim - num_in, matrix.ndim))
+        y = jax.lax.dot_general(
+            x, matrix.astype(self.dtype), (summed, ((), ())), preferred_element_type=jnp.float32
+        )
         return (y * scale).astype(self.dtype)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from refusion_jax.model.attention import fed_mask
 from refusion_jax.model.config import ModelConfig
-from refusion_jax.model.kernels.triton_attention import visible
+from refusion_jax.model.kernels.visible import visible
 from refusion_jax.model.layers import Block, Context, Ragged, RMSNorm, Weights, lecun
 from refusion_jax.model.rope import rope_tables
 
