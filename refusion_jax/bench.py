@@ -9,7 +9,6 @@ figures as JSON.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from refusion_jax.benchmarks import table as bench_table
 from refusion_jax.benchmarks import train as bench_train
 from refusion_jax.decode.replay import read_courses
 from refusion_jax.errors import BadInput, command
+from refusion_jax.files import write_atomically
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.serving.flags import DTYPES, add_setting_flags, given_settings
 from refusion_jax.serving.methods import METHODS, Config, default_settings
@@ -152,9 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_output("--output", flags.output)
     rows = flags.measure(flags, overrides)
     if flags.output:
-        partial = Path(f"{flags.output}.partial")
-        partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, flags.output)
+        write_atomically(flags.output, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The small files of a model folder: text and JSON objects."""
+"""Files read with errors that name them, and written so that none is ever half there."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from refusion_jax.errors import BadInput
 
@@ -42,15 +44,25 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears under its name only when it is whole; an old one stays until then."""
-    data = content.encode() if isinstance(content, str) else content
+@contextlib.contextmanager
+def open_atomically(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its name at the end of the block, when it is whole and on the disk.
+
+    If the block fails, an old file of that name stays as it was, and nothing is left of the new one.
+    """
+    path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: str) -> None:
+    """Writes a file of text as `open_atomically` does."""
+    with open_atomically(path) as file:
+        file.write(content.encode())

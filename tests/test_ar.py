@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_params import load_params
 
 from refusion_jax.baselines.decoders import ar
 from refusion_jax.baselines.decoders.config import ARConfig
@@ -21,7 +22,7 @@ from refusion_jax.serving import engine as serving
 from refusion_jax.serving.requests import Request
 
 FOLDER = Path(__file__).parent / "data" / "oracle" / "tiny_a"
-MODEL, PARAMS = Transformer(hf.read_config(FOLDER)), hf.load_params(FOLDER, hf.read_config(FOLDER))
+MODEL, PARAMS = Transformer(hf.read_config(FOLDER)), load_params(FOLDER, hf.read_config(FOLDER))
 VOCAB = MODEL.config.vocab_size
 MASK, EOS, NEVER = 3, 2, 1000
 SHAPE = Shape(rows=6, prompt=12, gen=24)

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from whole_params import restore_params
 
 from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.checkpoints.orbax_io import Checkpoints, Preemption
@@ -76,9 +77,9 @@ def test_parameters_alone(saved):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), wanted
     )
-    assert_same(checkpoint.restore_params(saved, abstract(spread(wanted, 1, 2, 4))), wanted)
+    assert_same(restore_params(saved, abstract(spread(wanted, 1, 2, 4))), wanted)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wanted)
-    assert_same(checkpoint.restore_params(saved, abstract(half)), half)
+    assert_same(restore_params(saved, abstract(half)), half)
 
 
 def test_keeps_the_newest(tmp_path):
@@ -98,7 +99,7 @@ def test_a_save_is_not_touched_by_what_follows(tmp_path):
             state = overwrite(state)
             jax.block_until_ready(state)
             state = jax.jit(lambda x, step: jnp.full_like(x, step), donate_argnums=0)(state, step + 1.0)
-    restored = checkpoint.restore_params(tmp_path, {"x": jax.ShapeDtypeStruct((2**10, 2**10), jnp.float32)})
+    restored = restore_params(tmp_path, {"x": jax.ShapeDtypeStruct((2**10, 2**10), jnp.float32)})
     np.testing.assert_array_equal(restored["x"], 3.0)
 
 
@@ -116,7 +117,7 @@ def test_half_written_and_half_deleted_checkpoints_are_not_there(copy):
 
 def test_no_checkpoint(tmp_path):
     assert checkpoint.latest_step(tmp_path) is None
-    for read in (checkpoint.saved_params, lambda folder: checkpoint.restore_params(folder, {})):
+    for read in (checkpoint.saved_params, lambda folder: restore_params(folder, {})):
         with pytest.raises(BadInput, match=f"{tmp_path}.*no checkpoint"):
             read(tmp_path)
 
@@ -144,7 +145,7 @@ def test_damaged_checkpoint(copy, damage):
     with Checkpoints(copy, keep=2) as checkpoints, pytest.raises(BadInput, match=f"{copy}/checkpoints/7"):
         checkpoints.restore(7, abstract(wanted))
     with pytest.raises(BadInput, match=f"{copy}/checkpoints/7"):
-        checkpoint.restore_params(copy, abstract(wanted["params"]))
+        restore_params(copy, abstract(wanted["params"]))
 
 
 @pytest.mark.parametrize("item", ["optimizer", "data"])
@@ -153,7 +154,7 @@ def test_training_needs_all_of_a_checkpoint_and_sampling_its_parameters(copy, it
     wanted = trees(7)
     with Checkpoints(copy, keep=2) as checkpoints, pytest.raises(BadInput, match=f"{copy}/checkpoints/7"):
         checkpoints.restore(7, abstract(wanted))
-    assert_same(checkpoint.restore_params(copy, abstract(wanted["params"])), wanted["params"])
+    assert_same(restore_params(copy, abstract(wanted["params"])), wanted["params"])
 
 
 def test_another_models_checkpoint(saved):
@@ -166,10 +167,10 @@ def test_another_models_checkpoint(saved):
     other["params"]["more"] = jnp.ones(2)
     del other["params"]["a"]
     with pytest.raises(BadInput, match="more is missing"):
-        checkpoint.restore_params(saved, abstract(other["params"]))
+        restore_params(saved, abstract(other["params"]))
     del other["params"]["more"]
     with pytest.raises(BadInput, match=r"a/kernel is \(16, 256\)"):
-        checkpoint.restore_params(saved, abstract(other["params"]))
+        restore_params(saved, abstract(other["params"]))
 
 
 def test_sigterm_is_noted_and_the_old_handler_comes_back():

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 import tensorstore
 import tokenizers
+from whole_params import load_params, stack_layers
 
 from refusion_jax import convert, load
 from refusion_jax.checkpoints import hugging_face as hf
@@ -24,7 +25,7 @@ from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.checkpoints import safetensors_io
 from refusion_jax.errors import BadInput
 from refusion_jax.model.rope import RopeScaling
-from refusion_jax.model.transformer import ModelConfig, stack_layers
+from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.tokenizer import ByteTokenizer
 from refusion_jax.weights.fused import fuse_projections
@@ -108,7 +109,7 @@ def test_types_are_kept_or_cast(tmp_path, dtype):
             folder = tmp_path / f"{layout}-{other}"
             assert run(source, folder, f"--to={layout}", f"--dtype={other}") == 0
             assert raw_config(folder)["torch_dtype"] == other
-            wanted = hf.load_params(source, QWEN3, other)
+            wanted = load_params(source, QWEN3, other)
             found = load(folder)[1]
             assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {other}
             jax.tree.map(np.testing.assert_array_equal, found, fuse_projections(wanted))
@@ -119,7 +120,7 @@ def test_types_are_kept_or_cast(tmp_path, dtype):
 def test_what_training_saved_is_exported(tmp_path, scan_layers):
     """On a mesh, layers scanned or not, float32, the optimiser's state beside it."""
     source = hugging_face(tmp_path / "hf", dtype=np.float32)
-    params = hf.load_params(source, QWEN3)
+    params = load_params(source, QWEN3)
     params = stack_layers(params) if scan_layers else params
     run_folder = tmp_path / "run"
     with checkpoint.Checkpoints(run_folder, keep=1) as checkpoints:
@@ -158,7 +159,7 @@ def test_int8_weights_are_made_as_they_are_read(tmp_path):
     source = hugging_face(tmp_path / "hf", dtype=np.float32)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
     positions = np.broadcast_to(np.arange(9), (2, 9))
-    wanted = quantize(fuse_projections(hf.load_params(source, QWEN3)))
+    wanted = quantize(fuse_projections(load_params(source, QWEN3)))
     plain, params, _ = load(source)
     exact = np.asarray(jax.jit(plain.apply)({"params": params}, tokens, positions)[0])
     for mesh in (None, make_mesh(MeshConfig(2, 2, 2))):
@@ -222,7 +223,7 @@ def test_new_tokens_take_spare_rows_first(tmp_path, tied, to):
         np.testing.assert_allclose(table[260:], np.stack([mean, mean]), rtol=0, atol=1e-6, err_msg=name)
     assert tokenizer.encode("w7<|mask|>w8") == [7, 261, 8]
     # All else is as it was.
-    rest = fuse_projections(hf.load_params(source, config))
+    rest = fuse_projections(load_params(source, config))
     for name in rest.keys() - {"embedding", "head"}:
         jax.tree.map(np.testing.assert_array_equal, params[name], rest[name])
 
@@ -233,7 +234,7 @@ def test_an_id_of_ones_own(tmp_path):
     assert raw_config(tmp_path / "new")["mask_token_id"] == 270
     model, params, tokenizer = load(tmp_path / "new")
     assert model.config.vocab_size == 272 and tokenizer.mask_id == 270
-    old = hf.load_params(source, QWEN3)["embedding"]
+    old = load_params(source, QWEN3)["embedding"]
     np.testing.assert_array_equal(params["embedding"][:270], old[:270])
     np.testing.assert_array_equal(params["embedding"][271:], old[271:])
     np.testing.assert_allclose(params["embedding"][270], old[:260].mean(0), rtol=0, atol=1e-6)

@@ -34,6 +34,7 @@ from decoding import (
     sample,
     steps,
 )
+from whole_params import load_params
 
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.decode import loop as decode
@@ -78,7 +79,7 @@ def each(request, compilations) -> Run:
 
 def test_the_transcription_reproduces_the_recordings():
     """Some of them; test_parity.py compares the package with all."""
-    model, params = Transformer(hf.read_config(ORACLE)), hf.load_params(ORACLE, hf.read_config(ORACLE))
+    model, params = Transformer(hf.read_config(ORACLE)), load_params(ORACLE, hf.read_config(ORACLE))
     forward = Whole(model, params, 96)
     compared = collections.Counter()
     for record in json.loads((ORACLE / "decode.json").read_text())["cases"]:

@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from whole_params import load_params, stack_layers
 
 from refusion_jax import loader
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import safetensors_io
 from refusion_jax.errors import BadInput
 from refusion_jax.model.rope import RopeScaling
-from refusion_jax.model.transformer import ModelConfig, Transformer, stack_layers
+from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, layout, make_mesh, unbox, with_shardings
 from refusion_jax.weights.lazy import LazyArray, bounds, load_to_devices
 
@@ -67,7 +68,7 @@ def test_parameters_are_the_tensors_in_our_axes(tmp_path, family):
     tensors = random_tensors(config)
     folder = write(tmp_path, tensors, **hf.config_json(config))
     assert hf.read_config(folder) == config
-    params = hf.load_params(folder, config)
+    params = load_params(folder, config)
     N, H, D = config.num_heads, config.head_dim, config.embed_dim
     q = tensors["model.layers.1.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(params["layers_1"]["attention"]["q"], q.reshape(N, H, D).transpose(2, 0, 1))
@@ -86,7 +87,7 @@ def test_parameters_are_the_tensors_in_our_axes(tmp_path, family):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_every_type_is_kept_or_cast(tmp_path, dtype):
     folder = write(tmp_path, random_tensors(QWEN3, dtype))
-    kept, cast = hf.load_params(folder, QWEN3), hf.load_params(folder, QWEN3, np.float32)
+    kept, cast = load_params(folder, QWEN3), load_params(folder, QWEN3, np.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {np.dtype(dtype)}
     jax.tree.map(np.testing.assert_array_equal, cast, jax.tree.map(lambda x: x.astype(np.float32), kept))
 
@@ -115,7 +116,7 @@ def test_a_process_reads_its_own_parts_once(tmp_path, scanned):
     mesh = make_mesh(MeshConfig(2, 2, 2))
     abstract = with_shardings(unbox(boxed), layout(boxed, mesh).shardings)
     params = loader.load_params(folder, QWEN3, abstract)
-    wanted = hf.load_params(folder, QWEN3)
+    wanted = load_params(folder, QWEN3)
     wanted = stack_layers(wanted) if scanned else wanted
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, abstract)
@@ -139,7 +140,7 @@ def test_what_others_write_beside_the_weights_is_left_alone(tmp_path):
         "lm_head.weight": tensors["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32),
     }
-    params = hf.load_params(write(tmp_path, tensors | extra), config)
+    params = load_params(write(tmp_path, tensors | extra), config)
     assert "head" not in params
 
 
@@ -246,7 +247,7 @@ def with_index(folder, index):
 def test_broken_folders(tmp_path):
     for what, folder, complaint in broken_folders(tmp_path):
         with pytest.raises(BadInput, match=complaint) as caught:
-            hf.load_params(folder, QWEN3)
+            load_params(folder, QWEN3)
         assert "\n" not in str(caught.value), what
 
 

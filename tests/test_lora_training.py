@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from whole_params import load_params
 
 from refusion_jax import load
 from refusion_jax.checkpoints import hugging_face as hf
@@ -186,7 +187,7 @@ def test_who_reads_the_run_gets_the_merged_model(finished, tmp_path):
     """`load` and `convert` know nothing of adapters and give base plus adapters."""
     _, folder = finished
     saved = arrays(folder)
-    jax.tree.map(np.testing.assert_array_equal, saved["base"], hf.load_params(TINY, hf.read_config(TINY)))
+    jax.tree.map(np.testing.assert_array_equal, saved["base"], load_params(TINY, hf.read_config(TINY)))
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
 

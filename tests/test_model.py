@@ -8,18 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_params import stack_layers, unstack_layers
 
 from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.model.attention import attend
 from refusion_jax.model.rope import apply_rope, rope_tables
-from refusion_jax.model.transformer import (
-    REMAT_POLICIES,
-    ModelConfig,
-    Transformer,
-    exact_matmuls,
-    stack_layers,
-    unstack_layers,
-)
+from refusion_jax.model.transformer import REMAT_POLICIES, ModelConfig, Transformer, exact_matmuls
 from refusion_jax.sharding import unbox
 
 TINY = ModelConfig(

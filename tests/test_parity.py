@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_params import load_params, stack_layers
 
 from refusion_jax.baselines.decoders import ar
 from refusion_jax.baselines.decoders.config import ARConfig
@@ -27,7 +28,7 @@ from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.diffusion import slot_diffusion as diffusion
 from refusion_jax.errors import BadInput
-from refusion_jax.model.transformer import Transformer, stack_layers
+from refusion_jax.model.transformer import Transformer
 
 ORACLE = Path(os.environ.get("REFUSION_ORACLE", Path(__file__).parent / "data" / "oracle"))
 FOLDERS = sorted(path.parent for path in ORACLE.glob("*/config.json"))
@@ -44,7 +45,7 @@ def folder(request):
 @functools.cache
 def load(folder: Path):
     config = hf.read_config(folder)
-    return Transformer(config), hf.load_params(folder, config)
+    return Transformer(config), load_params(folder, config)
 
 
 @functools.cache

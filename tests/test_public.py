@@ -42,7 +42,7 @@ def test_a_cpu_loads_no_gpu_kernels(checkpoint):
     code = f"""
 import refusion_jax, sys
 refusion_jax.generate("1+2+3", {str(checkpoint)!r}, gen_length=8)
-print([name for name in sys.modules if "triton" in name or name.startswith("jax.experimental.pallas")])
+print([name for name in sys.modules if name.startswith(("refusion_jax.model.kernels.triton", "jax.experimental.pallas"))])
 """
     assert run_python(code) == "[]"
 

@@ -123,7 +123,7 @@ def test_a_batch_has_one_mask_and_one_eos():
 
 
 def test_a_scanned_model_is_refused():
-    with pytest.raises(ValueError, match="unstack_layers"):
+    with pytest.raises(ValueError, match="needs an unrolled model"):
         decode.sample(MODEL.clone(scan_layers=True), PARAMS, [[1]], DecodeConfig(MASK, 2))
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from whole_params import load_params, stack_layers
 
 from refusion_jax import load
 from refusion_jax.checkpoints import hugging_face as hf
@@ -23,7 +24,7 @@ from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.model.transformer import ModelConfig, stack_layers
+from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.train import main
 from refusion_jax.training import metrics
@@ -168,7 +169,7 @@ def test_starts_from_a_hugging_face_folder(scan_layers):
     run = run_config((2, 2, 2), model=model, init_from=str(folder), scan_layers=scan_layers)
     program = make_program(run, make_mesh(run.mesh), mask_id=3)
     state = first_state(run, program)
-    wanted = hf.load_params(folder, model)
+    wanted = load_params(folder, model)
     wanted = stack_layers(wanted) if scan_layers else wanted
     jax.tree.map(np.testing.assert_array_equal, state.params, wanted)
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, program.state)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_params import stack_layers
 
 from refusion_jax import sharding
 from refusion_jax.model.attention import attend, attend_visible, fitting_decode_kernel
 from refusion_jax.model.kernels.visible import visible
-from refusion_jax.model.transformer import ModelConfig, Ragged, Transformer, stack_layers
+from refusion_jax.model.transformer import ModelConfig, Ragged, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.weights.fused import fuse_projections
 

@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from refusion_jax.checkpoints.safetensors_io import read_folder
 from refusion_jax.errors import BadInput
-from refusion_jax.files import read_json
+from refusion_jax.files import read_json, write_atomically
 from refusion_jax.model.rope import RopeScaling
 from refusion_jax.model.transformer import ModelConfig
-from refusion_jax.weights.lazy import LazyArray, load_to_devices
+from refusion_jax.weights.lazy import LazyArray
 
 # Hugging Face's model_type <-> (qk_norm, qkv_bias); everything else of the block is shared.
 FAMILIES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}
@@ -229,7 +227,7 @@ def write_config(folder: str | Path, config: ModelConfig, extra: Mapping[str, An
     """
     kept = {name: value for name, value in extra.items() if name not in LEFT_OUT}
     text = json.dumps(kept | config_json(config), indent=2, sort_keys=True) + "\n"
-    (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+    write_atomically(Path(folder) / "config.json", text)
 
 
 def objective(folder: str | Path) -> str:
@@ -294,20 +292,3 @@ def to_tensors(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Lazy
         name: entry.theirs(functools.reduce(lambda node, key: node[key], entry.path, params))
         for name, entry in table(config).items()
     }
-
-
-def load_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
-    """The parameters of the unrolled model from FOLDER's safetensors files, on the default device.
-
-    Args:
-      folder: as `read_folder` takes it.
-      config: the model's shape, from `read_config`.
-      dtype: what to cast to; None keeps each tensor's own.
-
-    Raises:
-      BadInput: a file is missing or broken, or a tensor is missing, extra or misshapen.
-    """
-    params = from_tensors(config, read_folder(folder), folder)
-    return load_to_devices(
-        params, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), params)
-    )

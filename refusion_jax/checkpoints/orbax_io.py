@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from refusion_jax.errors import BadInput
-from refusion_jax.weights.lazy import Index, LazyArray, bounds, load_to_devices
+from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
 FOLDER = "checkpoints"
 OUTDATED = ".outdated"  # where old checkpoints wait for deletion
@@ -146,22 +146,6 @@ def saved_params(folder: str | Path) -> dict[str, Any]:
     """
     path = _newest(folder) / "params"
     return jax.tree.map(lambda leaf: _stored(path, leaf), _metadata(path))
-
-
-def restore_params(folder: str | Path, abstract: Any) -> Any:
-    """The newest parameters in DIR on devices, without the optimiser's state.
-
-    Args:
-      folder: DIR.
-      abstract: ShapeDtypeStructs in the structure of `saved_params`; their shardings and types are those
-        of the result, whatever was saved.
-
-    Raises:
-      BadInput: DIR holds no checkpoint, a damaged one, or one with other shapes.
-    """
-    saved = saved_params(folder)
-    check_shapes(_newest(folder) / "params", saved, abstract)
-    return load_to_devices(saved, abstract)
 
 
 def write_params(folder: str | Path, params: Any) -> None:

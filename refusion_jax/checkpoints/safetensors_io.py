@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from refusion_jax.errors import BadInput
-from refusion_jax.files import read_json
+from refusion_jax.files import read_json, write_atomically
 from refusion_jax.weights.lazy import Index, LazyArray
 
 DTYPES = {
@@ -166,7 +166,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, LazyArray], shard_byt
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _write_file(path: Path, tensors: Mapping[str, LazyArray]) -> None:

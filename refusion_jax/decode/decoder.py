@@ -85,7 +85,7 @@ class Decoder:
     ) -> Prepared:
         """Checks and pads a batch; arguments and errors as those of `sample`."""
         if model.scan_layers:
-            raise ValueError("decoding needs an unrolled model: scan_layers=False and unstack_layers(params)")
+            raise ValueError("decoding needs an unrolled model (scan_layers=False), as load() gives it")
         configs = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
         needed = self.exact_shape(prompts, configs)
         if shape is None:

@@ -10,9 +10,9 @@ from refusion_jax.deferred import deferred
 
 if TYPE_CHECKING:
     from refusion_jax.model.config import ModelConfig
-    from refusion_jax.model.transformer import Transformer, exact_matmuls, unstack_layers
+    from refusion_jax.model.transformer import Transformer, exact_matmuls
 
-__all__ = ["ModelConfig", "Transformer", "exact_matmuls", "unstack_layers"]
+__all__ = ["ModelConfig", "Transformer", "exact_matmuls"]
 
 __getattr__ = deferred(
     __name__,
@@ -20,6 +20,5 @@ __getattr__ = deferred(
         "ModelConfig": "refusion_jax.model.config",
         "Transformer": "refusion_jax.model.transformer",
         "exact_matmuls": "refusion_jax.model.transformer",
-        "unstack_layers": "refusion_jax.model.transformer",
     },
 )

@@ -10,7 +10,6 @@ Einsum letters, everywhere in this package:
   H head dim, D width, F MLP width, V vocabulary, M slots, W slot width.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -50,7 +49,7 @@ class Transformer(nn.Module):
       param_dtype: of the parameters themselves (float32 master weights when training).
       scan_layers: one scanned layer with parameters and cache stacked on a leading L axis (fast to
         compile), or L separate layers `layers_0` … (fast to run). The same function either way;
-        `stack_layers` and `unstack_layers` turn the parameters of one into those of the other.
+        `weights.lazy.stack` and `unstack` turn the parameters of one into those of the other.
       remat: what a layer keeps for the backward pass, a key of REMAT_POLICIES.
       kernel: how attention is computed, one of attention.KERNELS: "triton" for decoding, forward passes
         alone; of the others, "cudnn" and "splash" serve a pass without a cache, "splash" without a mask.
@@ -195,20 +194,3 @@ class Transformer(nn.Module):
 def exact_matmuls(model: Transformer):
     """A context in which a float32 model multiplies in float32 on every backend (GPUs default to TF32)."""
     return jax.default_matmul_precision("highest" if model.dtype == jnp.float32 else None)
-
-
-def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the unrolled model as those of the scanned one (leaves of `layers` gain axis L)."""
-    depth = sum(name.startswith("layers_") for name in params)
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
-    layers = [params[f"layers_{i}"] for i in range(depth)]
-    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-
-def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the scanned model as those of the unrolled one."""
-    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    depth = jax.tree.leaves(params["layers"])[0].shape[0]
-    return rest | {
-        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(depth)
-    }

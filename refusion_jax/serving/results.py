@@ -1,7 +1,6 @@
 """Answers as JSON objects, with traces; written one a line to a file or to stdout."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from refusion_jax.decode.samples import Samples
 from refusion_jax.errors import BadInput
+from refusion_jax.files import open_atomically
 from refusion_jax.serving.requests import Request
 from refusion_jax.tokenizer import Tokenizer
 
@@ -77,12 +77,10 @@ def write_results(results: Iterable[dict[str, Any]], output: str | None) -> None
         for answer in results:
             print(to_json(answer), flush=True)
         return
-    partial = Path(f"{output}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with open_atomically(output) as file:
         for answer in results:
-            file.write(to_json(answer) + "\n")
+            file.write(f"{to_json(answer)}\n".encode())
             file.flush()
-    os.replace(partial, output)
 
 
 def to_json(answer: dict[str, Any]) -> str:

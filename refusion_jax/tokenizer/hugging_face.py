@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from refusion_jax.errors import BadInput
-from refusion_jax.files import parse_json, read_text
+from refusion_jax.files import parse_json, read_text, write_atomically
 from refusion_jax.tokenizer.base import TemplatedTokenizer
 from refusion_jax.tokenizer.settings import SETTINGS, SpecialIds, added_tokens_decoder, special_texts
 
@@ -57,7 +57,7 @@ class HuggingFaceTokenizer(TemplatedTokenizer):
         }
 
     def _save_vocabulary(self, folder: Path) -> None:
-        (folder / FILE).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        write_atomically(folder / FILE, self._backend.to_str(pretty=True))
         if self._is_qwen:
             self._backend.model.save(str(folder))  # vocab.json and merges.txt: the authors load those
 

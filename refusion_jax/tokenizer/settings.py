@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from refusion_jax.errors import BadInput
-from refusion_jax.files import read_json_if_there, read_text
+from refusion_jax.files import read_json_if_there, read_text, write_atomically
 
 SETTINGS = "tokenizer_config.json"
 EXTRA_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # its name before and since 2025
@@ -33,7 +33,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     text = json.dumps(settings, indent=2, ensure_ascii=False)
-    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / SETTINGS, text + "\n")
 
 
 def read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:

@@ -1,7 +1,6 @@
 """What a run reports: metrics.csv, TensorBoard events, Weights & Biases, and the terminal."""
 
 import importlib.util
-import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from refusion_jax.devices import peak_flops
 from refusion_jax.errors import BadInput
+from refusion_jax.files import write_atomically
 from refusion_jax.training.wall_time import WallTime
 
 FILE = "metrics.csv"
@@ -194,7 +194,7 @@ def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any] | None) -
 
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(8), encoding="utf-8")
+        write_atomically(id_file, secrets.token_hex(8))
     run_id = id_file.read_text(encoding="utf-8").strip()
     return wandb.init(
         project=project, id=run_id, name=folder.name, dir=folder, config=dict(settings or {}), resume="allow"
@@ -219,9 +219,7 @@ def truncate(path: Path, step: int) -> None:
             raise BadInput(f"{path}:{number}: found {line!r}, expected a row that begins with a step")
         if int(first) <= step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "\n".join(kept) + "\n")
 
 
 class _Bar:

@@ -128,7 +128,7 @@ def load_to_devices(stored: Any, abstract: Any) -> Any:
 
 
 def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """LazyArray parameters of the unrolled model from those of either, see model.unstack_layers."""
+    """Parameters of the unrolled model from those of either, yet to be read."""
     if "layers" not in params:
         return dict(params)
 
@@ -146,7 +146,7 @@ def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """LazyArray parameters of the scanned model from those of the unrolled one, see model.stack_layers."""
+    """Parameters of the scanned model from those of the unrolled one, yet to be read."""
 
     def stacked(*layers: LazyArray) -> LazyArray:
         def read(index: Index) -> np.ndarray:
