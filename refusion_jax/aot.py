@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from refusion_jax import config, sharding
 from refusion_jax.config import PREFIX
-from refusion_jax.devices import peak_flops
+from refusion_jax.devices import GIB, TPU_GENERATIONS, peak_flops
 from refusion_jax.errors import BadInput, command
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.tpu import table as aot_table
@@ -35,7 +35,7 @@ from refusion_jax.tpu.lowering import (
     lower_decoding,
     lower_training,
 )
-from refusion_jax.tpu.slices import CHIPS, GIB, Topology
+from refusion_jax.tpu.slices import Topology
 from refusion_jax.training.flops import train_flops
 from refusion_jax.training.run import RunConfig
 from refusion_jax.training.step import objective_of
@@ -174,7 +174,7 @@ def _parser() -> config.Parser:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", required=True, help="Python file with get_config()")
-    generations = ", ".join(CHIPS)
+    generations = ", ".join(TPU_GENERATIONS)
     add(
         "--topology",
         metavar="NAME",

@@ -42,7 +42,8 @@ def test_a_cpu_loads_no_gpu_kernels(checkpoint):
     code = f"""
 import refusion_jax, sys
 refusion_jax.generate("1+2+3", {str(checkpoint)!r}, gen_length=8)
-print([name for name in sys.modules if name.startswith(("refusion_jax.model.kernels.triton", "jax.experimental.pallas"))])
+kernels = ("refusion_jax.model.kernels.triton", "jax.experimental.pallas")
+print([name for name in sys.modules if name.startswith(kernels)])
 """
     assert run_python(code) == "[]"
 
