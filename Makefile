@@ -1,31 +1,37 @@
-# make demo    trains the embedded default, restores it, samples held-out prompts
-# make test    the tests
-# make test-long  the tests that take longest and are not among those
-# make lint    ruff
-# make gpu     compares attention on an NVIDIA GPU with the reference (needs '.[gpu]' in .venv)
-# make parity  compares with transformers on PyTorch (downloads both, and SmolLM2-135M-Instruct, 100 MB)
+# make demo       trains the embedded default, restores it, samples held-out prompts
+# make test       the tests
+# make test-long  the slowest tests, which `make test` leaves out
+# make lint       ruff
+# make dist       sdist and wheel, in dist/
+# make lock       renews the pinned requirements of this Python from setup.py
+# make licenses   renews docs/licenses.md
+# make gpu        compares attention on an NVIDIA GPU with the reference (needs '.[gpu]' in .venv)
+# make parity     compares with transformers on PyTorch (downloads both, and SmolLM2-135M-Instruct, 100 MB)
 # make PYTHON=python3.12 demo chooses the interpreter
 
-# A version manager can put a python3.12 on the path that only says it is not there: each is tried.
-FITS := -c "import sys; sys.exit(sys.version_info < (3, 11))"
+# A version manager can put a python3.12 on the path that only says it is missing: each is tried.
+FITS := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
 PYTHON ?= $(firstword $(foreach p,python3.12 python3,$(shell $(p) $(FITS) >/dev/null 2>&1 && echo $(p))))
 
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCK := requirements-$(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])" 2>/dev/null).txt
 
-.PHONY: demo test test-long parity gpu lint clean
+.PHONY: demo test test-long parity gpu lint dist lock licenses clean
 
-# The environment is made anew only when what it holds would differ: other requirements, another Python.
-WANTED := $(shell { cat setup.py; echo $(PYTHON); } | cksum | tr ' ' '-')
+# The environment is made again only when its content would differ: other requirements, another Python.
+WANTED := $(shell { cat setup.py $(LOCK); echo $(PYTHON); } 2>/dev/null | cksum | tr ' ' '-')
 STAMP := $(VENV)/made-from-$(WANTED)
 
 $(STAMP):
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
-	@$(PYTHON) $(FITS) >/dev/null 2>&1 || { echo "make: PYTHON=$(PYTHON) must be Python 3.11 or newer" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.13 found; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) $(FITS) >/dev/null 2>&1 || { echo "make: PYTHON=$(PYTHON) must be Python 3.11, 3.12 or 3.13" >&2; exit 2; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --requirement $(LOCK)
+	$(PIP) --no-deps --editable .
 	touch $@
 
 # Two simulated devices share the rows: on two cores a quarter faster than one device with two threads.
@@ -35,8 +41,11 @@ demo: $(STAMP)
 		$(BIN)/python -m refusion_jax.train --config=configs/tiny.py --workdir=$(RUN)
 	JAX_PLATFORMS=cpu $(BIN)/python -m refusion_jax.demo --checkpoint=$(RUN)
 
-# Two processes: much of a test is one thread that compiles. Files stay whole, as their tests share programs,
-# in the order that tests/conftest.py gives them.
+# Compiled programs are kept between runs.
+test test-long: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/compiled
+
+# Two processes: most of a test is one thread that compiles. Files stay whole, because their tests share programs,
+# and run in the order of tests/conftest.py.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
@@ -62,5 +71,20 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+
+# What pip chooses today from the bounds of setup.py, in a new environment.
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)-lock/bin/python -m pip freeze --exclude-editable > $(LOCK)
+	rm -rf $(VENV)-lock
+
+licenses: $(STAMP)
+	$(BIN)/python docs/licenses.py > docs/licenses.md
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .cache dist runs

@@ -6,13 +6,13 @@ Importing the package imports no JAX; its public names are loaded when they are 
 from typing import TYPE_CHECKING
 
 from refusion_jax.deferred import deferred
+from refusion_jax.version import __version__
 
 if TYPE_CHECKING:
     from refusion_jax import diffusion
     from refusion_jax.loader import load
     from refusion_jax.serving.generate import generate
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "diffusion", "generate", "load"]
 
 __getattr__ = deferred(

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from refusion_jax.errors import BadInput
+from refusion_jax.version import __version__
 
 PREFIX = "--config."
 
@@ -29,7 +30,11 @@ Run = TypeVar("Run")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, as those of all bad input."""
+    """An ArgumentParser with --version, whose errors are one line, as those of all bad input."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_argument("--version", action="version", version=f"refusion_jax {__version__}")
 
     def error(self, message: str) -> typing.NoReturn:
         raise BadInput(f"{message}; see --help")

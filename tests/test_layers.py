@@ -10,18 +10,22 @@ from pathlib import Path
 
 import pytest
 
+import refusion_jax.__main__
+
 PACKAGE = "refusion_jax"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 SANDBOXED = "data.tasks.sandbox_child"
-COMMANDS = {"train", "sample", "evaluate", "convert", "aot", "bench", "demo"}
+COMMANDS = set(refusion_jax.__main__.COMMANDS)
 
 # Rooms that any other may import.
-GROUND = {"errors", "files", "deferred"}
+GROUND = {"errors", "files", "deferred", "version"}
 MAY_IMPORT = {
     "": set(),
     # ground
     "errors": set(),
     "deferred": set(),
+    "version": set(),
+    "__main__": {"config"},
     "files": set(),
     "config": set(),
     "devices": set(),

@@ -1,5 +1,6 @@
 """The public surface: what importing costs, what it brings along, and text in, text out."""
 
+import importlib
 import os
 import pty
 import re
@@ -11,6 +12,7 @@ import pytest
 from sampling import OF_OTHERS, command
 
 import refusion_jax
+from refusion_jax import __main__ as listing
 from refusion_jax import generate
 from refusion_jax.errors import BadInput
 
@@ -29,6 +31,8 @@ def run_python(code: str) -> str:
     [
         "import refusion_jax; refusion_jax.__version__",
         "import refusion_jax.sample",
+        "import refusion_jax.train",
+        "import refusion_jax.__main__",
         "import refusion_jax.decode, refusion_jax.model, refusion_jax.diffusion",
     ],
 )
@@ -68,6 +72,23 @@ with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
     sample.main(["--help"])
 """
     assert processor_seconds(shown) <= 1.3 * of_jax
+
+
+def test_the_commands_are_listed(capsys):
+    assert listing.main([]) == 0
+    out = capsys.readouterr().out
+    modules = {path.stem for path in (ROOT / "refusion_jax").glob("*.py")}
+    for name in listing.COMMANDS:
+        assert f"python -m refusion_jax.{name} " in out and name in modules
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(f"refusion_jax.{name}").main(["--version"])
+        assert stopped.value.code == 0
+        assert capsys.readouterr().out == f"refusion_jax {refusion_jax.__version__}\n"
+    assert listing.main(["train"]) == 2
+    error = (
+        r"error: commands are modules: python -m refusion_jax\.NAME, NAME one of train, .* found 'train'\n"
+    )
+    assert re.fullmatch(error, capsys.readouterr().err)
 
 
 def test_public_names():
