@@ -173,7 +173,12 @@ def _parser() -> config.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", required=True, help="Python file with get_config()")
+    add(
+        "--config",
+        metavar="FILE",
+        required=True,
+        help="Python file with get_config(), or the config.yaml of a run",
+    )
     generations = ", ".join(TPU_GENERATIONS)
     add(
         "--topology",

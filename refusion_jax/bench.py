@@ -127,7 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     add.set_defaults(measure=train)
-    add.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
+    add.add_argument(
+        "--config",
+        metavar="FILE",
+        required=True,
+        help="Python file with get_config(), or the config.yaml of a run",
+    )
     add.add_argument(
         "--devices",
         type=config.whole_numbers,

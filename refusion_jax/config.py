@@ -1,4 +1,4 @@
-"""Run configurations: a Python file, `--config.a.b=value` overrides, frozen dataclasses.
+"""Run configurations: a Python or YAML file, `--config.a.b=value` overrides, frozen dataclasses.
 
 A configuration file has `get_config()`, which returns an `ml_collections.ConfigDict` of sections. Each
 section becomes one frozen dataclass, a field of the run's dataclass, which may have plain fields besides; a
@@ -12,6 +12,7 @@ import difflib
 import inspect
 import re
 import runpy
+import textwrap
 import traceback
 import types
 import typing
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ml_collections
+import yaml
 
 from refusion_jax.errors import BadInput
+from refusion_jax.files import read_text
 from refusion_jax.version import __version__
 
 PREFIX = "--config."
+YAML = (".yaml", ".yml")
 
 Run = TypeVar("Run")
 
@@ -57,7 +61,7 @@ def load(path: str | Path, overrides: Sequence[str], run_class: type[Run]) -> Ru
     `--config.field=value` for a field outside sections.
 
     Args:
-      path: a Python file with `get_config()`.
+      path: a Python file with `get_config()`, or a YAML file of sections such as the config.yaml of a run.
       overrides: arguments as given. A value is read as Python literal of the field's type; text needs no
         quotes.
       run_class: a dataclass; those of its fields that are dataclasses are the sections.
@@ -65,7 +69,7 @@ def load(path: str | Path, overrides: Sequence[str], run_class: type[Run]) -> Ru
     Raises:
       BadInput: the file cannot be used; a section, field or value is unknown, missing or of a wrong type.
     """
-    config = _run_file(Path(path))
+    config = _yaml_config(Path(path)) if Path(path).suffix in YAML else _run_file(Path(path))
     with config.unlocked():
         for name, section_class in _sections(run_class).items():
             section = config[name] = config.get(name, ml_collections.ConfigDict())
@@ -112,7 +116,7 @@ def as_dict(run: Any) -> dict[str, Any]:
 
 
 def help_text(run_class: type) -> str:
-    """One line for each field that an override can set: type, meaning, default."""
+    """An entry for each field that an override can set: type, meaning, default."""
     lines = ["overrides (default; a file's own values come first, then these):"]
     sections = _sections(run_class)
     for prefix, owner in [("", run_class), *((f"{name}.", found) for name, found in sections.items())]:
@@ -123,7 +127,8 @@ def help_text(run_class: type) -> str:
             default = _default(field)
             shown = "required" if default is dataclasses.MISSING else f"default {default!r}"
             text = about.get(field.name, "").removesuffix(".")
-            lines.append(f"  {PREFIX}{prefix}{field.name}={_type_name(hints[field.name])}  {text} ({shown})")
+            line = f"  {PREFIX}{prefix}{field.name}={_type_name(hints[field.name])}  {text} ({shown})"
+            lines += textwrap.wrap(line, 110, subsequent_indent=" " * 6, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -138,6 +143,17 @@ def _fill_up(values: ml_collections.ConfigDict, owner: type) -> None:
     for field in dataclasses.fields(owner):
         if field.name not in values and (default := _default(field)) is not dataclasses.MISSING:
             values[field.name] = default
+
+
+def _yaml_config(path: Path) -> ml_collections.ConfigDict:
+    text = read_text(path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise BadInput(f"{path}: must hold a mapping of sections, found {type(values).__name__}")
+    return ml_collections.ConfigDict(values)
 
 
 def _run_file(path: Path) -> ml_collections.ConfigDict:
@@ -243,8 +259,17 @@ def _cast(value: Any, hint: Any) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-    plain = isinstance(hint, type) and not typing.get_args(hint)
-    return hint.__name__ if plain else str(hint).replace("collections.abc.", "")
+    """A type as --help and errors name it: "int", "list of int", "mapping or None"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        # A dataclass is given as a mapping, and both are listed where both are accepted.
+        names = list(dict.fromkeys(map(_type_name, arguments)))
+        return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    if origin in (tuple, Sequence):
+        return f"list of {_type_name(arguments[0])}"
+    if origin is Mapping or hint is Mapping or dataclasses.is_dataclass(hint):
+        return "mapping"
+    return "None" if hint in (None, type(None)) else hint.__name__
 
 
 def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any], prefix: str = "") -> str:

@@ -33,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        required=True,
+        help="Python file with get_config(), or the config.yaml of a run",
+    )
     parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
     parser.add_argument(
         "--profile_steps",

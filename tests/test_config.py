@@ -2,11 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
+import yaml
 
 from refusion_jax import config
 from refusion_jax.errors import BadInput
+from refusion_jax.training.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +119,9 @@ def test_references_follow_overrides(load):
         ("--config.model.width=True", "--config.model.width: must be int, found 'True'"),
         ("--config.model.rate=fast", "--config.model.rate: must be float"),
         ("--config.model.bias=1", "--config.model.bias: must be bool"),
-        ("--config.model.limit=x", "--config.model.limit: must be int | None"),
-        ("--config.model.sizes=3", "--config.model.sizes: must be tuple"),
-        ("--config.model.sizes=(1, 'a')", "--config.model.sizes: must be tuple"),
+        ("--config.model.limit=x", "--config.model.limit: must be int or None"),
+        ("--config.model.sizes=3", "--config.model.sizes: must be list of int"),
+        ("--config.model.sizes=(1, 'a')", "--config.model.sizes: must be list of int"),
         ("--config.model.tasks=3.5{", None),  # any text may name a task
         ("--config.model.width=0", "model.width must be at least 1, got 0"),
         ("--config.model.width", "--config.model.width: no such flag"),
@@ -183,3 +188,35 @@ def test_help_names_every_field_with_its_meaning_and_default():
     assert "--config.other.rate=float   (default 0.5)" in text
     assert "--config.kind=str  of run (default 'long')" in text
     assert text.count("\n") == 1 + 2 * len(dataclasses.fields(Model))
+
+
+def test_the_yaml_of_a_run_is_a_configuration(tmp_path):
+    """As `as_dict` writes it, with the same overrides and errors as a Python file."""
+    wanted = config.load(str(ROOT / "configs" / "tiny.py"), ["--config.train.steps=7"], RunConfig)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.as_dict(wanted), sort_keys=False))
+    assert config.load(file, [], RunConfig) == wanted
+    assert config.load(file, ["--config.train.steps=9"], RunConfig).train.steps == 9
+    file.write_text("model: {width: 3}\n")
+    with pytest.raises(BadInput, match=r"config\.yaml: model\.width: no such field"):
+        config.load(file, [], RunConfig)
+    mistakes = {"- 1\n": "must hold a mapping of sections, found list", "a: [": "not readable as YAML"}
+    for text, message in mistakes.items():
+        file.write_text(text)
+        with pytest.raises(BadInput, match=message) as stopped:
+            config.load(file, [], RunConfig)
+        assert "\n" not in str(stopped.value)
+    with pytest.raises(BadInput, match=r"missing\.yaml: no such file"):
+        config.load(tmp_path / "missing.yaml", [], RunConfig)
+
+
+def test_help_names_types_as_a_user_would_write_them():
+    text = config.help_text(RunConfig)
+    assert "refusion_jax." not in text and "collections" not in text
+    assert max(map(len, text.splitlines())) <= 110
+    for entry in (
+        "--config.model.rope_scaling=mapping or None  ",
+        "--config.data.tasks=mapping, list of str or str  ",
+        "--config.diffusion.slot_sizes=list of int  ",
+    ):
+        assert entry in text
