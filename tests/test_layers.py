@@ -41,7 +41,7 @@ MAY_IMPORT = {
     # files of models
     "weights": {"model"},
     "checkpoints": {"model", "weights"},
-    "tokenizer": {"checkpoints"},
+    "tokenizer": set(),
     "loader": {"checkpoints", "model", "sharding", "tokenizer", "weights"},
     # training
     "data.sources": {"tokenizer"},

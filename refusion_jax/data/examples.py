@@ -3,15 +3,17 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import grain
 import numpy as np
 
 from refusion_jax.data.sources.example import Example
 from refusion_jax.data.tasks.task import Task
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import grain
 
 _SCAN = 1024  # examples tokenised at a time, and how many of an endless task are looked at
 
@@ -212,12 +214,21 @@ def _lengths(encoder: Encoder, example: Callable[[int], Example], numbers: Seque
     return np.array([one.length for one in encoded])
 
 
-def endless_order(count: int, shuffle_seed: int | None) -> grain.MapDataset:
+def endless_order(count: int, shuffle_seed: int | None) -> "grain.MapDataset":
     """0 … count - 1 again and again: each time in an order of its own, or as they stand without a seed."""
+    import grain  # loads JAX and Orbax, which a worker that makes examples of tasks does without
+
     order = grain.MapDataset.range(count)
     if shuffle_seed is not None:
         order = order.shuffle(hash32(f"shuffle {shuffle_seed}"))
     return order.repeat()
+
+
+def shuffled(index: int, count: int, seed: int) -> int:
+    """Where `index` of 0 … count - 1 goes in an order drawn by `seed`."""
+    import grain  # as above
+
+    return grain.experimental.index_shuffle(index, count - 1, seed, 4)
 
 
 def hash32(text: str) -> int:

@@ -8,10 +8,9 @@ it, on the number of processes or on where a run was resumed.
 import dataclasses
 from collections.abc import Sequence
 
-import grain
 import numpy as np
 
-from refusion_jax.data.examples import FiniteExamples, Row, TaskExamples, endless_order, hash32
+from refusion_jax.data.examples import FiniteExamples, Row, TaskExamples, endless_order, hash32, shuffled
 
 _MISSES = 16  # examples one after the other that do not fit, after which a row is left as it is
 
@@ -108,7 +107,7 @@ class PackedExamples:
             length = self._lengths[place]
             first, after = np.searchsorted(self._lengths, [length, length + 1]).tolist()
             seed = hash32(f"pack {self._seed} {epoch} {length}")
-            place = first + grain.experimental.index_shuffle(place - first, after - first - 1, seed, 4)
+            place = first + shuffled(place - first, after - first, seed)
         return int(self._by_length[place])
 
 

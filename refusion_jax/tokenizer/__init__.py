@@ -1,15 +1,20 @@
 """Text to token ids and back, behind one interface.
 
 Three kinds: `tokenizers` pipelines (tokenizer.json, or vocab.json and merges.txt), SentencePiece models
-(tokenizer.model) and plain bytes. The kind is read from the files by `load_tokenizer` and
-`load_gguf_tokenizer`; nothing else in the package asks which one it has.
+(tokenizer.model) and plain bytes. `load_tokenizer` and `load_gguf_tokenizer` read the kind from the files; no
+other code asks which one it has. SentencePiece is imported when a tokenizer of that kind is opened.
 """
 
-from refusion_jax.tokenizer.base import MASK_MISSING, ByteTokenizer, Tokenizer
-from refusion_jax.tokenizer.folder import load_tokenizer
-from refusion_jax.tokenizer.from_gguf import load_gguf_tokenizer
-from refusion_jax.tokenizer.hugging_face import HuggingFaceTokenizer
-from refusion_jax.tokenizer.sentence_piece import SentencePieceTokenizer
+from typing import TYPE_CHECKING
+
+from refusion_jax.deferred import deferred
+
+if TYPE_CHECKING:
+    from refusion_jax.tokenizer.base import MASK_MISSING, ByteTokenizer, Tokenizer
+    from refusion_jax.tokenizer.folder import load_tokenizer
+    from refusion_jax.tokenizer.from_gguf import load_gguf_tokenizer
+    from refusion_jax.tokenizer.hugging_face import HuggingFaceTokenizer
+    from refusion_jax.tokenizer.sentence_piece import SentencePieceTokenizer
 
 __all__ = [
     "MASK_MISSING",
@@ -20,3 +25,16 @@ __all__ = [
     "load_gguf_tokenizer",
     "load_tokenizer",
 ]
+
+__getattr__ = deferred(
+    __name__,
+    {
+        "MASK_MISSING": "refusion_jax.tokenizer.base",
+        "ByteTokenizer": "refusion_jax.tokenizer.base",
+        "HuggingFaceTokenizer": "refusion_jax.tokenizer.hugging_face",
+        "SentencePieceTokenizer": "refusion_jax.tokenizer.sentence_piece",
+        "Tokenizer": "refusion_jax.tokenizer.base",
+        "load_gguf_tokenizer": "refusion_jax.tokenizer.from_gguf",
+        "load_tokenizer": "refusion_jax.tokenizer.folder",
+    },
+)

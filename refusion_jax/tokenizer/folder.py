@@ -3,9 +3,15 @@
 from pathlib import Path
 
 from refusion_jax.errors import BadInput
-from refusion_jax.tokenizer import bpe, hugging_face, sentence_piece
+from refusion_jax.tokenizer import bpe, hugging_face
 from refusion_jax.tokenizer.base import ByteTokenizer, Tokenizer
-from refusion_jax.tokenizer.settings import SETTINGS, find_special_ids, read_added_tokens, read_settings
+from refusion_jax.tokenizer.settings import (
+    SENTENCE_PIECE,
+    SETTINGS,
+    find_special_ids,
+    read_added_tokens,
+    read_settings,
+)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -22,7 +28,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     settings = read_settings(folder)
     if settings.get("tokenizer_class") == "ByteTokenizer":
         return ByteTokenizer()
-    if (folder / sentence_piece.FILE).is_file() and not (folder / hugging_face.FILE).is_file():
+    if (folder / SENTENCE_PIECE).is_file() and not (folder / hugging_face.FILE).is_file():
+        from refusion_jax.tokenizer import sentence_piece  # loads SentencePiece, which few models need
+
         return sentence_piece.load(folder, settings)
     if (folder / hugging_face.FILE).is_file():
         backend = hugging_face.read_backend(folder / hugging_face.FILE)
@@ -32,7 +40,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     else:
         raise BadInput(
             f"{folder}: no tokenizer found; expected {hugging_face.FILE}, {bpe.VOCAB} and {bpe.MERGES}, "
-            f"{sentence_piece.FILE}, or {SETTINGS} with tokenizer_class ByteTokenizer"
+            f"{SENTENCE_PIECE}, or {SETTINGS} with tokenizer_class ByteTokenizer"
         )
     size = hugging_face.highest_id(backend) + 1
     special = find_special_ids(folder, settings, size, backend.token_to_id)

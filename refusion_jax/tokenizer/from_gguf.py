@@ -1,10 +1,9 @@
 """The tokenizer inside a GGUF file."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
 
-from refusion_jax.checkpoints.gguf_file import GGUFFile
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import bpe
 from refusion_jax.tokenizer.base import Tokenizer
@@ -12,12 +11,15 @@ from refusion_jax.tokenizer.hugging_face import HuggingFaceTokenizer, add_tokens
 from refusion_jax.tokenizer.sentence_piece import ModelProto, SentencePieceTokenizer
 from refusion_jax.tokenizer.settings import SpecialIds
 
+if TYPE_CHECKING:
+    from refusion_jax.checkpoints.gguf_file import GGUFFile
+
 # Kinds of token; SentencePiece counts the same way.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 ROLES = {"eos": "eos", "bos": "bos", "pad": "padding", "unk": "unknown", "mask": "mask"}
 
 
-def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer:
+def load_gguf_tokenizer(file: "GGUFFile") -> Tokenizer:
     """The tokenizer inside a GGUF file: byte-level BPE, or a SentencePiece model.
 
     Ids are those of the tokenizer that the file was converted from, where it is one of those whose way of
@@ -41,7 +43,7 @@ def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer:
 class _Vocabulary:
     """Tokens and their kinds without the padding at the end, and the tokens with a role."""
 
-    def __init__(self, file: GGUFFile):
+    def __init__(self, file: "GGUFFile"):
         self.tokens = file.need("tokenizer.ggml.tokens", list, str)
         self.kinds = file.need("tokenizer.ggml.token_type", list, int)
         where = f"{file.path}: tokenizer.ggml"
@@ -72,7 +74,7 @@ class _Vocabulary:
         return SpecialIds(**{role: self.ids[text] for role, text in self.roles.items() if role != "unk"})
 
 
-def _byte_level(file: GGUFFile, vocabulary: _Vocabulary, settings: dict[str, Any]) -> HuggingFaceTokenizer:
+def _byte_level(file: "GGUFFile", vocabulary: _Vocabulary, settings: dict[str, Any]) -> HuggingFaceTokenizer:
     name = file.need("tokenizer.ggml.pre", str)
     words = bpe.WORDS.get(name)
     if words is None:
@@ -96,7 +98,7 @@ def _byte_level(file: GGUFFile, vocabulary: _Vocabulary, settings: dict[str, Any
 
 
 def _sentence_piece(
-    file: GGUFFile, vocabulary: _Vocabulary, settings: dict[str, Any]
+    file: "GGUFFile", vocabulary: _Vocabulary, settings: dict[str, Any]
 ) -> SentencePieceTokenizer:
     scores = file.need("tokenizer.ggml.scores", list, float)
     if len(scores) < len(vocabulary.tokens):
@@ -123,7 +125,7 @@ def _sentence_piece(
     return SentencePieceTokenizer(model, {}, vocabulary.special, settings)
 
 
-def _add_flags(file: GGUFFile, bos: bool) -> dict[str, bool]:
+def _add_flags(file: "GGUFFile", bos: bool) -> dict[str, bool]:
     """add_bos_token and add_eos_token; llama.cpp's defaults where the file does not say."""
     flags = {"add_bos_token": bos, "add_eos_token": False}
     found = {name: file.get(f"tokenizer.ggml.{name}", bool) for name in flags}

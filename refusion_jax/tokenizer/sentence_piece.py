@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer.base import TemplatedTokenizer
 from refusion_jax.tokenizer.settings import (
+    SENTENCE_PIECE,
     SETTINGS,
     SpecialIds,
     added_tokens_decoder,
@@ -21,7 +22,6 @@ from refusion_jax.tokenizer.settings import (
     read_added_tokens,
 )
 
-FILE = "tokenizer.model"
 Piece = ModelProto.SentencePiece
 
 
@@ -114,12 +114,12 @@ class SentencePieceTokenizer(TemplatedTokenizer):
         }
 
     def _save_vocabulary(self, folder: Path) -> None:
-        (folder / FILE).write_bytes(self._model.SerializeToString())
+        (folder / SENTENCE_PIECE).write_bytes(self._model.SerializeToString())
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> SentencePieceTokenizer:
     """The SentencePiece tokenizer of a folder; see `load_tokenizer`."""
-    path = folder / FILE
+    path = folder / SENTENCE_PIECE
     try:
         model = ModelProto.FromString(path.read_bytes())
         processor = _processor(model)
@@ -131,7 +131,7 @@ def load(folder: Path, settings: Mapping[str, Any]) -> SentencePieceTokenizer:
             added[index] = token
         elif model.pieces[index].piece != token.content:
             raise BadInput(
-                f"{folder / SETTINGS}: added token {token.content!r} has the id {index}, which in {FILE} "
+                f"{folder / SETTINGS}: added token {token.content!r} has the id {index}, which in {SENTENCE_PIECE} "
                 f"is {model.pieces[index].piece!r}"
             )
         if token.lstrip or token.rstrip or token.single_word:

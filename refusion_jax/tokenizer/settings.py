@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from refusion_jax.errors import BadInput
 from refusion_jax.files import read_json_if_there, read_text, write_atomically
 
+SENTENCE_PIECE = "tokenizer.model"
 SETTINGS = "tokenizer_config.json"
 EXTRA_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # its name before and since 2025
 
