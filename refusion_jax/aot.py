@@ -187,12 +187,20 @@ def _parser() -> config.Parser:
         help=f"slice as GENERATION:SHAPE, like v5p:4x4x8; with --decode several, separated by commas, make "
         f"a table; generations are {generations}",
     )
-    add("--no_suggestions", action="store_true", help="if it does not fit, do not look for what does")
-    add("--decode", action="store_true", help="the sampler instead of the training step; what follows is its")
+    add(
+        "--no_suggestions",
+        action="store_true",
+        help="if the program does not fit, do not search for changes that make it fit",
+    )
+    add(
+        "--decode",
+        action="store_true",
+        help="compile the sampler instead of the training step; the flags below are for it",
+    )
     whole = {"type": config.whole_number, "metavar": "N"}
-    add("--prompt_length", **whole, default=512, help="tokens of a prompt (default %(default)s)")
-    add("--gen_length", **whole, default=512, help="most response tokens (default %(default)s)")
-    add("--slot_size", **whole, default=32, help="tokens of a slot (default %(default)s)")
+    add("--prompt_length", **whole, default=512, help="prompt length in tokens (default %(default)s)")
+    add("--gen_length", **whole, default=512, help="maximum response length in tokens (default %(default)s)")
+    add("--slot_size", **whole, default=32, help="tokens per slot (default %(default)s)")
     add("--num_blocks", **whole, default=4, help="blocks decoded left to right (default %(default)s)")
     add(
         "--batch_size",
@@ -202,7 +210,7 @@ def _parser() -> config.Parser:
         help="requests decoded together; several numbers, separated by commas, make a table "
         "(default %(default)s)",
     )
-    add("--int8", action="store_true", help="weights in int8 instead of bfloat16")
+    add("--int8", action="store_true", help="int8 weights instead of bfloat16")
     return parser
 
 

@@ -104,13 +104,24 @@ def add_decode(commands) -> None:
     add("--method", default="refusion,ar", metavar="NAME,…", help="decoders (default %(default)s)")
     several = {"type": config.whole_numbers, "metavar": "N,…"}
     add("--batch_size", **several, default="1", help="requests decoded together (default %(default)s)")
-    add("--prompt_length", **whole, default=128, help="tokens a prompt (default %(default)s)")
+    add("--prompt_length", **whole, default=128, help="prompt length in tokens (default %(default)s)")
     add_setting_flags(parser)
     add("--replay", metavar="FILE", help="results of `sample` with traces, whose course the rows follow")
     add("--repeats", **whole, default=5, help="timed runs (default %(default)s)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="default %(default)s")
-    add("--int8", action="store_true", help="int8 weights, a scale for each output channel")
-    add("--tensor", type=int, default=1, metavar="N", help="devices that share each product (default 1)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="dtype of weights and computation (default %(default)s)",
+    )
+    add("--int8", action="store_true", help="quantise the weights to int8, with one scale per output channel")
+    add(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that every matrix product is split over (default 1)",
+    )
     add("--output", metavar="FILE", help="the figures as JSON")
 
 

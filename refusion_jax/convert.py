@@ -203,9 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("src", metavar="SRC", help="Hugging Face folder, folder of train or convert, or .gguf file")
-    add("dst", metavar="DST", help="folder to make")
-    add("--to", choices=("hf", "orbax"), help="layout of DST (default: the one that SRC has not)")
-    add("--dtype", choices=DTYPES, help="cast to this (default: as stored; float32 from GGUF)")
+    add("dst", metavar="DST", help="folder to write; must not exist")
+    add("--to", choices=("hf", "orbax"), help="layout of DST (default: the one that SRC does not have)")
+    add(
+        "--dtype", choices=DTYPES, help="dtype of the weights written (default: as stored; float32 from GGUF)"
+    )
     add(
         "--add_tokens",
         metavar="NAMES",

@@ -107,20 +107,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add_decoding_flags(parser)
-    parser.add_argument("--task", metavar="NAME,…", help=f"one or several with commas: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--task", metavar="NAME,…", help=f"tasks to score, separated by commas: {', '.join(TASKS)}"
+    )
     parser.add_argument(
         "--task_settings",
         metavar="JSON",
-        help="of the task, or of several by their names (default {})",
+        help="settings of the task; for several tasks, settings by task name (default {})",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="in place of --task, a configuration whose tasks are scored, as set there",
+        help="configuration file; scores its tasks, with its settings, in place of --task",
     )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="problems (default %(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", default=200, help="problems (default %(default)s)")
-    parser.add_argument("--output", metavar="DIR", help="where results.json and samples.jsonl go")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="test", help="split the problems come from (default %(default)s)"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", default=200, help="problems per task (default %(default)s)"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder for results.json and samples.jsonl")
     flags = parser.parse_args(arguments)
     if flags.limit < 1:
         raise BadInput(f"--limit must be at least 1 problem, found {flags.limit}")

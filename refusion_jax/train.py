@@ -46,15 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write a trace of these steps to DIR/profile, for XProf or TensorBoard (default: none)",
     )
     several = parser.add_argument_group("several processes (SLURM and TPU slices need no flags)")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--num_processes", metavar="N", type=int, help="how many; 1 looks for no others")
-    several.add_argument("--process_id", metavar="I", type=int, help="which one this is, from 0")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
+    several.add_argument(
+        "--num_processes", metavar="N", type=int, help="number of processes; 1 waits for no others"
+    )
+    several.add_argument("--process_id", metavar="I", type=int, help="index of this process, from 0")
     several.add_argument(
         "--coordinator_timeout",
         metavar="SECONDS",
         type=int,
         default=processes.TIMEOUT,
-        help="how long to wait for all of them (%(default)s)",
+        help="how long to wait for all processes (default %(default)s)",
     )
     flags, overrides = parser.parse_known_args(arguments)
     run = config.load(flags.config, overrides, RunConfig)

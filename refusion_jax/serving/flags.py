@@ -12,27 +12,31 @@ DTYPES = ("bfloat16", "float32")
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model decodes and how; shared by the commands that decode."""
+    """Adds the flags that choose the model and how it decodes, shared by the commands that decode."""
     add = parser.add_argument
     add(
         "--checkpoint",
         metavar="DIR",
         default=str(SMALL),
-        help="model folder: Hugging Face's, or written by train "
+        help="model folder: a Hugging Face folder, or one that train or convert wrote "
         "(default: the small model that comes with the package)",
     )
-    add("--method", choices=tuple(METHODS), help="decoder (default: what the checkpoint was trained for)")
+    add(
+        "--method",
+        choices=tuple(METHODS),
+        help="decoding method (default: the one the checkpoint was trained for)",
+    )
     add_setting_flags(parser)
     add(
         "--semantics",
         choices=SEMANTICS,
-        help="of refusion; release: the authors' code to the letter, its slips included (default fixed)",
+        help="refusion: release reproduces the authors' code bit for bit, mistakes included (default fixed)",
     )
     add(
         "--first_token",
         choices=FIRST_TOKENS,
-        help="where --method=ar reads the first token: off the last prompt token, or off a mask "
-        "(default: as the checkpoint's objective trained it)",
+        help="ar: read the first response token off the last prompt token (next) or off a mask token (mask) "
+        "(default: as the checkpoint was trained)",
     )
     add(
         "--batch_size",
@@ -46,76 +50,80 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=1,
-        help="devices that share each matrix product (default %(default)s)",
+        help="devices that every matrix product is split over (default %(default)s)",
     )
     add(
         "--dtype",
         choices=DTYPES,
-        help="of weights and computation (default bfloat16, on a CPU float32)",
+        help="dtype of weights and computation (default bfloat16, on a CPU float32)",
     )
     add(
         "--int8",
         action="store_true",
-        help="int8 weights, a scale for each output channel, for decoding alone",
+        help="quantise the weights to int8, with one scale per output channel",
     )
-    add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
+    add("--raw", action="store_true", help="feed text prompts as they are, without the chat template")
     add(
         "--enable_thinking",
         choices=("true", "false"),
-        help="told to the chat template (default: not told, and Qwen3's has the model think)",
+        help="passed to the chat template (default: not passed; Qwen3's template then lets the model think)",
     )
-    add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
+    add("--stop", metavar="TEXT", action="append", default=[], help="cut the answer before TEXT; repeatable")
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of what methods can be told, and --ahead; what is not given is None, the method's default."""
+    """Adds the settings of the methods, and --ahead. A flag not given is None: the method's default."""
 
     def add(setting: str, help: str, **how: Any) -> None:
         parser.add_argument(f"--{setting}", help=f"{help} {_default(setting)}", **how)
 
     whole: dict[str, Any] = {"type": int, "metavar": "N"}
     number: dict[str, Any] = {"type": float, "metavar": "X"}
-    add("gen_length", "most response tokens", **whole)
-    add("slot_size", "refusion: tokens of a slot", **whole)
+    add("gen_length", "maximum response length in tokens, EOS included", **whole)
+    add("slot_size", "refusion: tokens per slot", **whole)
     add(
         "num_blocks",
-        "refusion, mdm: blocks decoded left to right; gen_length is a multiple of num_blocks, for refusion "
-        "of num_blocks x slot_size",
+        "refusion, mdm: blocks, decoded left to right; gen_length must be a multiple of num_blocks, for "
+        "refusion of num_blocks x slot_size",
         **whole,
     )
     add(
         "block_len",
-        "bd3: tokens of a block; gen_length is a multiple; where the checkpoint says nothing",
+        "bd3: tokens per block, used if the checkpoint states none; gen_length must be a multiple",
         **whole,
     )
     add(
         "slot_threshold",
-        "refusion: score, a probability, above which a slot is chosen; below 0 always, from 1 never",
+        "refusion: a slot is planned if its score is above this; below 0 always, 1 and above never",
         **number,
     )
     add(
         "slot_score",
-        "refusion: what is compared with that: the probability of the draft of the slot's first token, the "
-        "mean of those of all its tokens, or exp of minus their mean entropy",
+        "refusion: score of a slot: probability of the draft of its first token, mean probability of all its "
+        "drafts, or exp(-mean entropy)",
         choices=SLOT_SCORES,
     )
-    add("token_threshold", "probability above which a drafted token is accepted; likewise", **number)
-    add("tokens_per_step", "mdm, bd3: tokens that a pass commits however unsure it is of them", **whole)
-    add("cache", "mdm: keys and values that are kept while a block is filled", choices=CACHES)
+    add(
+        "token_threshold",
+        "a drafted token is accepted if its probability is above this; below 0 always, 1 and above never",
+        **number,
+    )
+    add("tokens_per_step", "mdm, bd3: tokens committed per forward pass whatever their probability", **whole)
+    add("cache", "mdm: which keys and values are reused while a block is filled", choices=CACHES)
     add(
         "recompute",
-        "refusion: compute keys and values of slots that were infilled together once more, each token seeing "
-        "all before it",
+        "refusion: recompute the keys and values of slots infilled in parallel, each token attending to all "
+        "tokens before it",
         action="store_true",
         default=None,
     )
-    add("temperature", "of the drafts, 0 is greedy", **number)
-    add("seed", "of the drafts when temperature is above 0", **whole)
+    add("temperature", "sampling temperature of the drafts; 0 is greedy", **number)
+    add("seed", "seed of the drafts if temperature is above 0", **whole)
     parser.add_argument(
         "--ahead",
         **whole,
-        help="refusion: tokens up to which passes of a request are filled with predictions ahead of need; 0 "
-        "feeds one phase a pass, as the authors do (default: what costs the device next to nothing)",
+        help="refusion: fill each pass of a request with speculative tokens up to this many; 0 feeds one "
+        "phase per pass, as the authors do (default: the number that costs the device next to nothing)",
     )
 
 

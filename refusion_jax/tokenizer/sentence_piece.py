@@ -131,8 +131,8 @@ def load(folder: Path, settings: Mapping[str, Any]) -> SentencePieceTokenizer:
             added[index] = token
         elif model.pieces[index].piece != token.content:
             raise BadInput(
-                f"{folder / SETTINGS}: added token {token.content!r} has the id {index}, which in {SENTENCE_PIECE} "
-                f"is {model.pieces[index].piece!r}"
+                f"{folder / SETTINGS}: added token {token.content!r} has the id {index}, "
+                f"which in {SENTENCE_PIECE} is {model.pieces[index].piece!r}"
             )
         if token.lstrip or token.rstrip or token.single_word:
             raise BadInput(
