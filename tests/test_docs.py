@@ -1,5 +1,6 @@
 """The pages of docs/, README.md and CONTRIBUTING.md: links resolve, and what is drawn comes from its data."""
 
+import ast
 import json
 import re
 import runpy
@@ -43,10 +44,24 @@ def test_every_page_of_docs_is_listed_once():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page):
-    """Paths of the repository in backticks, without placeholders."""
+    """Paths of the repository in backticks; a part in capitals is a placeholder."""
     folders = r"(?:refusion_jax|docs|tests|configs|launch)"
     for path in re.findall(rf"`({folders}/[\w./]*\w)`", text_of(page)):
-        assert (ROOT / path).exists(), f"{page.name}: {path}"
+        assert (ROOT / path).exists() or re.search("[A-Z]{4}", path), f"{page.name}: {path}"
+
+
+def defined(path: Path) -> set[str]:
+    """Names of the functions and classes in a file, nested ones included."""
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+
+
+def test_the_functions_that_architecture_names_exist():
+    named = re.findall(r"`([\w/]+\.py):(\w+)`", text_of(ROOT / "docs" / "architecture.md"))
+    assert len(named) > 30
+    for path, name in named:
+        assert name in defined(ROOT / "refusion_jax" / path), f"{path}:{name}"
 
 
 def test_the_picture_is_drawn_from_its_trace():

@@ -5,8 +5,8 @@
     python docs/comparison/train_runs.py ablations
 
 configs/comparison.py names the files that must exist. docs/comparison/results/train_NAME.json holds each
-run's command, its amount of data, its step times and its loss curve; checkpoints stay in runs/comparison/NAME.
-On SIGTERM runs save and end; the same command resumes them.
+run's command, its amount of data, its step times and its loss curve; checkpoints stay in
+runs/comparison/NAME. On SIGTERM runs save and end; the same command resumes them.
 """
 
 import argparse

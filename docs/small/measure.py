@@ -3,8 +3,8 @@
     python docs/small/measure.py
 
 evaluates the model by slots and left to right. It writes the results to docs/small/METHOD.json, their table
-to docs/small_model.md, and traces of a few problems of each task to refusion_jax/traces/. Run it after replacing
-the model in refusion_jax/small; nothing else needs an update.
+to docs/small_model.md, and traces of a few problems of each task to refusion_jax/traces/. Run it after
+replacing the model in refusion_jax/small; nothing else needs an update.
 """
 
 import json
