@@ -18,22 +18,45 @@ from typing import Any, NamedTuple
 
 WIDTH, MARGIN, LABEL = 880, 14, 104  # px; LABEL is the column of row names
 ROW, GAP = 23, 20  # px of a row of cells, and between plans
-PLAN_COLOURS = 4  # plans beyond take the colours in turn
+
+
+class Theme(NamedTuple):
+    """Colours: of the page and what is on it, of text on a filled cell, and of the plans."""
+
+    paper: str
+    ink: str
+    soft: str
+    line: str
+    rejected: str
+    on_filled: str
+    plans: Sequence[str]
+
+
+LIGHT = Theme(
+    *("#ffffff", "#1f2328", "#59636e", "#d1d9e0", "#cf222e", "#ffffff"),
+    plans=("#0969da", "#bc4c00", "#1a7f37", "#8250df"),
+)
+DARK = Theme(
+    *("#0d1117", "#e6edf3", "#9198a1", "#3d444d", "#ff7b72", "#0d1117"),
+    plans=("#58a6ff", "#f0883e", "#56d364", "#bc8cff"),
+)
 
 STYLE = """
-text{font:13px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:var(--ink)}
+text{font:13px system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif}
 .t{font:600 13px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;text-anchor:middle}
-.h{font-weight:700}.s{font-size:12px;fill:var(--soft)}.e{text-anchor:end}
-svg{--paper:#fff;--ink:#1f2328;--soft:#59636e;--line:#d1d9e0;--bad:#cf222e;--on:#fff;
---p0:#0969da;--p1:#bc4c00;--p2:#1a7f37;--p3:#8250df}
-.paper{fill:var(--paper);stroke:var(--line)}.masked{fill:none;stroke:var(--line)}
-.slot{fill:none;stroke-width:2}.x{stroke:var(--bad);stroke-width:1.8;fill:none;stroke-linecap:round}
-.p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}
-.b0{stroke:var(--p0)}.b1{stroke:var(--p1)}.b2{stroke:var(--p2)}.b3{stroke:var(--p3)}
-.old{opacity:.22}.draft{opacity:.16}.kept{opacity:.4}.on{fill:var(--on)}.eos{font-size:8px}
-@media (prefers-color-scheme:dark){svg{--paper:#0d1117;--ink:#e6edf3;--soft:#9198a1;--line:#3d444d;
---bad:#ff7b72;--on:#0d1117;--p0:#58a6ff;--p1:#f0883e;--p2:#56d364;--p3:#bc8cff}}
+.h{font-weight:700}.s{font-size:12px}.e{text-anchor:end}.eos{font-size:8px}
+.masked,.slot,.x{fill:none}.slot{stroke-width:2}.x{stroke-width:1.8;stroke-linecap:round}
+.old{opacity:.22}.draft{opacity:.16}.kept{opacity:.4}
 """
+
+
+def colours(theme: Theme) -> str:
+    """CSS of one theme. Plain rules: not every renderer of SVG knows CSS variables."""
+    filled = "".join(f".p{i}{{fill:{plan}}}.b{i}{{stroke:{plan}}}" for i, plan in enumerate(theme.plans))
+    return (
+        f".paper{{fill:{theme.paper};stroke:{theme.line}}}text{{fill:{theme.ink}}}.s{{fill:{theme.soft}}}"
+        f".masked{{stroke:{theme.line}}}.x{{stroke:{theme.rejected}}}.on{{fill:{theme.on_filled}}}{filled}"
+    )
 
 
 class Cell(NamedTuple):
@@ -116,7 +139,7 @@ def cells_svg(row: Row, texts: Sequence[str], y: float, size: int) -> Iterator[s
     left = MARGIN + LABEL
     yield f'<text class="s" x="{MARGIN}" y="{y + 13:g}">{row.name}</text>'
     for token, (kind, plan) in enumerate(row.cells):
-        x, colour = left + token * cell, f"p{plan % PLAN_COLOURS}"
+        x, colour = left + token * cell, f"p{plan % len(LIGHT.plans)}"
         box = f'x="{x + 0.75:.2f}" y="{y:g}" width="{cell - 1.5:.2f}" height="{ROW - 5}" rx="2"'
         filled = {"old": f"{colour} old", "draft": f"{colour} draft", "kept": f"{colour} kept"}
         if kind == "rejected":
@@ -135,7 +158,7 @@ def cells_svg(row: Row, texts: Sequence[str], y: float, size: int) -> Iterator[s
             )
     for first in row.framed:
         x, wide = left + first * cell, size * cell
-        colour = f"b{row.plan % PLAN_COLOURS}"
+        colour = f"b{row.plan % len(LIGHT.plans)}"
         yield (
             f'<rect class="slot {colour}" x="{x:.2f}" y="{y - 1.5:g}" width="{wide:.2f}" '
             f'height="{ROW - 2}" rx="3"/>'
@@ -176,7 +199,7 @@ def render(trace: Mapping[str, Any]) -> str:
     for plan, step in enumerate(trace["trace"]):
         step = step | {name: [at - start for at in step[name]] for name in ("planned", "committed")}
         parts.append(
-            f'<text class="h p{plan % PLAN_COLOURS}" x="{MARGIN}" y="{y + 3:g}">Plan {plan + 1}</text>'
+            f'<text class="h p{plan % len(LIGHT.plans)}" x="{MARGIN}" y="{y + 3:g}">Plan {plan + 1}</text>'
         )
         parts.append(f'<text x="{MARGIN + LABEL}" y="{y + 3:g}">{sentence(step, size)}</text>')
         y += 13
@@ -196,12 +219,17 @@ def render(trace: Mapping[str, Any]) -> str:
     parts += cells_svg(Row("", cells), texts, y, size)
     y += ROW + 12
     parts += legend(y)
-    height = y + 44
+    return page(f"A decode of {trace['prompt']}", parts, y + 44)
+
+
+def page(title: str, parts: Sequence[str], height: float) -> str:
+    """The SVG around its parts."""
+    styles = f"{STYLE}{colours(LIGHT)}\n@media (prefers-color-scheme:dark){{{colours(DARK)}}}"
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" '
         f'height="{height:g}" role="img">\n'
-        f"<title>A decode of {escape(trace['prompt'])}</title>\n<style>{STYLE}</style>\n"
+        f"<title>{escape(title)}</title>\n<style>{styles}</style>\n"
         f'<rect class="paper" x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1:g}" rx="8"/>\n'
         f"{body}\n</svg>\n"
     )
