@@ -5,9 +5,9 @@ r"""Qwen3-1.7B to ReFusion on NVIDIA H200s: the recipe of configs/qwen3_8b.py at
         --config.train.init_from=start --config.data.paths=train.jsonl --config.train.steps=STEPS
 
 Qwen3-1.7B is the Hugging Face folder; train.jsonl holds `{"query": "…", "response": "…"}` a line. What is
-kept for the backward pass takes 76 GB for 8 rows, as many as a GPU computes at once; docs/training.md has
-what this makes of one, and settings for less memory. More GPUs share the batch: divide microbatches by
-their number.
+kept for the backward pass takes 76 GB for 8 rows, as many as a GPU computes at once.
+docs/training_speed.md has the speed of one GPU, and settings for less memory. More GPUs share the batch:
+divide microbatches by their number.
 """
 
 import dataclasses

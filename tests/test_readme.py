@@ -48,7 +48,7 @@ def test_every_module_command_works(clone, monkeypatch, capsys):
         run(line + SHORT.get(name, ""))
         assert capsys.readouterr().out.strip(), line
         ran.append(name)
-    assert ran == ["sample", "evaluate", "train", "bench", "sample", "convert", "evaluate"]
+    assert ran == ["sample", "train", "sample", "convert", "bench", "evaluate", "evaluate"]
     results = ("runs/small_eval/results.json", "runs/eval/results.json")
     for written in ("runs/tiny/metrics.csv", "runs/exported/model.safetensors", *results):
         assert (clone / written).exists()
@@ -60,14 +60,18 @@ def test_every_module_command_works(clone, monkeypatch, capsys):
 def test_make_and_pip_lines_name_what_exists():
     makefile, setup = (ROOT / "Makefile").read_text(), (ROOT / "setup.py").read_text()
     others = [line for line in commands() if not line.startswith("python ")]
+    assert others[:2] == ["python3 -m venv .venv", ". .venv/bin/activate"]
+    others = others[2:]
     assert {"make demo", "make test", "pip install ."} <= set(others)
     for line in others:
         if target := re.fullmatch(r"make (\w+)", line):
             assert re.search(rf"^{target[1]}:", makefile, flags=re.MULTILINE), line
         else:
-            extra = re.fullmatch(r"pip install '?\.(?:\[(\w+)\])?'?", line)
-            assert extra, line
-            assert extra[1] is None or f'"{extra[1]}":' in setup, line
+            assert line == "pip install .", line
+    extras = re.findall(r"pip install '\.\[(\w+)\]'", README)
+    assert len(extras) >= 3
+    for extra in extras:
+        assert f'"{extra}":' in setup, extra
 
 
 def test_the_folder_map_is_complete():

@@ -1,4 +1,4 @@
-"""The model that comes with the package: it is there, answers, and is as good as README.md says."""
+"""The model that ships: it is there, answers, and is as good as docs/small_model.md says."""
 
 import ast
 import json
@@ -16,8 +16,7 @@ from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.decode.replay import read_courses, replay
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("\n## A model that comes with it\n")[1].split("\n## ")[0]
+PAGE = (ROOT / "docs" / "small_model.md").read_text(encoding="utf-8")
 MEASURE = runpy.run_path(str(ROOT / "docs" / "small" / "measure.py"))
 RESULTS = {
     method: json.loads((ROOT / "docs" / "small" / f"{method}.json").read_text())
@@ -27,8 +26,8 @@ FILES = {"config.json", "model.safetensors", "tokenizer_config.json"}
 
 
 def flags(command: str) -> list[str]:
-    """Those of README's command."""
-    return shlex.split(re.search(rf"python -m refusion_jax\.{command} (.*)", SECTION)[1])
+    """Those of the page's command."""
+    return shlex.split(re.search(rf"python -m refusion_jax\.{command} (.*)", PAGE)[1])
 
 
 def test_its_files_are_small():
@@ -36,18 +35,18 @@ def test_its_files_are_small():
     assert sum(path.stat().st_size for path in loader.SMALL.iterdir()) <= 12e6
 
 
-def test_sample_answers_as_in_the_readme(capsys):
+def test_sample_answers_as_on_the_page(capsys):
     assert sample.main([*flags("sample"), "--batch_size=1"]) == 0
-    (expected,) = re.findall(r"```\n(.*?)```", SECTION.split("```sh")[1].split("```", 1)[1], flags=re.DOTALL)
+    (expected,) = re.findall(r"```\n(.*?)```", PAGE.split("```sh")[1].split("```", 1)[1], flags=re.DOTALL)
     assert capsys.readouterr().out == expected
 
 
-def test_the_readmes_table_is_that_of_the_results():
+def test_the_pages_table_is_that_of_the_results():
     begin, end = MEASURE["MARKS"]
-    assert SECTION.split(begin)[1].split(end)[0] == MEASURE["table"](RESULTS)
+    assert PAGE.split(begin)[1].split(end)[0] == MEASURE["table"](RESULTS)
 
 
-def test_what_was_measured_is_what_the_readme_says():
+def test_what_was_measured_is_what_the_page_says():
     asked = set(flags("evaluate"))
     assert {f"--config={MEASURE['CONFIG']}", "--gen_length=256", *MEASURE["METHODS"]["refusion"]} <= asked
     for method, results in RESULTS.items():
@@ -56,7 +55,7 @@ def test_what_was_measured_is_what_the_readme_says():
 
 
 def assert_as_right_as_stated(folder: Path, tasks: set[str]) -> None:
-    """What evaluate found of a few problems, whose intervals are wide, is compatible with README's."""
+    """What evaluate found of a few problems, whose intervals are wide, is compatible with the page's."""
     found = json.loads((folder / "results.json").read_text())["tasks"]
     assert set(found) == tasks
     for task, figures in found.items():
@@ -65,13 +64,13 @@ def assert_as_right_as_stated(folder: Path, tasks: set[str]) -> None:
 
 
 @pytest.mark.long
-def test_the_readmes_command_finds_its_accuracies(tmp_path, monkeypatch):
+def test_the_pages_command_finds_its_accuracies(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert evaluate.main([*flags("evaluate"), "--limit=40", f"--output={tmp_path}"]) == 0
     assert_as_right_as_stated(tmp_path, set(RESULTS["refusion"]["tasks"]))
 
 
-def test_short_problems_are_as_often_right_as_the_readme_says(tmp_path):
+def test_short_problems_are_as_often_right_as_the_page_says(tmp_path):
     """Those whose prompts share `sample`'s compilation."""
     stated = RESULTS["refusion"]["tasks"]
     settings = {task: stated[task]["task_settings"] for task in ("arithmetic", "multiplication", "countdown")}

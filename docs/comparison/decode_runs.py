@@ -3,13 +3,13 @@
     python docs/comparison/decode_runs.py search RUN       # validation problems by one setting
     python docs/comparison/decode_runs.py validation RUN   # by every setting of its method
     python docs/comparison/decode_runs.py test RUN         # each task by the setting that validation chose
-    python docs/comparison/decode_runs.py speed RUN        # by those it chose for all, 1 and 32 at a time
+    python docs/comparison/decode_runs.py speed RUN        # by those best over all tasks, 1 and 32 at a time
     python docs/comparison/decode_runs.py ablations RUN    # validation problems, ReFusion's settings varied
     python docs/comparison/decode_runs.py sizes RUN        # likewise its slot sizes alone
 
-writes docs/comparison/results/STAGE_RUN.json: for each setting (settings.py) and task how many answers were
-right, their tokens, forward passes and seconds. In all stages but `speed` one compilation serves all
-settings; there each is compiled for itself, and its seconds are the median of several times.
+writes docs/comparison/results/STAGE_RUN.json: for each setting (settings.py) and task the number of right
+answers, their tokens, forward passes and seconds. One compilation serves all settings, except in `speed`:
+there each setting is compiled by itself, and its seconds are the median of several runs.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What docs/comparison/results holds, and the figures read off it."""
+"""Reads docs/comparison/results and computes figures from it."""
 
 import json
 import math
@@ -18,9 +18,9 @@ Result = dict[str, Any]
 
 
 def results(kind: str) -> dict[str, Result]:
-    """The result files of a kind (train, search, validation, test, speed, ablations, sizes, and earlier_test
-    and earlier_speed of what was trained before), by the rest of their names: the run, and how it was decoded
-    where it was trained for something else."""
+    """The result files of a kind, by the rest of their names: the run, and the decoding method where the run
+    was trained for another one. Kinds: train, search, validation, test, speed, ablations, sizes; and
+    earlier_test and earlier_speed of the models of the first training."""
     paths = sorted((HERE / "results").glob(f"{kind}_*.json"))
     return {path.stem.removeprefix(f"{kind}_"): json.loads(path.read_text()) for path in paths}
 
@@ -30,7 +30,7 @@ def shown(settings: Result) -> str:
 
 
 def half_width(rows: Iterable[Result]) -> float:
-    """Of the 95 % interval of a mean accuracy: the problems of each task are a sample, the tasks are not."""
+    """Half the 95 % interval of a mean accuracy. Problems are a sample; the set of tasks is fixed."""
     shares = [(row["right"] / row["problems"], row["problems"]) for row in rows]
     return Z * math.sqrt(sum(share * (1 - share) / count for share, count in shares)) / len(shares)
 
@@ -42,7 +42,7 @@ def with_interval(rows: Iterable[Result]) -> str:
 
 
 def speeds(kind: str = "speed") -> list[Result]:
-    """Of every method and setting that was timed: accuracy, and what decoding took."""
+    """Accuracy and decoding times of every method and setting that was timed."""
     rows = []
     for name, result in results(kind).items():
         for entry in result["found"]:

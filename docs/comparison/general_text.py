@@ -1,10 +1,10 @@
-"""Samples general text from the starting model: user turns off its chat template, then its answers to them.
+"""Samples general text from the starting model: user turns from its chat template, then its answers to them.
 
     python docs/comparison/general_text.py --start=start --turns=24000 --output=text.jsonl
 
-So that training on tasks does not make it forget the rest, and without text from elsewhere. Of the user
-turns those that end within --longest tokens are kept, each once, and of their answers likewise: about one
-turn in seven. Writes {"query", "response"} lines.
+Training on this text beside the tasks keeps the model from forgetting, without text from other sources. User
+turns that end within --longest tokens are kept, each once, and so are their answers: about one turn in
+seven. Writes {"query", "response"} lines.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FEWEST, MOST = 8, 800  # characters of a turn
 
 
 def continued(opened, prompts: Sequence[Sequence[int]], longest: int, temperature: float, rows: int):
-    """(number of a prompt, its continuation as text) of those that end within `longest` tokens."""
+    """(number of a prompt, its continuation as text) of continuations that end within `longest` tokens."""
     model, params, tokenizer = opened
     requests = [
         Request(i, prompt, ARConfig(tokenizer.mask_id, tokenizer.eos_id, longest, temperature, seed=i))

@@ -3,8 +3,8 @@
     pip install matplotlib
     python docs/comparison/render.py
 
-Tables and plots hold nothing that is not in the result files; what is said about them stands in
-docs/comparison/text.md, with `{{name}}` where each table or plot belongs.
+All content of tables and plots comes from the result files. The prose is docs/comparison/text.md, with
+`{{name}}` in the place of each table or plot.
 """
 
 import re
@@ -25,7 +25,7 @@ PLOTS = {
 
 
 def main() -> None:
-    matplotlib.rcParams["svg.hashsalt"] = "comparison"  # ids of the SVG that do not differ between runs
+    matplotlib.rcParams["svg.hashsalt"] = "comparison"  # the same ids in the SVG on every run
     text = (HERE / "text.md").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(.+?)\}\}", lambda match: (TABLES | PLOTS)[match[1]](), text)
     PAGE.write_text(page, encoding="utf-8")

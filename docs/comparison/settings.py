@@ -1,6 +1,6 @@
 """The decoding settings that docs/comparison.md compares, and the choice among them.
 
-An entry is what decode_runs.py finds of a setting: {"settings", "tasks": {task: counts}}.
+An entry is the result of decode_runs.py for one setting: {"settings", "tasks": {task: counts}}.
 """
 
 import itertools
@@ -13,8 +13,8 @@ Entry = dict[str, Any]
 Counts = dict[str, float]
 
 GEN_LENGTH = 256
-TOLERANCE = 0.02  # of mean accuracy, given up for speed
-# What ablations vary, from the thresholds that are most frequent in arXiv 2512.13586.
+TOLERANCE = 0.02  # mean accuracy that the fastest setting may lose
+# The starting point of the ablations: the most frequent thresholds in arXiv 2512.13586.
 USUAL = {
     "num_blocks": 4,
     "slot_threshold": 0.9,
@@ -30,12 +30,12 @@ def crossed(**choices: Iterable[Any]) -> list[Settings]:
 
 
 def distinct(settings: Sequence[Settings]) -> list[Settings]:
-    """Each once, where it comes first."""
+    """The settings without repetitions, in order of first appearance."""
     return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
 
 
 def grid(method: str) -> list[Settings]:
-    """What validation chooses from; its first is what the search for learning rates decodes by."""
+    """The settings that validation chooses from; the search for learning rates decodes with the first."""
     if method == "ar":
         return [{}]
     if method == "refusion":
@@ -46,7 +46,7 @@ def grid(method: str) -> list[Settings]:
             for size, blocks in sizes
             for thresholds in crossed(slot_threshold=[0.9, 0.6], token_threshold=[0.6, 0.3, 0.9])
         ]
-    thresholds = [1.0, 0.95, 0.9, 0.7]  # 1: one token a pass
+    thresholds = [1.0, 0.95, 0.9, 0.7]  # 1: one token per pass
     if method == "bd3":
         return crossed(token_threshold=thresholds)
     longer = crossed(cache=["none"], num_blocks=[4], token_threshold=thresholds[:2])
@@ -54,7 +54,7 @@ def grid(method: str) -> list[Settings]:
 
 
 def slot_sizes() -> list[Settings]:
-    """For models trained on other slots or on less."""
+    """The settings for models trained on other slot sizes or less data."""
     return [size | USUAL for size in crossed(slot_size=[4, 8, 16, 32])]
 
 
@@ -82,7 +82,7 @@ def tokens_a_pass(rows: Iterable[Counts]) -> float:
 
 
 def best(entries: Sequence[Entry], tasks: Iterable[str]) -> Settings:
-    """Those that answer most of the tasks right; where several do, with most tokens a pass."""
+    """The settings with the highest accuracy over the tasks; among equals, with most tokens per pass."""
 
     def merit(entry: Entry) -> tuple[float, float]:
         rows = [entry["tasks"][task] for task in tasks]
@@ -92,15 +92,15 @@ def best(entries: Sequence[Entry], tasks: Iterable[str]) -> Settings:
 
 
 def fastest(entries: Sequence[Entry]) -> Settings:
-    """Those with most tokens a pass that come within TOLERANCE of the best."""
+    """The settings with most tokens per pass whose accuracy is within TOLERANCE of the best."""
     least = max(accuracy(entry["tasks"].values()) for entry in entries) - TOLERANCE
     good = [entry for entry in entries if accuracy(entry["tasks"].values()) >= least]
     return max(good, key=lambda entry: tokens_a_pass(entry["tasks"].values()))["settings"]
 
 
 def timed(entries: Sequence[Entry]) -> list[Settings]:
-    """Those whose speed is measured: the best and the fastest; of methods that unmask, those of one token a
-    pass without a cache, and the fastest of every cache."""
+    """The settings whose speed is measured: the best and the fastest. Of methods that unmask: the best one of
+    one token per pass without a cache, and the fastest one of every cache."""
     if all("slot_size" in entry["settings"] or not entry["settings"] for entry in entries):
         chosen = [best(entries, entries[0]["tasks"]), fastest(entries)]
     else:

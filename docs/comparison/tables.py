@@ -15,7 +15,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def share(row: Result) -> str:
-    """In percent, with its 95 % interval."""
+    """Accuracy in percent, with its 95 % interval."""
     low, high = wilson(row["right"] / row["problems"], row["problems"])
     return f"{100 * row['right'] / row['problems']:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
 
@@ -26,13 +26,13 @@ def counted(result: Result) -> dict[str, Result]:
 
 
 def tested() -> dict[str, dict[str, Result]]:
-    """Of each method the counts of every task in the test split."""
+    """The counts of every task in the test split, by method."""
     return {name: counted(result) for name, result in results("test").items()}
 
 
 def first_speeds(kind: str = "speed") -> dict[tuple[str, int], Result]:
-    """What was timed by method and batch size, of timed()'s first settings: those with most right answers,
-    and of methods that unmask those of one token a pass, without a cache."""
+    """Speeds by method and batch size, with the first of `settings.timed`: the setting with most right
+    answers; for methods that unmask, of one token per pass without a cache."""
     first: dict[tuple[str, int], Result] = {}
     for row in speeds(kind):
         first.setdefault((row["method"], row["batch_size"]), row)
@@ -44,7 +44,7 @@ def tokens_per_second() -> dict[tuple[str, int], float]:
 
 
 def summary() -> str:
-    """A line a method, for README.md."""
+    """One line per method, for README.md."""
     speed, right = tokens_per_second(), tested()
     rows = [
         [name, with_interval(right[key].values()), *(f"{speed[name, size]:,.0f}" for size in (1, 32))]
@@ -73,7 +73,7 @@ def claims() -> str:
 
 
 def trained() -> str:
-    """What every run was fed."""
+    """The amount of data and computation of every run."""
     rows = [
         [
             f"`{run}`",
@@ -89,7 +89,7 @@ def trained() -> str:
 
 
 def search() -> str:
-    """The runs that chose the rates: mean accuracy in validation."""
+    """Mean accuracy in validation of the runs that chose the learning rates."""
     found: dict[str, dict[tuple[int, str], str]] = {}
     steps = {run: result["steps"] for run, result in results("train").items()}
     for run, result in results("search").items():
@@ -102,7 +102,7 @@ def search() -> str:
 
 
 def right_answers() -> str:
-    """Accuracy on held-out problems, each task by the setting that validation chose for it."""
+    """Accuracy on held-out problems, each task with the setting that validation chose for it."""
     found = tested()
     methods = [name for name in NAMES if name in found]
     tasks = sorted({task for of in found.values() for task in of})
@@ -112,7 +112,7 @@ def right_answers() -> str:
 
 
 def earlier() -> str:
-    """Mean accuracy in the test split of models trained before by the same commands, and of the page's."""
+    """Mean accuracy in the test split of the models of the first training, and of the page's models."""
     before, now = results("earlier_test"), tested()
     rows = [
         [name, with_interval(counted(before[key]).values()), with_interval(now[key].values())]
@@ -122,7 +122,7 @@ def earlier() -> str:
 
 
 def chosen() -> str:
-    """The settings by which the tests were decoded."""
+    """The settings that decoded the test split."""
     tasks: dict[tuple[str, str], list[str]] = {}
     for name, result in results("test").items():
         for entry in result["found"]:
@@ -131,7 +131,8 @@ def chosen() -> str:
 
 
 def speed() -> str:
-    header = ["method", "setting", "at a time", "accuracy", "tokens/s", "tokens a pass", "answer", "latency"]
+    header = ["method", "setting", "at a time", "accuracy"]
+    header += ["tokens/s", "tokens per pass", "answer", "latency"]
     rows = [
         [
             row["method"],
@@ -149,10 +150,10 @@ def speed() -> str:
 
 
 def requests() -> str:
-    """What a request and a pass take, now and when the models trained before were timed."""
+    """Time per request and per pass, of the page's models and of those of the first training."""
     header = ["method", "at a time"]
     for when in ("now", "before"):
-        header += [f"ms besides passes, {when}", f"ms a pass, {when}", f"tokens/s, {when}"]
+        header += [f"ms besides passes, {when}", f"ms per pass, {when}", f"tokens/s, {when}"]
     before, rows = first_speeds("earlier_speed"), []
     for at, row in first_speeds().items():
         cells = []
@@ -164,20 +165,20 @@ def requests() -> str:
 
 
 def ablation(key: str, *others: str) -> str:
-    """Accuracy and tokens a pass where nothing but these settings and the size of slots varies; of the other
-    settings those that `key` was varied at."""
+    """Accuracy and tokens per pass of runs in which only these settings and the slot size vary. Values of
+    `others` at which `key` was not varied are left out."""
     rows: dict[tuple, list[list]] = {}
     for settings, of in varied(key, *others):
         at = (settings["slot_size"], *(settings[other] for other in others))
         rows.setdefault(at, []).append([*at, settings[key], with_interval(of), f"{tokens_a_pass(of):.2f}"])
     alike = [rows[at] for at in sorted(rows) if len(rows[at]) > 1]
     return table(
-        ["slot_size", *others, key, "accuracy", "tokens a pass"], [row for of in alike for row in of]
+        ["slot_size", *others, key, "accuracy", "tokens per pass"], [row for of in alike for row in of]
     )
 
 
 def sizes() -> str:
-    """Accuracy and tokens a pass by the slots that were trained and those that are decoded."""
+    """Accuracy and tokens per pass by the slot sizes of training and of decoding."""
     rows = []
     for run, result in results("sizes").items():
         cells = [
@@ -189,7 +190,7 @@ def sizes() -> str:
 
 
 def commands() -> str:
-    """Of every result file."""
+    """The command that wrote each result file."""
     kinds = ("train", "search", "validation", "test", "speed", "ablations", "sizes")
     kinds += ("earlier_test", "earlier_speed")
     lines = [
@@ -201,7 +202,7 @@ def commands() -> str:
 
 
 def device() -> str:
-    """What decoded, and with what."""
+    """The device and the versions that decoded."""
     found = {
         f"{r['device']}, JAX {r['jax']}, Python {r['python']}"
         for kind in ("validation", "test", "speed")
@@ -210,7 +211,7 @@ def device() -> str:
     return "; ".join(sorted(found))
 
 
-# What the page's text calls them.
+# The names in the page's text.
 TABLES = {
     "device": device,
     "summary": summary,

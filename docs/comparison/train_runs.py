@@ -4,9 +4,9 @@
     python docs/comparison/train_runs.py main
     python docs/comparison/train_runs.py ablations
 
-configs/comparison.py says which files have to be there. Of each run docs/comparison/results/train_NAME.json
-has the command, what was fed, how long its steps took and the curve of its loss; checkpoints stay in
-runs/comparison/NAME. On SIGTERM runs save and end; the same command goes on with them.
+configs/comparison.py names the files that must exist. docs/comparison/results/train_NAME.json holds each
+run's command, its amount of data, its step times and its loss curve; checkpoints stay in
+runs/comparison/NAME. On SIGTERM runs save and end; the same command resumes them.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from refusion_jax.checkpoints.orbax_io import PREEMPTED_EXIT_CODE
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")
 STEPS = 3600  # of 32 rows of 1024 tokens
-# Steps of the search: learning rates. The longer is among those that were best in the shorter.
+# Steps of the search -> learning rates. The longer search is among the best rates of the shorter one.
 SEARCH = {300: (1e-4, 3e-4, 1e-3, 3e-3), 900: (1e-3, 3e-3)}
-LEARNING_RATE = 1e-3  # what it chose, for all four
+LEARNING_RATE = 1e-3  # chosen by the search, for all four objectives
 
-# Masked diffusion is trained to fill what is left of its last blocks with EOS.
+# Masked diffusion is trained to fill the rest of its last blocks with EOS.
 FILLED = {"data.eos_multiple": 32, "data.eos_extra_blocks": 2}
 OBJECTIVES = {"ar": {}, "refusion": {}, "mdm": FILLED, "bd3": FILLED}
 

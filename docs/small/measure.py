@@ -1,10 +1,10 @@
-"""Measures the model that comes with the package, for README.md and for `bench decode --replay`.
+"""Measures the model that ships, for docs/small_model.md and for `bench decode --replay`.
 
     python docs/small/measure.py
 
-writes what `evaluate` finds by slots and left to right to docs/small/METHOD.json and, as a table, to
-README.md, and courses of decoding a few problems of each task to refusion_jax/traces/. It is all that is left
-to do where another model has taken the place of the one in refusion_jax/small.
+evaluates the model by slots and left to right. It writes the results to docs/small/METHOD.json, their table
+to docs/small_model.md, and traces of a few problems of each task to refusion_jax/traces/. Run it after
+replacing the model in refusion_jax/small; nothing else needs an update.
 """
 
 import json
@@ -21,7 +21,7 @@ from refusion_jax.serving.opened import open_by
 from refusion_jax.serving.score import score
 
 ROOT = Path(__file__).parents[2]
-# The dtype is what a CPU takes by itself, so that README's command finds about the same on every machine.
+# float32 is the default on a CPU, so the page's command finds about the same figures on every machine.
 MODEL = ["--checkpoint=refusion_jax/small", "--dtype=float32", "--gen_length=256"]
 CONFIG = "configs/small.py"
 METHODS = {"refusion": ["--num_blocks=4", "--batch_size=1"], "ar": ["--method=ar"]}
@@ -40,7 +40,7 @@ def measured(flags: Sequence[str]) -> Figures:
 
 
 def table(results: Mapping[str, Figures]) -> str:
-    """README's, of the results of METHODS."""
+    """The page's table, from the results of METHODS."""
     asked, cost = f"right of {results['ar']['problems']}", "tokens per forward"
     columns = ("task", f"ReFusion, {asked}", cost, f"left to right, {asked}", cost)
     lines = [f"| {' | '.join(columns)} |", "|---" * 5 + "|"]
@@ -71,8 +71,8 @@ def main() -> None:
     for method, flags in METHODS.items():
         results[method] = measured(flags)
         Path(f"docs/small/{method}.json").write_text(json.dumps(results[method], indent=2) + "\n")
-    readme, (begin, end) = Path("README.md"), map(re.escape, MARKS)
-    readme.write_text(re.sub(f"(?s)(?<={begin}).*(?={end})", lambda _: table(results), readme.read_text()))
+    page, (begin, end) = Path("docs/small_model.md"), map(re.escape, MARKS)
+    page.write_text(re.sub(f"(?s)(?<={begin}).*(?={end})", lambda _: table(results), page.read_text()))
     for name, slot_size in TRACES.items():
         lines = [json.dumps(course, separators=(",", ":")) + "\n" for course in courses(slot_size)]
         Path(f"refusion_jax/traces/{name}.jsonl").write_text("".join(lines))
