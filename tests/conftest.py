@@ -3,9 +3,10 @@
 Processes that tests start find in the cache what others have compiled. It goes with the run, unless
 JAX_COMPILATION_CACHE_DIR names a folder: then the next run need not compile again what has not changed.
 
-Most test programs run a few times only, so XLA is told to make little effort: no LLVM optimisation and, where
-the flag exists (jaxlib below 0.11), no fusion emitters, which halves compile time. Setting XLA_FLAGS replaces
-these flags: XLA_FLAGS=--xla_backend_optimization_level=3 is what users get.
+Most test programs run a few times only, so XLA is told to make little effort. jaxlib 0.10 compiles without
+LLVM optimisation and without fusion emitters, which halves compile time. Later versions have no such flag, and
+without optimisation round differently by shape, so they take level 1. Setting XLA_FLAGS replaces these flags:
+XLA_FLAGS=--xla_backend_optimization_level=3 is what users get.
 """
 
 import atexit
@@ -19,9 +20,10 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in flags:
-    flags += " --xla_backend_optimization_level=0"
     if version("jaxlib").startswith("0.10."):
-        flags += " --xla_cpu_use_fusion_emitters=false"
+        flags += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    else:
+        flags += " --xla_backend_optimization_level=1"
 os.environ["XLA_FLAGS"] = flags + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sampling import OF_OTHERS, command
+from sampling import FLAGS, command
 
 import refusion_jax
 from refusion_jax import __main__ as listing
@@ -101,18 +101,20 @@ def test_public_names():
 
 
 def test_generate_gives_what_sample_prints(checkpoint):
+    asked = {"gen_length": 32, "slot_size": 4, "slot_threshold": 0.6, "token_threshold": 0.1}
     prompts = ["26+0+10", "1+2+3", "26+0+10"]
-    ran = command(f"--checkpoint={checkpoint}", "--gen_length=32", *(f"--prompt={p}" for p in prompts))
-    answers = generate(prompts, checkpoint, gen_length=32)
+    ran = command(f"--checkpoint={checkpoint}", *FLAGS, *(f"--prompt={p}" for p in prompts))
+    answers = generate(prompts, checkpoint, batch_size=1, **asked)
     assert answers == ran.out.splitlines()
-    assert generate(prompts[0], checkpoint, gen_length=32) == answers[0]
+    assert generate(prompts[0], checkpoint, batch_size=1, **asked) == answers[0]
     assert generate([], checkpoint) == []
-    by_ar = command(f"--checkpoint={checkpoint}", "--method=ar", *OF_OTHERS, f"--prompt={prompts[0]}")
-    assert generate(prompts[0], checkpoint, method="ar", gen_length=32) == by_ar.out.rstrip("\n")
     stop = answers[0][1:3]
-    assert generate(prompts[0], checkpoint, gen_length=32, stop=[stop]) == answers[0].split(stop)[0]
+    stopped = generate(prompts[0], checkpoint, batch_size=1, stop=[stop], **asked)
+    assert stopped == answers[0].split(stop)[0]
     with pytest.raises(BadInput, match="unknown field 'gen_len'"):
         generate("1", checkpoint, gen_len=3)
+    with pytest.raises(BadInput, match="first_token must be one of"):
+        generate("1", checkpoint, method="ar", first_token="last")
     with pytest.raises(BadInput, match=r"checkpoint: .*nowhere"):
         generate("1", "nowhere")
 
