@@ -4,8 +4,8 @@ Processes that tests start find in the cache what others have compiled. It goes 
 JAX_COMPILATION_CACHE_DIR names a folder: then the next run need not compile again what has not changed.
 
 Most test programs run a few times only, so XLA is told to make little effort. jaxlib 0.10 compiles without
-LLVM optimisation and without fusion emitters, which halves compile time. Later versions have no such flag, and
-at level 0 they round differently by shape, so they take level 1. Setting XLA_FLAGS replaces these flags:
+LLVM optimisation and fusion emitters, which halves compile time. Later versions have no such flag and at
+level 0 round differently by shape, so they take level 1. Setting XLA_FLAGS replaces these flags:
 XLA_FLAGS=--xla_backend_optimization_level=3 is what users get.
 """
 

@@ -189,15 +189,31 @@ def test_a_room_imports_what_its_line_allows(of):
     assert rooms_imported(of) - GROUND <= MAY_IMPORT[of]
 
 
-def test_imports_point_one_way():
-    def reached(of: str) -> set[str]:
-        found, new = set(), rooms_imported(of)
-        while new - found:
-            found |= new
-            new = {after for before in new for after in rooms_imported(before)}
-        return found
+def rooms_reached(of: str) -> set[str]:
+    """The rooms that come along with a room, itself left out."""
+    found, new = set(), rooms_imported(of)
+    while new - found:
+        found |= new
+        new = {after for before in new for after in rooms_imported(before)}
+    return found
 
-    assert [of for of in ROOMS if of in reached(of)] == []
+
+def test_imports_point_one_way():
+    assert [of for of in ROOMS if of in rooms_reached(of)] == []
+
+
+DECODING = {"decode", "baselines.decoders", "serving"}
+TRAINING = {"training", "diffusion", "baselines.objectives"}
+
+
+@pytest.mark.parametrize(("of", "never"), [(TRAINING, DECODING), (DECODING, TRAINING)])
+def test_training_and_decoding_do_not_reach_each_other(of, never):
+    for room in of:
+        assert not rooms_reached(room) & never, room
+
+
+def test_few_files_lie_at_the_top():
+    assert len([path for path in ROOT.iterdir() if path.is_file()]) <= 20
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -29,7 +29,7 @@ from refusion_jax.weights import lora
 
 Array = jax.Array
 
-# Of the step, by platform; measured on one H200 (docs/training.md).
+# Compiler options of the step, by platform; measured on one H200 (docs/training_speed.md).
 COMPILER_OPTIONS = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True},
 }
