@@ -36,7 +36,8 @@ from refusion_jax.tpu.lowering import (
 )
 from refusion_jax.tpu.slices import CHIPS, GIB, Topology
 from refusion_jax.training.flops import peak_flops, train_flops
-from refusion_jax.training.step import RunConfig, objective_of
+from refusion_jax.training.objectives import OBJECTIVES
+from refusion_jax.training.run import RunConfig
 
 DOES_NOT_FIT = 3
 MOST_COMPILED = 6  # changes; each takes as long as the first program
@@ -141,7 +142,7 @@ def describe_training(run: RunConfig, topology: Topology) -> str:
     rows, length = run.train.batch_size, run.data.max_length
     total_len = jnp.full(rows, length)
     # An eighth of it prompt, as `bench train` has it; only what bd3 computes depends on that.
-    work = objective_of(run, mask_id=None).work(total_len // 8, total_len)
+    work = OBJECTIVES[run.objective].flop_counts(total_len // 8, total_len, run.diffusion)
     flops = float(train_flops(run.model, *work))
     devices = topology.devices()
     seconds = flops / (len(devices) * peak_flops(devices[0].device_kind))

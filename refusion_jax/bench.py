@@ -26,7 +26,7 @@ from refusion_jax.loader import decoding_scope, load
 from refusion_jax.sample import check_output
 from refusion_jax.serving import flags as opening
 from refusion_jax.serving.engine import METHODS, Config
-from refusion_jax.training.step import RunConfig
+from refusion_jax.training.run import RunConfig
 
 DECODING = {"gen_length": 512, "slot_size": 32, "num_blocks": 4}  # where flags say nothing
 

@@ -32,7 +32,7 @@ from refusion_jax.errors import BadInput, command
 from refusion_jax.serving import engine as serving
 from refusion_jax.serving import flags as opening
 from refusion_jax.serving.engine import Request
-from refusion_jax.training.step import RunConfig
+from refusion_jax.training.run import RunConfig
 
 Z = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
 

@@ -1,6 +1,7 @@
 """The small files of a model folder: text and JSON objects."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_if_there(path: Path) -> dict[str, Any]:
     """The same, empty when there is no such file."""
     return read_json(path) if path.is_file() else {}
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file that appears under its name only when it is whole; an old one stays until then."""
+    data = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -2,312 +2,66 @@
 
     python -m refusion_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-Goes on by itself where DIR (--workdir) holds a checkpoint. Leaves in it config.yaml (the run), config.json
-and the tokenizer (the model), checkpoints/STEP, metrics.csv and TensorBoard events. On SIGTERM it finishes
-its step, saves and exits with 143, the code on which launchers restart; then the same command goes on.
-Several processes make one run: on TPU slices and under SLURM by themselves, elsewhere with --coordinator,
---num_processes and --process_id (see processes.py, and launch/).
+Resumes if DIR (--workdir) holds a checkpoint. Writes to DIR: config.yaml (the run), config.json and the
+tokenizer (the model), checkpoints/STEP, metrics.csv and TensorBoard events. On SIGTERM it finishes the
+current step, saves and exits with 143, the code on which launchers restart; the same command then resumes.
+On TPU slices and under SLURM, several processes form one run by themselves; elsewhere --coordinator,
+--num_processes and --process_id connect them (see training/processes.py and launch/).
 """
 
 import argparse
-import dataclasses
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-import jax
-import yaml
+from refusion_jax.errors import command
 
-from refusion_jax import config, loader, sharding
-from refusion_jax.checkpoints import hugging_face as hf
-from refusion_jax.checkpoints.orbax_io import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
-from refusion_jax.data.examples import Examples
-from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples, row_use
-from refusion_jax.errors import BadInput, command
-from refusion_jax.model.transformer import ModelConfig
-from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from refusion_jax.training import processes
-from refusion_jax.training.metrics import Reporter, check_wandb
-from refusion_jax.training.profiling import Profile, parse_steps
-from refusion_jax.training.step import Program, RunConfig, TrainState, make_program
-from refusion_jax.training.wall_time import WallTime
-from refusion_jax.weights import lora
-from refusion_jax.weights.lora import LoraConfig
-
-CONFIG_FILE = "config.yaml"
-
-# In these and its objective a run that goes on must be what it was: they shape its state and number its
-# batches.
-FIXED = {
-    "model": [field.name for field in dataclasses.fields(ModelConfig)],
-    "data": [field.name for field in dataclasses.fields(DataConfig) if field.name != "workers"],
-    "train": ["batch_size", "seed", "scan_layers"],
-    "lora": [field.name for field in dataclasses.fields(LoraConfig)],
-}
-
-# What runs did that do not speak of it, from before there was a choice.
-UNSAID = {"data": {"eos_multiple": 1, "eos_extra_blocks": 0}, "lora": {"rank": 0}}
+# Nothing else is imported at the top: processes that prepare data import this module again, and they need
+# neither JAX nor the model.
 
 
-def train(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) -> int:
-    """Trains to `run.train.steps`, from the newest checkpoint in `workdir` if there is one.
+def _parser(epilog: str, coordinator_timeout: int) -> argparse.ArgumentParser:
+    from refusion_jax import config
 
-    Args:
-      run: what to do.
-      workdir: DIR.
-      profile_steps: a trace of these goes to DIR/profile.
-
-    Returns:
-      0, or PREEMPTED_EXIT_CODE when SIGTERM came: the step under way was finished and saved first.
-
-    Raises:
-      BadInput: the run, its data or what `workdir` holds cannot be used.
-    """
-    wall_time = WallTime()
-    check_wandb(run.train.wandb_project)
-    tokenizer = run_tokenizer(run)
-    mesh = sharding.make_mesh(run.mesh)
-    program = make_program(run, mesh, mask_id(run, tokenizer))
-    examples = run_examples(run)
-    group, groups = sharding.row_group(mesh)
-    batches = batch_iterator(
-        examples,
-        run.train.batch_size,
-        group,
-        groups,
-        workers=run.data.workers,
-        open_examples=partial(run_examples, run),
-    )
-    folder = _open_folder(workdir)
-    with Checkpoints(folder, run.train.keep) as checkpoints, Preemption() as preemption, closing(batches):
-        done = checkpoints.latest_step()
-        if done is None:
-            state = first_state(run, program)
-        else:
-            _check_same_run(folder, run)
-            state, position = _restore(checkpoints, done, program.state)
-            batches.set_state(position)
-        if jax.process_index() == 0:
-            _describe(folder, run, tokenizer)
-            size = f"{_size(program.state.base):,} parameters"
-            if program.state.frozen:
-                size += f" and {_size(program.state.params):,} that adapt them"
-            begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
-            print(f"{size} on {dict(mesh.shape)}, {begin}", flush=True)
-            held, used = row_use(examples)
-            print(f"rows of {run.data.max_length} tokens: {held:.1f} examples, {used:.1%} used", flush=True)
-        with Profile(folder, profile_steps) as profile:
-            return _loop(
-                run, folder, program, state, done or 0, batches, checkpoints, preemption, wall_time, profile
-            )
-
-
-def first_state(run: RunConfig, program: Program) -> TrainState:
-    """The state before the first step: random parameters, or those of the folder `train.init_from`.
-
-    Raises:
-      BadInput: that folder holds no readable model, or one of another shape.
-    """
-    folder = run.train.init_from
-    if not folder:
-        return program.init()
-    found = hf.read_config(folder)
-    for name in FIXED["model"]:
-        ours, theirs = getattr(run.model, name), getattr(found, name)
-        if ours != theirs:
-            raise BadInput(f"model.{name}: is {ours}, the model in {folder} has {theirs}")
-    return program.start(loader.load_params(folder, run.model, program.state.base))
-
-
-def _loop(
-    run: RunConfig,
-    folder: Path,
-    program: Program,
-    state: TrainState,
-    done: int,
-    batches: Any,
-    checkpoints: Checkpoints,
-    preemption: Preemption,
-    wall_time: WallTime,
-    profile: Profile,
-) -> int:
-    steps = run.train.steps
-    unreported: list[dict[str, jax.Array]] = []
-    previous = None
-    wall_time.lap("setup")
-    with _reporter(run, folder, done, wall_time) as reporter:
-        for step in range(done + 1, steps + 1):
-            batch = next(batches)
-            # Waiting costs nothing as long as the devices have the step before to do.
-            wall_time.lap("input" if _is_ready(previous) else "step")
-            batch = jax.make_array_from_process_local_data(program.rows, batch)
-            profile.before(step, previous)
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = program.step(state, batch)
-            profile.after(step, metrics)
-            if previous is None:
-                wall_time.lap("compile")
-            unreported.append(metrics)
-            # Stay one step ahead of the devices and no more: they need not wait for us, and little is
-            # under way when SIGTERM comes.
-            jax.block_until_ready(previous)
-            previous = metrics
-            if reporter is not None:
-                reporter.advance(step)
-            if step % run.train.log_every == 0 or step == steps:
-                if reporter is not None:
-                    taken = jax.device_get(unreported)
-                    wall_time.lap("step")
-                    reporter.report(step, taken)
-                unreported = []
-            preempted = preemption.reached(step) and step < steps
-            if preempted or step == steps or step % run.train.save_every == 0:
-                # After the rows up to here: a run that goes on from this checkpoint does not repeat them.
-                jax.block_until_ready(metrics)  # as saving does; so the step's time is not the checkpoint's
-                wall_time.lap("step")
-                checkpoints.save(step, _items(state), batches.get_state())
-                wall_time.lap("checkpoint")
-            if preempted:
-                if jax.process_index() == 0:
-                    print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
-                return PREEMPTED_EXIT_CODE
-    return 0
-
-
-def _reporter(run: RunConfig, folder: Path, done: int, wall_time: WallTime) -> Any:
-    """A context manager: the first process's Reporter, None in the others."""
-    if jax.process_index() != 0:
-        return nullcontext()
-    settings = config.as_dict(run)
-    return Reporter(folder, done, run.train.steps, wall_time, run.train.wandb_project, settings)
-
-
-def _size(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _is_ready(arrays: Any) -> bool:
-    return all(array.is_ready() for array in jax.tree.leaves(arrays))
-
-
-def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[TrainState, Any]:
-    """The state saved at `step`, sharded as the abstract one given, and the place in the data."""
-    items, position = checkpoints.restore(step, _items(state))
-    saved_step, opt_state = items["optimizer"]
-    params, frozen = lora.split(items["params"])
-    return TrainState(saved_step, params, opt_state, frozen), position
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """The state as a checkpoint has it; its parameters are whole, so that it can be read without the run."""
-    params = lora.combine(state.params, state.frozen)
-    return {"params": params, "optimizer": (state.step, state.opt_state)}
-
-
-def run_examples(run: RunConfig) -> Examples:
-    """The examples of a run."""
-    return load_examples(run.data, run_tokenizer(run), run.train.seed)
-
-
-def run_tokenizer(run: RunConfig) -> Tokenizer:
-    """The tokenizer of a run. Raises BadInput when the model's table is too small for it."""
-    folder = run.train.tokenizer or run.train.init_from
-    tokenizer = load_tokenizer(folder) if folder else ByteTokenizer()
-    highest = max(tokenizer.vocab_size - 1, *tokenizer.special.roles().values())
-    if highest >= run.model.vocab_size:
-        raise BadInput(
-            f"model.vocab_size: must be above {highest}, the tokenizer's highest id, "
-            f"found {run.model.vocab_size}"
-        )
-    return tokenizer
-
-
-def mask_id(run: RunConfig, tokenizer: Tokenizer) -> int | None:
-    """The mask token of a run, None if its objective needs none; BadInput when it is missing."""
-    return None if run.objective == "ar" else tokenizer.need_mask()
-
-
-def _open_folder(workdir: str | Path) -> Path:
-    """The run's folder, made if there is none; BadInput if it cannot be one."""
-    if "://" in str(workdir):
-        raise BadInput(f"--workdir={workdir}: must be a folder of a file system that all hosts mount")
-    folder = Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--workdir={workdir}: cannot be made ({error.strerror})") from None
-    if (folder / "config.json").exists() and not (folder / CONFIG_FILE).exists():
-        raise BadInput(f"--workdir={workdir}: holds a model that no run wrote, choose another folder")
-    return folder
-
-
-def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
-    """Writes what is needed to go on with the run and to sample from it."""
-    temporary = folder / f"{CONFIG_FILE}.tmp"
-    temporary.write_text(yaml.safe_dump(config.as_dict(run), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, folder / CONFIG_FILE)
-    tokenizer.save(folder)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
-    trained = {"objective": run.objective}
-    if run.objective == "bd3":
-        trained["block_len"] = run.diffusion.block_len
-    hf.write_config(folder, run.model, ids | trained)
-
-
-def _check_same_run(folder: Path, run: RunConfig) -> None:
-    """Raises BadInput naming the first field in which `run` is not the run in the folder."""
-    path = folder / CONFIG_FILE
-    try:
-        stored = {"objective": "refusion", "lora": {}} | yaml.safe_load(path.read_text(encoding="utf-8"))
-        sections = {section: UNSAID.get(section, {}) | stored[section] for section in FIXED}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        raise BadInput(f"{path}: is not the configuration of the run whose checkpoints are here") from None
-    wanted = config.as_dict(run)
-    both = {"objective": (wanted["objective"], stored["objective"])}
-    for section, fields in FIXED.items():
-        for field in fields:
-            new = wanted[section][field]
-            both[f"{section}.{field}"] = new, sections[section].get(field, new)
-    for name, (new, old) in both.items():
-        if old != new:
-            raise BadInput(
-                f"{name}: is {new!r}, the run in {folder} has {old!r}; "
-                "change it back or choose another --workdir"
-            )
-
-
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
     parser = config.Parser(
         prog="python -m refusion_jax.train",
-        description="Trains a model; goes on by itself where --workdir holds a checkpoint. "
-        "SIGTERM makes it save and exit with 143.",
-        epilog=config.help_text(RunConfig),
+        description="Trains a model; resumes if --workdir holds a checkpoint. SIGTERM makes it save and exit "
+        "with 143.",
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
+    parser.add_argument("--config", metavar="FILE", required=True, help=config.FILE_HELP)
     parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the run")
     parser.add_argument(
         "--profile_steps",
         metavar="FIRST:LAST",
-        help="write a trace of these steps to DIR/profile, for XProf or TensorBoard (default: none)",
+        help="steps to trace into DIR/profile, for XProf or TensorBoard (default: none)",
     )
     several = parser.add_argument_group("several processes (SLURM and TPU slices need no flags)")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--num_processes", metavar="N", type=int, help="how many; 1 looks for no others")
-    several.add_argument("--process_id", metavar="I", type=int, help="which one this is, from 0")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
+    several.add_argument(
+        "--num_processes", metavar="N", type=int, help="number of processes; 1 looks for no others"
+    )
+    several.add_argument("--process_id", metavar="I", type=int, help="index of this process, from 0")
     several.add_argument(
         "--coordinator_timeout",
         metavar="SECONDS",
         type=int,
-        default=processes.TIMEOUT,
-        help="how long to wait for all of them (%(default)s)",
+        default=coordinator_timeout,
+        help="time to wait for all processes (default %(default)s)",
     )
+    return parser
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    from refusion_jax import config
+    from refusion_jax.training import processes
+    from refusion_jax.training.loop import run_training
+    from refusion_jax.training.profiling import parse_steps
+    from refusion_jax.training.run import RunConfig
+
+    parser = _parser(config.help_text(RunConfig), processes.TIMEOUT)
     flags, overrides = parser.parse_known_args(arguments)
     run = config.load(flags.config, overrides, RunConfig)
     profile_steps = range(0)
@@ -316,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with processes.distributed(
         flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
     ):
-        return train(run, flags.workdir, profile_steps)
+        return run_training(run, flags.workdir, profile_steps)
 
 
 if __name__ == "__main__":

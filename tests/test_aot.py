@@ -18,7 +18,7 @@ from refusion_jax.tpu.collectives import Collective, count
 from refusion_jax.tpu.lowering import bytes_needed
 from refusion_jax.tpu.slices import CHIPS, Topology
 from refusion_jax.training.optimizer import OptimizerConfig
-from refusion_jax.training.step import RunConfig, TrainConfig
+from refusion_jax.training.run import RunConfig, TrainConfig
 
 CONFIG = "configs/tiny.py"
 needs_libtpu = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import pytest
 
 from refusion_jax import config
 from refusion_jax.serving.engine import METHODS
-from refusion_jax.training.step import RunConfig
+from refusion_jax.training.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
 

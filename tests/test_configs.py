@@ -9,7 +9,8 @@ import pytest
 
 from refusion_jax import config
 from refusion_jax.sharding import make_mesh
-from refusion_jax.training.step import RunConfig, make_program
+from refusion_jax.training.run import RunConfig
+from refusion_jax.training.step import make_program
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("configs/*.py"))

@@ -42,7 +42,18 @@ MAY_IMPORT = {
     "data.sources": {"tokenizer"},
     "data.tasks": {"data.sources", "tokenizer"},
     "data": {"data.sources", "data.tasks", "tokenizer"},
-    "training": {"baselines.objectives", "data", "diffusion", "model", "sharding", "weights"},
+    "training": {
+        "baselines.objectives",
+        "checkpoints",
+        "config",
+        "data",
+        "diffusion",
+        "loader",
+        "model",
+        "sharding",
+        "tokenizer",
+        "weights",
+    },
     # decoding for users
     "serving": {
         "baselines.decoders",
@@ -55,20 +66,10 @@ MAY_IMPORT = {
         "tokenizer",
     },
     # measuring, and compiling for other machines
-    "benchmarks": {"data", "decode", "loader", "model", "serving", "sharding", "train", "training"},
+    "benchmarks": {"data", "decode", "diffusion", "loader", "model", "serving", "sharding", "training"},
     "tpu": {"decode", "loader", "model", "sharding", "training"},
     # commands
-    "train": {
-        "checkpoints",
-        "config",
-        "data",
-        "loader",
-        "model",
-        "sharding",
-        "tokenizer",
-        "training",
-        "weights",
-    },
+    "train": {"config", "training"},
     "sample": {"config", "serving"},
     "evaluate": {"config", "data", "data.sources", "data.tasks", "serving", "training"},
     "convert": {"checkpoints", "config", "loader", "model", "tokenizer", "weights"},

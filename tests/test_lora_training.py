@@ -23,7 +23,8 @@ from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.train import main
 from refusion_jax.training.optimizer import OptimizerConfig
-from refusion_jax.training.step import RunConfig, TrainConfig, make_program
+from refusion_jax.training.run import RunConfig, TrainConfig
+from refusion_jax.training.step import make_program
 from refusion_jax.weights import fused, lora
 from refusion_jax.weights.lora import LoraConfig
 
@@ -79,7 +80,7 @@ def take_steps(run: RunConfig):
         "total_len": np.full(8, 24),
         "example_id": np.arange(8),
     }
-    batch = jax.device_put({name: x.astype("i4") for name, x in batch.items()}, program.rows)
+    batch = jax.device_put({name: x.astype("i4") for name, x in batch.items()}, program.batch_sharding)
     step = program.step.lower(program.state, batch).compile()
     taken = []
     for _ in range(3):

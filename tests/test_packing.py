@@ -20,7 +20,8 @@ from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.tokenizer import ByteTokenizer
 from refusion_jax.training.optimizer import OptimizerConfig
-from refusion_jax.training.step import RunConfig, TrainConfig, make_program
+from refusion_jax.training.run import RunConfig, TrainConfig
+from refusion_jax.training.step import make_program
 
 TOKENIZER = ByteTokenizer()
 MASK = TOKENIZER.mask_id
@@ -305,7 +306,7 @@ def step_metrics(batch, packing: bool, mesh=(1, 1, 1), **changes) -> dict[str, f
         MeshConfig(*mesh),
     )
     program = make_program(run, make_mesh(run.mesh, jax.devices()[: np.prod(mesh)]), MASK)
-    placed = jax.make_array_from_process_local_data(program.rows, batch)
+    placed = jax.make_array_from_process_local_data(program.batch_sharding, batch)
     state = program.init.lower().compile()()
     _, values = program.step.lower(state, placed).compile()(state, placed)
     return {name: float(value) for name, value in values.items()}

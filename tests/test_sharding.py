@@ -16,7 +16,8 @@ from refusion_jax.errors import BadInput
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.training.optimizer import OptimizerConfig
-from refusion_jax.training.step import RunConfig, TrainConfig, make_program
+from refusion_jax.training.run import RunConfig, TrainConfig
+from refusion_jax.training.step import make_program
 
 THREE_KV_HEADS = ModelConfig(256, 1, 16, 9, 3, 4, 32)
 

@@ -25,10 +25,12 @@ from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
 from refusion_jax.model.transformer import ModelConfig, stack_layers
 from refusion_jax.sharding import MeshConfig, make_mesh
-from refusion_jax.train import first_state, main
+from refusion_jax.train import main
 from refusion_jax.training import metrics
+from refusion_jax.training.loop import first_state
 from refusion_jax.training.optimizer import OptimizerConfig
-from refusion_jax.training.step import RunConfig, TrainConfig, make_program
+from refusion_jax.training.run import RunConfig, TrainConfig
+from refusion_jax.training.step import make_program
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(260, 2, 16, 2, 2, 8, 32)
@@ -89,7 +91,7 @@ def take_steps(run: RunConfig, params=None, count: int = 5, symbols: int = 256):
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(program.state), strict=True):
         assert leaf.sharding == like.sharding
     batches = random_batches(count, symbols=symbols)
-    batches = [jax.make_array_from_process_local_data(program.rows, batch) for batch in batches]
+    batches = [jax.make_array_from_process_local_data(program.batch_sharding, batch) for batch in batches]
     step = program.step.lower(program.state, batches[0]).compile()
     taken = []
     for batch in batches:
@@ -382,7 +384,7 @@ TWO_PROCESSES = """
 import sys
 import jax
 jax.distributed.initialize("localhost:{port}", 2, {index})
-from refusion_jax.train import first_state, main
+from refusion_jax.train import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -453,7 +455,11 @@ def test_missing_flags_and_help(capsys):
         main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for part in ("--workdir", "--config.train.steps=int  updates in all (required)", "(default 1e-08)"):
+    for part in (
+        "--workdir",
+        "--config.train.steps=INT  number of updates of the whole run (required)",
+        "(default 1e-08)",
+    ):
         assert part in text
 
 

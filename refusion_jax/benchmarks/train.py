@@ -16,11 +16,12 @@ import numpy as np
 
 from refusion_jax import sharding
 from refusion_jax.benchmarks.decode import arbitrary_params
-from refusion_jax.data.pipeline import batch_iterator, load_examples
-from refusion_jax.train import mask_id, run_tokenizer
-from refusion_jax.training import step as train_step
+from refusion_jax.data.pipeline import batch_iterator
+from refusion_jax.diffusion.segments import Batch
 from refusion_jax.training.flops import peak_flops
-from refusion_jax.training.step import Batch, Program, RunConfig, TrainState
+from refusion_jax.training.objectives import OBJECTIVES
+from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_tokenizer
+from refusion_jax.training.step import Program, TrainState, make_program, noise_key
 
 WARM_UP = 3
 MASK_ID = 5  # where tokens are random any will do
@@ -53,8 +54,9 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows))
     mesh = sharding.make_mesh(run.mesh, devices)
     mask = mask_id(run, run_tokenizer(run)) if real_data else MASK_ID
-    program = train_step.make_program(run, mesh, mask)
-    batch = jax.device_put(_real_batch(run) if real_data else _random_batch(run, program.batch), program.rows)
+    program = make_program(run, mesh, mask)
+    batch = _real_batch(run) if real_data else _random_batch(run, program.batch)
+    batch = jax.device_put(batch, program.batch_sharding)
     start = time.perf_counter()
     step = program.step.lower(program.state, program.batch).compile()
     compile_s = time.perf_counter() - start
@@ -89,9 +91,9 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
 
 def _noise_seconds(run: RunConfig, mesh: Any, batch: Batch, steps: int) -> float:
     """What drawing the noise and rearranging the tokens takes alone: a median."""
-    objective = train_step.objective_of(run, MASK_ID)
+    corrupt = OBJECTIVES[run.objective].corrupt
     noise = jax.jit(
-        lambda step, batch: objective.noise(train_step.noise_key(run, step), batch),
+        lambda step, batch: corrupt(noise_key(run, step), batch, run.diffusion, MASK_ID),
         out_shardings=sharding.batch_sharding(mesh),
     )
     seconds = []
@@ -119,7 +121,7 @@ def _random_batch(run: RunConfig, abstract: Batch) -> Batch:
 
 def _real_batch(run: RunConfig) -> Batch:
     """The first batch of the configured data."""
-    examples = load_examples(run.data, run_tokenizer(run), run.train.seed)
+    examples = run_examples(run, run_tokenizer(run))
     return next(batch_iterator(examples, run.train.batch_size))
 
 

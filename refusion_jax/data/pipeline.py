@@ -22,7 +22,7 @@ from refusion_jax.data.sources.example import Example
 from refusion_jax.data.sources.jsonl import load_jsonl
 from refusion_jax.data.tasks.registry import TASKS, Task, make_task
 from refusion_jax.errors import BadInput
-from refusion_jax.tokenizer import Tokenizer
+from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,16 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
         if config.packing
         else examples
     )
+
+
+def load_examples_in_worker(config: DataConfig, tokenizer_folder: str | None, seed: int) -> Examples:
+    """`load_examples` with arguments that pickle: a worker process opens the tokenizer itself."""
+    return load_examples(config, open_tokenizer(tokenizer_folder), seed)
+
+
+def open_tokenizer(folder: str | None) -> Tokenizer:
+    """The tokenizer in a model folder; without a folder, bytes."""
+    return load_tokenizer(folder) if folder else ByteTokenizer()
 
 
 def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:

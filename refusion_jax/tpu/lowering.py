@@ -18,7 +18,8 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.sharding import MeshConfig
 from refusion_jax.tpu import collectives
 from refusion_jax.tpu.slices import Topology
-from refusion_jax.training.step import RunConfig, make_program
+from refusion_jax.training.run import RunConfig
+from refusion_jax.training.step import make_program
 
 _MASK_ID = 0  # any token: it changes no shape
 
