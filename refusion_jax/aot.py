@@ -37,8 +37,8 @@ from refusion_jax.tpu.lowering import (
 )
 from refusion_jax.tpu.slices import Topology
 from refusion_jax.training.flops import train_flops
+from refusion_jax.training.objectives import OBJECTIVES
 from refusion_jax.training.run import RunConfig
-from refusion_jax.training.step import objective_of
 
 DOES_NOT_FIT = 3
 MOST_COMPILED = 6  # changes; each takes as long as the first program
@@ -143,7 +143,7 @@ def describe_training(run: RunConfig, topology: Topology) -> str:
     rows, length = run.train.batch_size, run.data.max_length
     total_len = jnp.full(rows, length)
     # An eighth of it prompt, as `bench train` has it; only what bd3 computes depends on that.
-    work = objective_of(run, mask_id=None).flop_counts(total_len // 8, total_len)
+    work = OBJECTIVES[run.objective].flop_counts(total_len // 8, total_len, run.diffusion)
     flops = float(train_flops(run.model, *work))
     devices = topology.devices()
     seconds = flops / (len(devices) * peak_flops(devices[0].device_kind))
@@ -177,7 +177,7 @@ def _parser() -> config.Parser:
         "--config",
         metavar="FILE",
         required=True,
-        help="Python file with get_config(), or the config.yaml of a run",
+        help=config.FILE_HELP,
     )
     generations = ", ".join(TPU_GENERATIONS)
     add(

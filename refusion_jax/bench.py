@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--config",
         metavar="FILE",
         required=True,
-        help="Python file with get_config(), or the config.yaml of a run",
+        help=config.FILE_HELP,
     )
     add.add_argument(
         "--devices",

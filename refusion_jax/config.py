@@ -1,8 +1,9 @@
-"""Run configurations: a Python or YAML file, `--config.a.b=value` overrides, frozen dataclasses.
+"""Run configurations: a file, `--config.a.b=value` overrides on top, frozen dataclasses as the result.
 
-A configuration file has `get_config()`, which returns an `ml_collections.ConfigDict` of sections. Each
-section becomes one frozen dataclass, a field of the run's dataclass, which may have plain fields besides; a
-field that the file leaves out has the dataclass's default. Nothing beyond this module sees a ConfigDict.
+The file is Python with a function `get_config()` that returns an `ml_collections.ConfigDict`, or the
+config.yaml that a run wrote. Its sections become frozen dataclasses, the fields of the run's dataclass, which
+may also have plain fields. A field that the file leaves out has the dataclass's default. No other module
+handles a ConfigDict.
 """
 
 import argparse
@@ -12,11 +13,10 @@ import difflib
 import inspect
 import re
 import runpy
-import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from refusion_jax.files import read_text
 from refusion_jax.version import __version__
 
 PREFIX = "--config."
-YAML = (".yaml", ".yml")
+FILE_HELP = "Python file with get_config(), or the config.yaml of a run"  # help of --config
 
 Run = TypeVar("Run")
 
@@ -45,36 +45,40 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """The `type` of a flag that takes a whole number above 0."""
+    """Argparse `type` of a flag: a positive integer."""
     if not text.isdecimal() or not text.strip("0"):
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, found {text!r}")
     return int(text)
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The `type` of a flag that takes one of them, or several with commas between."""
+    """Argparse `type` of a flag: one or more positive integers, separated by commas."""
     return [whole_number(part) for part in text.split(",")]
 
 
 def load(path: str | Path, overrides: Sequence[str], run_class: type[Run]) -> Run:
-    """The run described by a configuration file and `--config.section.field=value` arguments, or
-    `--config.field=value` for a field outside sections.
+    """The run described by a configuration file and overrides.
 
     Args:
-      path: a Python file with `get_config()`, or a YAML file of sections such as the config.yaml of a run.
-      overrides: arguments as given. A value is read as Python literal of the field's type; text needs no
-        quotes.
-      run_class: a dataclass; those of its fields that are dataclasses are the sections.
+      path: a Python file with `get_config()`, or a .yaml or .yml file as a run writes it.
+      overrides: `--config.section.field=value`, or `--config.field=value` for a field outside sections. A
+        value is a Python literal of the field's type; text needs no quotes, and items of a list no brackets.
+      run_class: a dataclass; its fields that are dataclasses are the sections.
 
     Raises:
       BadInput: the file cannot be used; a section, field or value is unknown, missing or of a wrong type.
     """
-    config = _yaml_config(Path(path)) if Path(path).suffix in YAML else _run_file(Path(path))
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"--config={path}: no such file")
+    is_yaml = path.suffix in (".yaml", ".yml")
+    config = _read_yaml(path) if is_yaml else _read_python(path)
     with config.unlocked():
         for name, section_class in _sections(run_class).items():
             section = config[name] = config.get(name, ml_collections.ConfigDict())
             if not isinstance(section, ml_collections.ConfigDict):
-                raise BadInput(f"{path}: section {name} must be a ConfigDict, found {section!r}")
+                kind = "mapping" if is_yaml else "ConfigDict"
+                raise BadInput(f"{path}: section {name} must be a {kind}, found {section!r}")
             _fill_up(section, section_class)
         _fill_up(config, run_class)
     for override in overrides:
@@ -83,15 +87,15 @@ def load(path: str | Path, overrides: Sequence[str], run_class: type[Run]) -> Ru
 
 
 def build(run_class: type[Run], values: Mapping[str, Any], source: str) -> Run:
-    """The dataclass from nested mappings; lists become tuples.
+    """The run from nested mappings; lists become tuples.
 
     Args:
       run_class: as in `load`.
-      values: section -> field -> value, and field -> value.
-      source: the file, for messages.
+      values: section -> field -> value, and field -> value for fields outside sections.
+      source: name of the file, for messages.
 
     Raises:
-      BadInput: a section or field is unknown, missing or wrong.
+      BadInput: a section or field is unknown, missing or of a wrong type.
     """
     known = typing.get_type_hints(run_class)
     for name in values:
@@ -105,7 +109,7 @@ def build(run_class: type[Run], values: Mapping[str, Any], source: str) -> Run:
 
 
 def as_dict(run: Any) -> dict[str, Any]:
-    """The run as nested plain dicts and lists, as YAML writes them."""
+    """The run as nested dicts and lists, the content of config.yaml."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -116,8 +120,11 @@ def as_dict(run: Any) -> dict[str, Any]:
 
 
 def help_text(run_class: type) -> str:
-    """An entry for each field that an override can set: type, meaning, default."""
-    lines = ["overrides (default; a file's own values come first, then these):"]
+    """Help on the fields that overrides can set: one line for each with its type, meaning and default."""
+    lines = [
+        "fields of the configuration; a value given here replaces the file's, and that replaces the default",
+        """(write a LIST as 1,2,3 and a MAPPING as "{'name': value}"):""",
+    ]
     sections = _sections(run_class)
     for prefix, owner in [("", run_class), *((f"{name}.", found) for name, found in sections.items())]:
         about, hints = _field_docs(owner), typing.get_type_hints(owner)
@@ -125,40 +132,50 @@ def help_text(run_class: type) -> str:
             if owner is run_class and field.name in sections:
                 continue
             default = _default(field)
-            shown = "required" if default is dataclasses.MISSING else f"default {default!r}"
+            note = "required" if default is dataclasses.MISSING else f"default {_as_written(default)}"
             text = about.get(field.name, "").removesuffix(".")
-            line = f"  {PREFIX}{prefix}{field.name}={_type_name(hints[field.name])}  {text} ({shown})"
-            lines += textwrap.wrap(line, 110, subsequent_indent=" " * 6, break_on_hyphens=False)
+            lines.append(f"  {PREFIX}{prefix}{field.name}={_placeholder(hints[field.name])}  {text} ({note})")
     return "\n".join(lines)
 
 
 def _sections(run_class: type) -> dict[str, type]:
-    """The fields of a run that are sections, and the dataclass of each."""
+    """Name -> dataclass of the fields of a run that are sections."""
     hints = typing.get_type_hints(run_class)
     return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
 
 
 def _fill_up(values: ml_collections.ConfigDict, owner: type) -> None:
-    """Gives the fields of a dataclass that are left out their defaults."""
+    """Sets the fields of a dataclass that the file leaves out to their defaults."""
     for field in dataclasses.fields(owner):
         if field.name not in values and (default := _default(field)) is not dataclasses.MISSING:
             values[field.name] = default
 
 
-def _yaml_config(path: Path) -> ml_collections.ConfigDict:
-    text = read_text(path)
+def _read_yaml(path: Path) -> ml_collections.ConfigDict:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(read_text(path))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise BadInput(f"{path}{line}: not readable as YAML ({error.problem})") from None
     except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise BadInput(f"{path}: not readable as YAML ({error})") from None
+    if not isinstance(values, dict):
         raise BadInput(f"{path}: must hold a mapping of sections, found {type(values).__name__}")
+    for key in _keys(values):
+        if not isinstance(key, str) or "." in key:  # ConfigDict takes no others
+            raise BadInput(f"{path}: {key!r} cannot be the name of a section or field")
     return ml_collections.ConfigDict(values)
 
 
-def _run_file(path: Path) -> ml_collections.ConfigDict:
-    if not path.is_file():
-        raise BadInput(f"--config={path}: no such file")
+def _keys(values: Any) -> Iterator[Any]:
+    """The keys of nested mappings."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield key
+            yield from _keys(value)
+
+
+def _read_python(path: Path) -> ml_collections.ConfigDict:
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if not isinstance(get_config, Callable):
@@ -178,7 +195,7 @@ def _run_file(path: Path) -> ml_collections.ConfigDict:
 
 
 def _override(config: ml_collections.ConfigDict, argument: str, run_class: type) -> None:
-    """Sets the one field that `argument`, `--config.section.field=value` or `--config.field=value`, names."""
+    """Sets the field that `argument` names: `--config.section.field=value` or `--config.field=value`."""
     key, equals, text = argument.removeprefix(PREFIX).partition("=")
     flag = f"{PREFIX}{key}"
     if not argument.startswith(PREFIX) or not equals:
@@ -200,21 +217,21 @@ def _override(config: ml_collections.ConfigDict, argument: str, run_class: type)
 
 
 def _parse(text: str, hint: Any, flag: str) -> Any:
-    """`text` as a value of the type `hint`."""
+    """`text` as a value of type `hint`."""
     if hint is str:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    for candidate in (value, text):
+    for candidate in (value, text, text.removesuffix(",").split(",")):
         if _fits(candidate, hint):
             return candidate
     raise BadInput(f"{flag}: must be {_type_name(hint)}, found {text!r}")
 
 
 def _build(owner: type, values: Mapping[str, Any], place: str) -> Any:
-    """The dataclass `owner` of values; `place` stands before a field's name in messages."""
+    """The dataclass `owner` with the given values; messages put `place` before a field's name."""
     hints = typing.get_type_hints(owner)
     for field, value in values.items():
         if field not in hints:
@@ -259,17 +276,29 @@ def _cast(value: Any, hint: Any) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-    """A type as --help and errors name it: "int", "list of int", "mapping or None"."""
+    """The type in error messages, as Python code without the names of modules."""
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if plain else re.sub(r"\b[a-z_.]+\.(?=\w)", "", str(hint))
+
+
+def _placeholder(hint: Any) -> str:
+    """The type in help, as users of the command line know it: INT, LIST of TEXT, MAPPING|None."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        # A dataclass is given as a mapping, and both are listed where both are accepted.
-        names = list(dict.fromkeys(map(_type_name, arguments)))
-        return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        return "|".join(dict.fromkeys(map(_placeholder, arguments)))
     if origin in (tuple, Sequence):
-        return f"list of {_type_name(arguments[0])}"
-    if origin is Mapping or hint is Mapping or dataclasses.is_dataclass(hint):
-        return "mapping"
-    return "None" if hint in (None, type(None)) else hint.__name__
+        return f"LIST of {_placeholder(arguments[0])}"
+    if origin is Mapping or dataclasses.is_dataclass(hint):
+        return "MAPPING"
+    return {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false", types.NoneType: "None"}[hint]
+
+
+def _as_written(value: Any) -> str:
+    """A default as an override would give it."""
+    if isinstance(value, tuple | list):
+        items = ",".join(map(_as_written, value))
+        return f"{items}," if len(value) == 1 else items or "()"
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
 
 
 def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any], prefix: str = "") -> str:
@@ -278,7 +307,7 @@ def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any], prefix: s
 
 
 def _field_docs(section_class: type) -> dict[str, str]:
-    """Field -> its text in the class's docstring, `name: text` with further lines indented deeper."""
+    """Field -> its text in the class's docstring: `name: text`, continued on lines indented deeper."""
     names = {field.name for field in dataclasses.fields(section_class)}
     docs: dict[str, str] = {}
     name, depth = "", 0

@@ -247,8 +247,9 @@ def test_what_a_worker_imports(tmp_path, source, unwanted):
     worker = f"""
 import functools, pickle, sys
 import refusion_jax.train
-from refusion_jax.data.pipeline import DataConfig, open_examples
-opened = pickle.loads(pickle.dumps(functools.partial(open_examples, DataConfig({source}), "", 0)))
+from refusion_jax.data.pipeline import DataConfig, load_examples_in_worker
+made = functools.partial(load_examples_in_worker, DataConfig({source}), None, 0)
+opened = pickle.loads(pickle.dumps(made))
 opened()[3]
 print(*(name for name in {unwanted.split()} if name in sys.modules))
 if "jax" in sys.modules:

@@ -74,7 +74,17 @@ MAY_IMPORT = {
         "tokenizer",
     },
     # measuring, and compiling for other machines
-    "benchmarks": {"devices", "data", "decode", "loader", "model", "serving", "sharding", "training"},
+    "benchmarks": {
+        "diffusion",
+        "devices",
+        "data",
+        "decode",
+        "loader",
+        "model",
+        "serving",
+        "sharding",
+        "training",
+    },
     "tpu": {"devices", "decode", "loader", "model", "sharding", "training"},
     # commands
     "train": {"config", "training"},

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from refusion_jax import sharding
-from refusion_jax.baselines.objectives import ar as ar_objective
-from refusion_jax.baselines.objectives import bd3 as bd3_objective
-from refusion_jax.baselines.objectives import mdm as mdm_objective
+from refusion_jax.baselines.objectives import ar, bd3, mdm
 from refusion_jax.diffusion import slot_diffusion as diffusion
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.model.attention import attend_fed
 from refusion_jax.model.transformer import ModelConfig, Transformer
-from refusion_jax.training.objectives import OBJECTIVES, make_objective
+from refusion_jax.training.objectives import OBJECTIVES
 
 MASK, VOCAB, WIDTH, BLOCK = 38, 40, 32, 4
 MODEL = ModelConfig(VOCAB, 2, 16, 4, 2, 8, 32)
@@ -57,17 +55,19 @@ def params():
     return jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, params)  # so that who attends to whom matters
 
 
-def objective(name: str, places: int = 4, **settings):
-    return make_objective(name, DiffusionConfig((4, 8), **{"block_len": BLOCK} | settings), places, MASK)
+def corrupt(name: str, batch, **settings):
+    config = DiffusionConfig((4, 8), **{"block_len": BLOCK} | settings)
+    return OBJECTIVES[name].corrupt(KEY, batch, config, MASK)
 
 
 @functools.partial(jax.jit, static_argnames="name")
 def of_batch(params, batch, name: str):
     """Losses of a batch, and the logits and noise they are of."""
-    asked = objective(name, batch["example_id"].reshape(len(batch["tokens"]), -1).shape[1])
-    noised = asked.corrupt(KEY, batch)
-    model = Transformer(MODEL, causal=asked.causal)
-    logits, _ = model.apply(params, noised.tokens, noised.positions, **asked.attention_kwargs(noised))
+    objective, packed = OBJECTIVES[name], batch["example_id"].size > len(batch["tokens"])
+    noised = corrupt(name, batch)
+    model = Transformer(MODEL, causal=objective.causal)
+    visibility = objective.attention_kwargs(noised, packed)
+    logits, _ = model.apply(params, noised.tokens, noised.positions, **visibility)
     return diffusion.loss(logits, noised)[1], logits, noised
 
 
@@ -104,7 +104,7 @@ def test_mdm_loss_by_hand():
     prompt_len, total_len = np.asarray([[1, 1], [2, 0]], np.int32), np.asarray([[3, 2], [3, 0]], np.int32)
     masked = np.asarray([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1]], bool)  # also where it means nothing
     p = np.asarray([[0.5, 0.5, 0.5, 0.25, 0.25, 0.25], [0.8] * 6], np.float32)
-    noised = mdm_objective.mask(tokens, prompt_len, total_len, mdm_objective.Draw(p, masked), MASK)
+    noised = mdm.mask(tokens, prompt_len, total_len, mdm.Draw(p, masked), MASK)
     np.testing.assert_array_equal(noised.tokens, [[1, MASK, 3, 2, MASK, 0], [3, 1, MASK, 0, 0, 0]])
     np.testing.assert_array_equal(noised.positions[0, :5], [0, 1, 2, 0, 1])
     np.testing.assert_array_equal(noised.segments, [[0, 0, 0, 1, 1, 2], [0, 0, 0, 2, 2, 2]])
@@ -166,7 +166,7 @@ def test_what_comes_later_is_not_seen(params, name):
     if name == "bd3":
         copy = slice(WIDTH + 6, WIDTH + 14)
         np.testing.assert_array_equal(one[copy], other[copy])
-        mask = np.asarray(bd3_objective.visible(noised))
+        mask = np.asarray(bd3.visible(noised))
         assert not mask[:, :WIDTH, WIDTH:].any()  # nothing clean sees anything noised
 
 
@@ -174,13 +174,14 @@ def test_mdm_sees_all_of_its_example_and_nothing_else(params, groups):
     batch = rows_of(groups, 4)
     changed = batch | {"tokens": batch["tokens"].copy()}
     changed["tokens"][0, 24] += 1  # within the second example
-    asked = objective("mdm")
+    objective = OBJECTIVES["mdm"]
 
     @jax.jit
     def logits(batch):
-        clean = ar_objective.labelled(batch["tokens"], batch["prompt_len"], batch["total_len"])
-        model = Transformer(MODEL, causal=asked.causal)
-        return model.apply(params, clean.tokens, clean.positions, **asked.attention_kwargs(clean))[0]
+        clean = ar.corrupt(KEY, batch, DiffusionConfig(), None)
+        model = Transformer(MODEL, causal=objective.causal)
+        visibility = objective.attention_kwargs(clean, True)
+        return model.apply(params, clean.tokens, clean.positions, **visibility)[0]
 
     difference = np.abs(logits(batch) - logits(changed))[0].max(-1)
     assert (difference[12:25] > 1e-5).all()
@@ -194,7 +195,7 @@ N = 4000
 def test_noise_is_drawn_as_said(block_len):
     length, eps = 24, 0.1
     zeros, lengths = jnp.zeros(N, jnp.int32), jnp.full(N, length)
-    of = jax.jit(mdm_objective.draw, static_argnums=(4, 5, 6))
+    of = jax.jit(mdm.draw, static_argnums=(4, 5, 6))
     drawn = jax.device_get(of(KEY, jnp.arange(N), zeros, lengths, length, eps, block_len))
     p = drawn.mask_probability[:, :: block_len or length]
     np.testing.assert_array_equal(np.repeat(p, block_len or length, axis=1), drawn.mask_probability)
@@ -219,7 +220,7 @@ def test_noise_is_drawn_as_said(block_len):
 def test_the_expected_loss_of_mdm_does_not_depend_on_the_noise():
     """Weighted by 1 / p, each token of a response counts 1 / A on average."""
     rows = rows_of([[(number, [1] * 10, 4)] for number in range(N)], None)
-    noised = objective("mdm", 1, eps=0.2).corrupt(KEY, rows)
+    noised = corrupt("mdm", rows, eps=0.2)
     mean = np.asarray(noised.diffusion_weights).mean(0)
     np.testing.assert_allclose(mean[4:10], 1 / 6, atol=0.02)
     assert not mean[:4].any() and not mean[10:].any()
@@ -227,7 +228,7 @@ def test_the_expected_loss_of_mdm_does_not_depend_on_the_noise():
 
 def test_parts_of_a_row_that_hold_nothing_weigh_nothing():
     for name in OBJECTIVES:
-        noised = jax.jit(objective(name).corrupt)(KEY, rows_of([[], [(3, [1, 2, 3], 3)]], 4))
+        noised = jax.jit(functools.partial(corrupt, name))(rows_of([[], [(3, [1, 2, 3], 3)]], 4))
         for weights in (noised.ar_weights, noised.diffusion_weights, noised.ar_count, noised.has_response):
             assert not np.asarray(weights).any(), name
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(noised))

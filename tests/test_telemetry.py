@@ -19,7 +19,7 @@ from refusion_jax.devices import DEVICES, Device, peak_flops
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.training import flops, metrics, profiling, wall_time
-from refusion_jax.training.objectives import make_objective
+from refusion_jax.training.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 SHARES = ("goodput", "input_share", "checkpoint_share", "compile_share")
@@ -65,10 +65,10 @@ def test_parameters_are_those_of_the_model(config):
 
 def work_of(lengths, name="refusion", prompt_len=0) -> float:
     """FLOPs of a step of the tiny model over examples of those lengths, by an objective."""
-    objective = make_objective(name, DiffusionConfig(block_len=8), 1, mask_id=0)
     lengths = np.asarray(lengths)
-    work = objective.flop_counts(np.minimum(prompt_len, lengths), lengths)
-    return float(flops.train_flops(ModelConfig.tiny(), *work))
+    prompts = np.minimum(prompt_len, lengths)
+    counts = OBJECTIVES[name].flop_counts(prompts, lengths, DiffusionConfig(block_len=8))
+    return float(flops.train_flops(ModelConfig.tiny(), *counts))
 
 
 def test_work_of_a_step():

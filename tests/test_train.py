@@ -457,7 +457,11 @@ def test_missing_flags_and_help(capsys):
         main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for part in ("--workdir", "--config.train.steps=int  updates in all (required)", "(default 1e-08)"):
+    for part in (
+        "--workdir",
+        "--config.train.steps=INT  number of updates of the whole run (required)",
+        "(default 1e-08)",
+    ):
         assert part in text
 
 

@@ -18,10 +18,10 @@ from refusion_jax import sharding
 from refusion_jax.benchmarks.decode import arbitrary_params
 from refusion_jax.data.pipeline import batch_iterator
 from refusion_jax.devices import peak_flops
-from refusion_jax.training import step as train_step
-from refusion_jax.training.objectives import Batch
+from refusion_jax.diffusion.segments import Batch
+from refusion_jax.training.objectives import OBJECTIVES
 from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_tokenizer
-from refusion_jax.training.step import Program, TrainState
+from refusion_jax.training.step import Program, TrainState, make_program, noise_key
 
 WARM_UP = 3
 MASK_ID = 5  # where tokens are random any will do
@@ -54,7 +54,7 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows))
     mesh = sharding.make_mesh(run.mesh, devices)
     mask = mask_id(run, run_tokenizer(run)) if real_data else MASK_ID
-    program = train_step.make_program(run, mesh, mask)
+    program = make_program(run, mesh, mask)
     batch = jax.device_put(
         _real_batch(run) if real_data else _random_batch(run, program.batch), program.batch_sharding
     )
@@ -92,9 +92,9 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
 
 def _noise_seconds(run: RunConfig, mesh: Any, batch: Batch, steps: int) -> float:
     """What drawing the noise and rearranging the tokens takes alone: a median."""
-    objective = train_step.objective_of(run, MASK_ID)
+    corrupt = OBJECTIVES[run.objective].corrupt
     noise = jax.jit(
-        lambda step, batch: objective.corrupt(train_step.noise_key(run, step), batch),
+        lambda step, batch: corrupt(noise_key(run, step), batch, run.diffusion, MASK_ID),
         out_shardings=sharding.batch_sharding(mesh),
     )
     seconds = []
@@ -122,7 +122,7 @@ def _random_batch(run: RunConfig, abstract: Batch) -> Batch:
 
 def _real_batch(run: RunConfig) -> Batch:
     """The first batch of the configured data."""
-    return next(batch_iterator(run_examples(run), run.train.batch_size))
+    return next(batch_iterator(run_examples(run, run_tokenizer(run)), run.train.batch_size))
 
 
 def _some_state(program: Program) -> TrainState:

@@ -105,13 +105,14 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
     )
 
 
-def open_examples(config: DataConfig, tokenizer_folder: str, seed: int) -> Examples:
-    """`load_examples` with the tokenizer of a folder, "" for bytes.
+def load_examples_in_worker(config: DataConfig, tokenizer_folder: str | None, seed: int) -> Examples:
+    """`load_examples` with arguments that pickle: a worker process opens the tokenizer itself."""
+    return load_examples(config, open_tokenizer(tokenizer_folder), seed)
 
-    Worker processes call it: its arguments are small to pickle.
-    """
-    tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder else ByteTokenizer()
-    return load_examples(config, tokenizer, seed)
+
+def open_tokenizer(folder: str | None) -> Tokenizer:
+    """The tokenizer in a model folder; without a folder, bytes."""
+    return load_tokenizer(folder) if folder else ByteTokenizer()
 
 
 def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:

@@ -1,10 +1,10 @@
-"""The cross entropy of final states under a head, without logits of the whole batch.
+"""Weighted cross entropy of final states under a head, without the logits of a whole batch.
 
-The loss is a weighted sum over tokens whose weights are known beforehand. So its gradient with respect to
-the logits, weight * (softmax - one-hot), is there as soon as the logits are: the forward pass multiplies it
-into the gradients of states and head at once, chunk after chunk, and the backward pass only scales those.
-No logits outlive their chunk, none is computed twice, and none for tokens without a weight (prompts, ends of
-slots, padding), but for those that fill up the last chunk.
+The loss is a weighted sum over tokens whose weights are known in advance. Its gradient with respect to the
+logits, weight * (softmax - one-hot), is therefore known as soon as the logits are. The forward pass turns it
+into the gradients of states and head at once, one chunk of tokens after another; the backward pass only
+scales them. No logits outlive their chunk and none are computed twice. Tokens of weight 0 (prompts, ends of
+slots, padding) are skipped, except for those that fill up the last chunk.
 """
 
 import functools
@@ -19,17 +19,17 @@ Array = jax.Array
 def weighted_cross_entropy(
     states: Array, head: Array, targets: Array, weights: Array, num_chunks: int
 ) -> tuple[Array, Array]:
-    """sum_i w_i ce_i, and every ce_i, which is for reporting: it has no gradient.
+    """The sum over tokens of w_i ce_i, and ce_i itself for reporting.
 
     Args:
-      states: [B, T, D].
-      head: [D, V], of the same dtype; products are in it, statistics in float32.
+      states: [B, T, D], final states.
+      head: [D, V], of the same dtype. Matrix products are computed in it, softmax statistics in float32.
       targets: int32 [B, T].
-      weights: float32 [B, T].
-      num_chunks: T is cut into so many parts, computed one after the other.
+      weights: float32 [B, T], w.
+      num_chunks: number of parts of T, computed one after another; must divide T.
 
     Returns:
-      float32 [] and float32 [B, T]; ce_i is 0 where w_i is.
+      float32 [], differentiable in states and head; and float32 [B, T] without a gradient, 0 where w_i is 0.
     """
     return _forward(states, head, targets, weights, num_chunks)[0]
 
@@ -40,7 +40,7 @@ def _forward(states: Array, head: Array, targets: Array, weights: Array, num_chu
         return (jnp.sum(ce * weights), ce), (d_states, d_head.astype(head.dtype))
 
     weighted = weights != 0
-    order = jnp.argsort(~weighted, axis=1)  # stable: weighted tokens first, else as they stand
+    order = jnp.argsort(~weighted, axis=1)  # stable: weighted tokens first, otherwise in their order
     length = states.shape[1] // num_chunks
     num_live = -(-jnp.max(jnp.sum(weighted, axis=1)) // length)
 
@@ -62,10 +62,10 @@ def _forward(states: Array, head: Array, targets: Array, weights: Array, num_chu
 
 
 def _chunk(states: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """ce [B, T], and the gradients of its weighted sum: of the states, and float32 of the head."""
+    """ce [B, T], and the gradients of its weighted sum with respect to the states and (float32) the head."""
     logits = jnp.einsum("BTD,DV->BTV", states, head)
-    # The largest logit is taken off before anything is subtracted: the loss of a confident token is a few
-    # units in the last place of the logits themselves.
+    # Subtract the largest logit first: the loss of a confident token is only a few units in the last place
+    # of the logits.
     shifted = logits.astype(jnp.float32) - jnp.max(logits, axis=-1, keepdims=True).astype(jnp.float32)
     exponentials = jnp.exp(shifted)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)

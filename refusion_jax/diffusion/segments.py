@@ -1,9 +1,10 @@
-"""Rows of several examples: which of them each token is of, and its place there.
+"""Rows that hold several examples: which example each token belongs to, and its position in that example.
 
-An array of a row's examples is [B, E]; where E is 1 it may be [B]. Everything else here is of one row, for
-`jax.vmap` over rows.
+An array with one entry per example of a row has shape [B, E]; where E is 1 it may be [B]. The other
+functions work on a single row; use `jax.vmap` for a batch.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,17 +12,21 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+# Names of the arrays of a batch, all int32: tokens [B, T]; prompt_len, total_len (prompt and response) and
+# example_id [B], or [B, E] where rows hold up to E examples. Unused places have a total_len of 0.
+Batch = Mapping[str, Array]
+
 
 class TokenPlaces(NamedTuple):
-    """Where the T tokens of a row stand, its E examples being back to back and padding after them.
+    """Example and position of each of the T tokens of a row: its E examples back to back, then padding.
 
     Attributes:
-      owner: int32 [T], the example each is of; of padding, the last.
-      position: int32 [T], its place in that example.
-      real: bool [T], not padding.
-      response: bool [T], of the response.
-      offset: int32 [T], its place in the response; 0 before it.
-      segments: int32 [T], `owner`, but E for padding.
+      owner: int32 [T], index of the token's example; for padding, of the last example.
+      position: int32 [T], position in that example.
+      real: bool [T], whether the token is not padding.
+      response: bool [T], whether the token belongs to the response.
+      offset: int32 [T], position in the response; 0 before it.
+      segments: int32 [T], as `owner`, but E for padding.
     """
 
     owner: Array
@@ -33,7 +38,7 @@ class TokenPlaces(NamedTuple):
 
 
 def locate_tokens(prompt_len: Array, total_len: Array, length: int) -> TokenPlaces:
-    """`TokenPlaces` of a row of `length` tokens; int32 [E] each, prompt_len and total_len as in a batch."""
+    """`TokenPlaces` of a row of `length` tokens; prompt_len and total_len are int32 [E], as in a batch."""
     start = first(total_len)
     owner = owners(start, length)
     position = jnp.arange(length) - start[owner]
@@ -50,19 +55,21 @@ def locate_tokens(prompt_len: Array, total_len: Array, length: int) -> TokenPlac
 
 
 def columns(x: Array) -> Array:
-    """[B, E] of [B, E], or of [B] where E is 1."""
+    """x [B, E] unchanged; x [B] as [B, 1]."""
     return x.reshape(x.shape[0], -1)
 
 
 def first(lengths: Array) -> Array:
-    """Where each of the runs of `lengths` [E] begins that stand one after the other."""
+    """int32 [E]: the index at which each of E consecutive runs of `lengths` [E] begins."""
     return jnp.cumsum(lengths) - lengths
 
 
 def owners(first: Array, count: int) -> Array:
-    """int32 [count]: in which run, of those that begin at ascending `first` [E], each of 0 … count - 1 is.
+    """int32 [count]: the index of the run that contains each of 0 … count - 1.
 
-    What lies beyond the runs counts as of the last one.
+    Args:
+      first: int [E], ascending: where each of the consecutive runs begins.
+      count: number of indices to look up; indices beyond the runs count as part of the last run.
     """
-    # Compared with all of them: E is small, and that is one fused operation where a search is a loop.
+    # compare_all: E is small, and comparing with every entry is one fused operation; a search is a loop.
     return jnp.searchsorted(first, jnp.arange(count), side="right", method="compare_all") - 1

@@ -6,7 +6,8 @@ from typing import Any
 
 from refusion_jax.model.rope import RopeScaling
 
-DTYPES = ("float32", "bfloat16")  # of activations and matrix products
+# Names of the dtypes that a model computes in, as flags and configurations give them; jnp.dtype takes them.
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)

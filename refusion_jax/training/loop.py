@@ -1,26 +1,32 @@
-"""The training loop: from a configuration and a work folder to checkpoints and metrics."""
+"""A whole training run: opens or resumes its folder, takes the steps, saves checkpoints, reports metrics.
 
+A run leaves in its folder DIR: config.yaml (the run), config.json and the tokenizer (the model),
+checkpoints/STEP, metrics.csv and TensorBoard events.
+"""
+
+import contextlib
 import dataclasses
 import sys
-from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import yaml
+from jax.sharding import Mesh
 
 from refusion_jax import config, loader, sharding
 from refusion_jax.checkpoints import hugging_face
 from refusion_jax.checkpoints.orbax_io import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
-from refusion_jax.data.pipeline import DataConfig, batch_iterator, open_examples, row_use
+from refusion_jax.data.batches import Batches
+from refusion_jax.data.examples import Examples
+from refusion_jax.data.pipeline import DataConfig, batch_iterator, row_use
 from refusion_jax.errors import BadInput
 from refusion_jax.files import write_atomically
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.tokenizer import Tokenizer
 from refusion_jax.training.metrics import Reporter, check_wandb
 from refusion_jax.training.profiling import Profile
-from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_tokenizer
+from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_tokenizer, worker_examples
 from refusion_jax.training.step import Program, TrainState, make_program
 from refusion_jax.training.wall_time import WallTime
 from refusion_jax.weights import lora
@@ -38,40 +44,64 @@ MUST_NOT_CHANGE = {
 }
 
 # Defaults for runs saved before these fields existed.
-DEFAULTS_OF_OLD_RUNS = {"data": {"eos_multiple": 1, "eos_extra_blocks": 0}, "lora": {"rank": 0}}
+DEFAULTS_OF_OLD_RUNS = {
+    "objective": "refusion",
+    "data": {"eos_multiple": 1, "eos_extra_blocks": 0},
+    "lora": {"rank": 0},
+}
+
+
+class Services(NamedTuple):
+    """What the loop uses besides the program and the data.
+
+    Attributes:
+      checkpoints: saves states.
+      preemption: whether SIGTERM was received, the same answer in all processes.
+      wall_time: the seconds of this process, by what they were spent on.
+      profile: traces some of the steps.
+      reporter: writes metrics; None in all processes but the first.
+    """
+
+    checkpoints: Checkpoints
+    preemption: Preemption
+    wall_time: WallTime
+    profile: Profile
+    reporter: Reporter | None
 
 
 def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) -> int:
     """Trains to `run.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Args:
-      run: what to do.
+      run: the configuration.
       workdir: DIR.
-      profile_steps: a trace of these goes to DIR/profile.
+      profile_steps: the steps to trace, into DIR/profile.
 
     Returns:
-      0, or PREEMPTED_EXIT_CODE when SIGTERM came: the step under way was finished and saved first.
+      0, or PREEMPTED_EXIT_CODE after SIGTERM: the current step was finished and saved first.
 
     Raises:
-      BadInput: the run, its data or what `workdir` holds cannot be used.
+      BadInput: the configuration, its data or the contents of `workdir` cannot be used.
     """
     wall_time = WallTime()
     check_wandb(run.train.wandb_project)
     tokenizer = run_tokenizer(run)
     mesh = sharding.make_mesh(run.mesh)
     program = make_program(run, mesh, mask_id(run, tokenizer))
-    examples = run_examples(run)
-    group, groups = sharding.row_group(mesh)
+    examples = run_examples(run, tokenizer)
     batches = batch_iterator(
         examples,
         run.train.batch_size,
-        group,
-        groups,
+        *sharding.row_group(mesh),
         workers=run.data.workers,
-        open_examples=partial(open_examples, run.data, run.tokenizer_folder, run.train.seed),
+        open_examples=worker_examples(run),
     )
     folder = _open_folder(workdir)
-    with Checkpoints(folder, run.train.keep) as checkpoints, Preemption() as preemption, closing(batches):
+    with (
+        Checkpoints(folder, run.train.keep) as checkpoints,
+        Preemption() as preemption,
+        contextlib.closing(batches),
+    ):
         done = checkpoints.latest_step()
         if done is None:
             state = first_state(run, program)
@@ -81,24 +111,19 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
             batches.set_state(position)
         if jax.process_index() == 0:
             _describe(folder, run, tokenizer)
-            size = f"{_size(program.state.base):,} parameters"
-            if program.state.frozen:
-                size += f" and {_size(program.state.params):,} that adapt them"
-            begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
-            print(f"{size} on {dict(mesh.shape)}, {begin}", flush=True)
-            held, used = row_use(examples)
-            print(f"rows of {run.data.max_length} tokens: {held:.1f} examples, {used:.1%} used", flush=True)
+            _announce(run, program.state, mesh, done, examples)
         with Profile(folder, profile_steps) as profile:
-            return _loop(
-                run, folder, program, state, done or 0, batches, checkpoints, preemption, wall_time, profile
-            )
+            wall_time.lap("setup")
+            with _reporter(run, folder, done or 0, wall_time) as reporter:
+                services = Services(checkpoints, preemption, wall_time, profile, reporter)
+                return _take_steps(run, program, state, done or 0, batches, services)
 
 
 def first_state(run: RunConfig, program: Program) -> TrainState:
-    """The state before the first step: random parameters, or those of the folder `train.init_from`.
+    """The state before the first step: random parameters, or the weights in the folder `train.init_from`.
 
     Raises:
-      BadInput: that folder holds no readable model, or one of another shape.
+      BadInput: the folder holds no readable model, or a model of another shape.
     """
     folder = run.train.init_from
     if not folder:
@@ -111,67 +136,71 @@ def first_state(run: RunConfig, program: Program) -> TrainState:
     return program.start(loader.load_params(folder, run.model, program.state.base))
 
 
-def _loop(
-    run: RunConfig,
-    folder: Path,
-    program: Program,
-    state: TrainState,
-    done: int,
-    batches: Any,
-    checkpoints: Checkpoints,
-    preemption: Preemption,
-    wall_time: WallTime,
-    profile: Profile,
+def _take_steps(
+    run: RunConfig, program: Program, state: TrainState, done: int, batches: Batches, services: Services
 ) -> int:
+    """Takes, reports and saves the steps from `done` + 1 to the last; returns the exit code of the run."""
+    checkpoints, preemption, wall_time, profile, reporter = services
     steps = run.train.steps
     unreported: list[dict[str, jax.Array]] = []
     previous = None
-    wall_time.lap("setup")
-    with _reporter(run, folder, done, wall_time) as reporter:
-        for step in range(done + 1, steps + 1):
-            batch = next(batches)
-            # Waiting costs nothing as long as the devices have the step before to do.
-            wall_time.lap("input" if _is_ready(previous) else "step")
-            batch = jax.make_array_from_process_local_data(program.batch_sharding, batch)
-            profile.before(step, previous)
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = program.step(state, batch)
-            profile.after(step, metrics)
-            if previous is None:
-                wall_time.lap("compile")
-            unreported.append(metrics)
-            # Stay one step ahead of the devices and no more: they need not wait for us, and little is
-            # under way when SIGTERM comes.
-            jax.block_until_ready(previous)
-            previous = metrics
+    for step in range(done + 1, steps + 1):
+        batch = next(batches)
+        # While the devices are busy with the previous step, waiting for a batch costs nothing.
+        wall_time.lap("input" if _is_ready(previous) else "step")
+        batch = jax.make_array_from_process_local_data(program.batch_sharding, batch)
+        profile.before(step, previous)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = program.step(state, batch)
+        profile.after(step, metrics)
+        if previous is None:
+            wall_time.lap("compile")
+        unreported.append(metrics)
+        # Stay exactly one step ahead of the devices: they never wait for this process, and little is in
+        # flight when SIGTERM arrives.
+        jax.block_until_ready(previous)
+        previous = metrics
+        if reporter is not None:
+            reporter.advance(step)
+        if step % run.train.log_every == 0 or step == steps:
             if reporter is not None:
-                reporter.advance(step)
-            if step % run.train.log_every == 0 or step == steps:
-                if reporter is not None:
-                    taken = jax.device_get(unreported)
-                    wall_time.lap("step")
-                    reporter.report(step, taken)
-                unreported = []
-            preempted = preemption.reached(step) and step < steps
-            if preempted or step == steps or step % run.train.save_every == 0:
-                # After the rows up to here: a run that goes on from this checkpoint does not repeat them.
-                jax.block_until_ready(metrics)  # as saving does; so the step's time is not the checkpoint's
+                taken = jax.device_get(unreported)
                 wall_time.lap("step")
-                checkpoints.save(step, _items(state), batches.get_state())
-                wall_time.lap("checkpoint")
-            if preempted:
-                if jax.process_index() == 0:
-                    print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
-                return PREEMPTED_EXIT_CODE
+                reporter.report(step, taken)
+            unreported = []
+        preempted = preemption.reached(step) and step < steps
+        if preempted or step == steps or step % run.train.save_every == 0:
+            # Saved after the rows of metrics.csv up to this step: a resumed run does not repeat them.
+            jax.block_until_ready(metrics)  # saving waits for the step; do not count that as saving
+            wall_time.lap("step")
+            checkpoints.save(step, _items(state), batches.get_state())
+            wall_time.lap("checkpoint")
+        if preempted:
+            if jax.process_index() == 0:
+                print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
+            return PREEMPTED_EXIT_CODE
     return 0
 
 
-def _reporter(run: RunConfig, folder: Path, done: int, wall_time: WallTime) -> Any:
-    """A context manager: the first process's Reporter, None in the others."""
+def _reporter(
+    run: RunConfig, folder: Path, done: int, wall_time: WallTime
+) -> contextlib.AbstractContextManager[Reporter | None]:
+    """The Reporter of the first process; None in the others."""
     if jax.process_index() != 0:
-        return nullcontext()
+        return contextlib.nullcontext()
     settings = config.as_dict(run)
     return Reporter(folder, done, run.train.steps, wall_time, run.train.wandb_project, settings)
+
+
+def _announce(run: RunConfig, state: TrainState, mesh: Mesh, done: int | None, examples: Examples) -> None:
+    """Prints the size of the model, the mesh, where the run begins and how full its rows are."""
+    size = f"{_size(state.base):,} parameters"
+    if state.frozen:
+        size += f" and {_size(state.params):,} that adapt them"
+    begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
+    print(f"{size} on {dict(mesh.shape)}, {begin}", flush=True)
+    held, used = row_use(examples)
+    print(f"rows of {run.data.max_length} tokens: {held:.1f} examples, {used:.1%} used", flush=True)
 
 
 def _size(params: Any) -> int:
@@ -183,7 +212,7 @@ def _is_ready(arrays: Any) -> bool:
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[TrainState, Any]:
-    """The state saved at `step`, sharded as the abstract one given, and the place in the data."""
+    """The state saved at `step`, with the shardings of the abstract `state`, and the position in the data."""
     items, position = checkpoints.restore(step, _items(state))
     saved_step, opt_state = items["optimizer"]
     params, frozen = lora.split(items["params"])
@@ -191,13 +220,13 @@ def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[Tr
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The state as a checkpoint has it; its parameters are whole, so that it can be read without the run."""
+    """The state as a checkpoint stores it: all parameters in one tree, readable without the run."""
     params = lora.combine(state.params, state.frozen)
     return {"params": params, "optimizer": (state.step, state.opt_state)}
 
 
 def _open_folder(workdir: str | Path) -> Path:
-    """The run's folder, made if there is none; BadInput if it cannot be one."""
+    """The run's folder, created if missing; BadInput if it cannot be one."""
     if "://" in str(workdir):
         raise BadInput(f"--workdir={workdir}: must be a folder of a file system that all hosts mount")
     folder = Path(workdir)
@@ -211,7 +240,7 @@ def _open_folder(workdir: str | Path) -> Path:
 
 
 def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
-    """Writes what is needed to go on with the run and to sample from it."""
+    """Writes the files that resuming and sampling need besides the checkpoints."""
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.as_dict(run), sort_keys=False))
     tokenizer.save(folder)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
@@ -222,24 +251,24 @@ def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def _check_same_run(folder: Path, run: RunConfig) -> None:
-    """Raises BadInput naming the first field in which `run` is not the run in the folder."""
+    """Raises BadInput naming the first field in which `run` differs from the run in the folder."""
     path = folder / CONFIG_FILE
     try:
-        stored = {"objective": "refusion", "lora": {}} | yaml.safe_load(path.read_text(encoding="utf-8"))
-        sections = {
-            section: DEFAULTS_OF_OLD_RUNS.get(section, {}) | stored[section] for section in MUST_NOT_CHANGE
-        }
+        stored = {"lora": {}} | yaml.safe_load(path.read_text(encoding="utf-8"))
+        old = {"objective": stored.get("objective", DEFAULTS_OF_OLD_RUNS["objective"])}
+        for section in MUST_NOT_CHANGE:
+            old[section] = DEFAULTS_OF_OLD_RUNS.get(section, {}) | stored[section]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         raise BadInput(f"{path}: is not the configuration of the run whose checkpoints are here") from None
-    wanted = config.as_dict(run)
-    both = {"objective": (wanted["objective"], stored["objective"])}
+    new = config.as_dict(run)
+    pairs = {"objective": (new["objective"], old["objective"])}
     for section, fields in MUST_NOT_CHANGE.items():
         for field in fields:
-            new = wanted[section][field]
-            both[f"{section}.{field}"] = new, sections[section].get(field, new)
-    for name, (new, old) in both.items():
-        if old != new:
+            value = new[section][field]
+            pairs[f"{section}.{field}"] = value, old[section].get(field, value)
+    for name, (value, before) in pairs.items():
+        if before != value:
             raise BadInput(
-                f"{name}: is {new!r}, the run in {folder} has {old!r}; "
+                f"{name}: is {value!r}, the run in {folder} has {before!r}; "
                 "change it back or choose another --workdir"
             )

@@ -1,15 +1,17 @@
-"""The configuration of a training run, and the tokenizer, mask token and examples that follow from it."""
+"""The configuration of a training run, and the tokenizer, examples and mask token that follow from it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from refusion_jax.data.examples import Examples
-from refusion_jax.data.pipeline import DataConfig, open_examples
+from refusion_jax.data.pipeline import DataConfig, load_examples, load_examples_in_worker, open_tokenizer
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
 from refusion_jax.model.config import DTYPES, ModelConfig
 from refusion_jax.model.transformer import REMAT_POLICIES
 from refusion_jax.sharding import MeshConfig
-from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from refusion_jax.tokenizer import Tokenizer
 from refusion_jax.training.objectives import OBJECTIVES
 from refusion_jax.training.optimizer import OptimizerConfig
 from refusion_jax.weights.lora import LoraConfig
@@ -17,23 +19,25 @@ from refusion_jax.weights.lora import LoraConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The run.
+    """Length, batch, precision and starting point of a run.
 
     Attributes:
-      steps: updates in all.
-      batch_size: rows an update, over all devices: of one example each, or of several with data.packing.
+      steps: number of updates of the whole run.
+      batch_size: rows per update, over all devices; a row holds one example, or several with data.packing.
       save_every: steps between checkpoints; the last step is always saved.
       log_every: steps between rows of metrics.csv; the last step always has one.
-      microbatches: parts a batch is computed in, one after the other, to save memory.
-      keep: newest checkpoints that are kept.
-      seed: of parameters, data order and noise.
-      dtype: of activations and matrix products, "float32" or "bfloat16"; parameters are float32.
-      remat: what a layer keeps for the backward pass, "none" (everything), "dots" or "full" (nothing).
-      loss_chunks: parts the logits of a row are computed in, to save memory; divides data.max_length.
-      scan_layers: compile one layer and loop over it, instead of all layers in a row.
-      init_from: Hugging Face model folder to start from; empty starts from random parameters.
-      tokenizer: folder with the tokenizer; empty takes that of init_from, or bytes without one.
-      wandb_project: of Weights & Biases, where metrics go too; empty leaves that out.
+      microbatches: parts into which a batch is split, computed one after another to save memory.
+      keep: number of newest checkpoints that are kept.
+      seed: seed of the initial parameters, the order of the data and the noise.
+      dtype: dtype of activations and matrix products, "float32" or "bfloat16"; parameters are float32.
+      remat: activations that a layer keeps for the backward pass: "none" keeps all, "dots" the results of
+        matrix products and of attention, "full" nothing but the layer's input.
+      loss_chunks: parts of a row whose logits are computed one after another to save memory; must divide
+        data.max_length.
+      scan_layers: compile one layer and loop over it, instead of compiling every layer.
+      init_from: model folder whose weights the run starts from; empty starts from random parameters.
+      tokenizer: folder of the tokenizer; empty takes the tokenizer of init_from, or bytes if that is empty.
+      wandb_project: project of Weights & Biases that also receives the metrics; empty sends none.
     """
 
     steps: int
@@ -62,10 +66,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A configuration file: its sections, and what stands above them.
+    """The sections of a configuration file, and its fields outside sections.
 
     Attributes:
-      objective: what the model is trained to do, "refusion", or one of the baselines "ar", "mdm" and "bd3".
+      objective: training objective: "refusion", or a baseline: "ar", "mdm" or "bd3".
     """
 
     model: ModelConfig
@@ -91,19 +95,10 @@ class RunConfig:
                 f"lora.rank: is {self.lora.rank}, which needs train.init_from, the model to adapt; found none"
             )
 
-    @property
-    def tokenizer_folder(self) -> str:
-        """The folder with the tokenizer; empty for bytes."""
-        return self.train.tokenizer or self.train.init_from
-
 
 def run_tokenizer(run: RunConfig) -> Tokenizer:
-    """The tokenizer of a run.
-
-    Raises:
-      BadInput: the tokenizer cannot be read, or has ids beyond the model's vocabulary.
-    """
-    tokenizer = load_tokenizer(run.tokenizer_folder) if run.tokenizer_folder else ByteTokenizer()
+    """The tokenizer of a run. Raises BadInput if it has ids outside the model's vocabulary."""
+    tokenizer = open_tokenizer(_tokenizer_folder(run))
     highest = max(tokenizer.vocab_size - 1, *tokenizer.special.roles().values())
     if highest >= run.model.vocab_size:
         raise BadInput(
@@ -113,11 +108,27 @@ def run_tokenizer(run: RunConfig) -> Tokenizer:
     return tokenizer
 
 
+def run_examples(run: RunConfig, tokenizer: Tokenizer) -> Examples:
+    """The examples of a run, encoded by its tokenizer; BadInput as in `load_examples`."""
+    return load_examples(run.data, tokenizer, run.train.seed)
+
+
+def worker_examples(run: RunConfig) -> Callable[[], Examples]:
+    """A picklable function that gives the same examples in a worker process.
+
+    It holds no part of the run but the data's, so that a worker that unpickles it imports no model code.
+    """
+    return functools.partial(load_examples_in_worker, run.data, _tokenizer_folder(run), run.train.seed)
+
+
 def mask_id(run: RunConfig, tokenizer: Tokenizer) -> int | None:
-    """The mask token of a run, None if its objective needs none; BadInput when it is missing."""
+    """The id of the mask token; None for the objective "ar", which uses none.
+
+    Raises:
+      BadInput: the objective needs a mask token and the tokenizer has none.
+    """
     return None if run.objective == "ar" else tokenizer.need_mask()
 
 
-def run_examples(run: RunConfig) -> Examples:
-    """The examples of a run; errors as those of `load_examples`."""
-    return open_examples(run.data, run.tokenizer_folder, run.train.seed)
+def _tokenizer_folder(run: RunConfig) -> str | None:
+    return run.train.tokenizer or run.train.init_from or None

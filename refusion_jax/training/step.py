@@ -1,9 +1,9 @@
 """One training step as a compiled function of (state, batch).
 
-    corrupt (whole batch) -> microbatches: model, loss, gradients -> sum -> AdamW
+    corrupt the batch -> per microbatch: model, loss, gradients -> sum of gradients -> AdamW
 
-Its randomness is a function of (seed, step, example), so a run that was interrupted, or moved to another
-mesh, draws the noise it would have drawn.
+The noise is a function of (seed, step, example id), so a run that resumes, on the same mesh or another,
+draws the same noise. The loss is `slot_diffusion.loss_of_states`.
 """
 
 import functools
@@ -17,32 +17,34 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from refusion_jax import sharding
-from refusion_jax.diffusion.slot_diffusion import Noised, divisors, loss_of_states
+from refusion_jax.diffusion import slot_diffusion
+from refusion_jax.diffusion.segments import Batch
+from refusion_jax.diffusion.slot_diffusion import Noised
 from refusion_jax.errors import BadInput
 from refusion_jax.model.attention import fitting_kernel
 from refusion_jax.model.transformer import Transformer
 from refusion_jax.sharding import Layout
 from refusion_jax.training.flops import train_flops
-from refusion_jax.training.objectives import Batch, Objective, make_objective
+from refusion_jax.training.objectives import OBJECTIVES
 from refusion_jax.training.run import RunConfig
 from refusion_jax.weights import lora
 
 Array = jax.Array
 
-# Compiler options of the step, by platform; measured on one H200 (docs/training_speed.md).
+# Compiler options of the step by platform; measured on one H200 (docs/training_speed.md).
 COMPILER_OPTIONS = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a step needs and gives. It holds no key: the randomness of a step comes from its number.
+    """The arrays that a step reads and updates. It holds no random key: noise follows from the step number.
 
     Attributes:
-      step: int32 [], updates done.
+      step: int32 [], number of updates done.
       params: the parameters that are trained.
-      opt_state: of the optimiser.
-      frozen: the other parameters, see lora.split.
+      opt_state: the state of the optimizer.
+      frozen: the other parameters, see `lora.split`; empty without adapters.
     """
 
     step: Array
@@ -52,20 +54,20 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def base(self) -> Any:
-        """The model's own parameters, without those that adapt them."""
+        """The model's own parameters, without adapters."""
         return self.frozen["base"] if self.frozen else self.params
 
 
 class Program(NamedTuple):
-    """The functions of a run, each compiled when first called, and the shapes they work on.
+    """The jitted functions of a run, and the abstract arrays they work on.
 
     Attributes:
       state: TrainState of ShapeDtypeStructs with shardings.
       batch: the arrays of a batch, ShapeDtypeStructs with shardings.
-      batch_sharding: of every array of a batch.
+      batch_sharding: sharding of every array of a batch.
       init: () -> state with random parameters.
-      start: the model's parameters, `state.base` -> state with them; donates them.
-      step: (state, batch) -> next state and metrics of this step; donates the state.
+      start: parameters of the model, like `state.base` -> state with them; donates its argument.
+      step: (state, batch) -> (next state, metrics), see `train_step`; donates the state.
     """
 
     state: TrainState
@@ -76,49 +78,57 @@ class Program(NamedTuple):
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
-def objective_of(run: RunConfig, mask_id: int | None) -> Objective:
-    """The objective of a run; `mask_id` may be None where it needs no mask token."""
-    return make_objective(run.objective, run.diffusion, run.data.max_examples_per_row, mask_id)
+class StepParts(NamedTuple):
+    """What a step is compiled for: everything static that `train_step` uses.
+
+    Attributes:
+      run: the configuration.
+      mask_id: id of the mask token; None for objectives without one.
+      model: the model in the run's dtype.
+      optimizer: AdamW with clipping and the learning-rate schedule.
+      layout: mesh and shardings of the state.
+    """
+
+    run: RunConfig
+    mask_id: int | None
+    model: Transformer
+    optimizer: optax.GradientTransformation
+    layout: Layout
 
 
 def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
-    """Plans a run on a mesh; computes and compiles nothing yet. `mask_id` as in `objective_of`.
+    """Prepares a run on a mesh; computes and compiles nothing yet.
+
+    Args:
+      run: the configuration.
+      mesh: the devices.
+      mask_id: id of the mask token; None for objectives without one.
 
     Raises:
-      BadInput: the batch cannot be split evenly over microbatches and devices.
+      BadInput: the batch does not split evenly over microbatches and devices, or a row over loss_chunks.
     """
-    _check_divides(run, mesh)
+    _check_batch(run, mesh)
     platform = mesh.devices.flat[0].platform
-    objective = objective_of(run, mask_id)
-    model = _model(run, platform, objective.causal)
+    model = _model(run, platform)
     optimizer = run.optimizer.transformation(run.train.steps)
-
-    def start(params: Any) -> TrainState:
-        params, frozen = lora.split(lora.init(run.lora, _keys(run)[0], params, model.dtype))
-        return TrainState(jnp.int32(0), params, optimizer.init(params), frozen)
-
-    def init() -> TrainState:
-        nothing = jnp.zeros((1, 1), jnp.int32)
-        # One token is no length for a kernel, and parameters do not depend on it.
-        return start(model.clone(kernel="dense").init(_keys(run)[0], nothing, nothing)["params"])
-
+    init = functools.partial(_random_state, run, model, optimizer)
     boxed = jax.eval_shape(init)
     layout = sharding.layout(boxed, mesh)
-    rows, shardings = sharding.batch_sharding(mesh), layout.shardings
-    parts = StepParts(run, model, objective, optimizer, layout)
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        return next_state(parts, state, batch)
-
+    batch_sharding, shardings = sharding.batch_sharding(mesh), layout.shardings
     return Program(
         state=sharding.with_shardings(sharding.unbox(boxed), shardings),
-        batch=_abstract_batch(run, rows),
-        batch_sharding=rows,
+        batch=_abstract_batch(run, batch_sharding),
+        batch_sharding=batch_sharding,
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
-        start=jax.jit(start, in_shardings=(shardings.base,), out_shardings=shardings, donate_argnums=0),
+        start=jax.jit(
+            functools.partial(_state_with, run, optimizer),
+            in_shardings=(shardings.base,),
+            out_shardings=shardings,
+            donate_argnums=0,
+        ),
         step=jax.jit(
-            train_step,
-            in_shardings=(shardings, rows),
+            functools.partial(train_step, StepParts(run, mask_id, model, optimizer, layout)),
+            in_shardings=(shardings, batch_sharding),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
             compiler_options=COMPILER_OPTIONS.get(platform),
@@ -126,104 +136,111 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
     )
 
 
-class StepParts(NamedTuple):
-    """The parts of a step that are fixed while it is compiled."""
+def train_step(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    """One update.
 
-    run: RunConfig
-    model: Transformer
-    objective: Objective
-    optimizer: optax.GradientTransformation
-    layout: Layout
-
-
-def next_state(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    """One update: the next state, and metrics of the parameters given.
-
-    Metrics are float32 scalars "loss", "ar_loss", "diffusion_loss", "grad_norm" before clipping,
-    "learning_rate", "flops" (see flops.py) and "padding", the share of the batch that is padding; and int32
-    "tokens" of the batch without padding.
+    Returns:
+      the next state, and metrics: float32 [] "loss", "ar_loss" and "diffusion_loss" of the given parameters,
+      "grad_norm" before clipping, "learning_rate", "flops" (see flops.py) and "padding", the share of the
+      batch that is padding; int32 [] "tokens", the tokens of the batch that are not.
     """
-    run, objective = parts.run, parts.objective
+    run, optimizer = parts.run, parts.optimizer
+    objective = OBJECTIVES[run.objective]
     with parts.layout.scope():
-        with jax.named_scope("corrupt"):
-            noised = objective.corrupt(noise_key(run, state.step), batch)
-        grads, losses = gradients(parts, state, noised)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("noise"):
+            key = noise_key(run, state.step)
+            noised = objective.corrupt(key, batch, run.diffusion, parts.mask_id)
+        with jax.named_scope("gradients"):
+            grads, losses = _gradients(parts, state, noised)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     tokens = jnp.sum(batch["total_len"])
+    lengths = batch["prompt_len"], batch["total_len"]
     metrics = losses | {
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": run.optimizer.schedule(run.train.steps)(state.step),
         "tokens": tokens,
         "padding": (batch["tokens"].size - tokens) / batch["tokens"].size,
-        "flops": train_flops(run.model, *objective.flop_counts(batch["prompt_len"], batch["total_len"])),
+        "flops": train_flops(run.model, *objective.flop_counts(*lengths, run.diffusion)),
     }
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("update"):
+        params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
 
-def gradients(parts: StepParts, state: TrainState, noised: Noised) -> tuple[Any, dict[str, Array]]:
-    """The gradients of the parameters that are trained, and the losses, summed over the microbatches."""
-    # The parameters that are trained are the model's own, or adapters to be merged into it.
-    merged, pull_back = jax.vjp(lambda params: lora.merge(lora.combine(params, state.frozen)), state.params)
-    working = _working_copy(merged, parts.model.dtype)
-    divided_by = divisors(noised)  # of the whole batch, so that the microbatches add up
-
-    def of_part(part: Noised) -> tuple[Any, dict[str, Array]]:
-        with jax.named_scope("loss_and_gradients"):
-            grads, losses = jax.grad(microbatch_loss, has_aux=True)(working, part, divided_by, parts)
-            grads = jax.lax.with_sharding_constraint(grads, parts.layout.shardings.base)
-            grads = jax.tree.map(lambda g, param: g.astype(param.dtype), grads, merged)
-            return pull_back(grads)[0], losses
-
-    microbatches = parts.run.train.microbatches
-    if microbatches == 1:
-        return of_part(noised)
-    split = jax.tree.map(functools.partial(_split_rows, count=microbatches, mesh=parts.layout.mesh), noised)
-    first, rest = jax.tree.map(lambda x: x[0], split), jax.tree.map(lambda x: x[1:], split)
-    add = lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None)  # noqa: E731
-    return jax.lax.scan(add, of_part(first), rest)[0]
+def noise_key(run: RunConfig, step: Array) -> Array:
+    """The key of the noise of a step; `step` is the number of updates before it."""
+    return jax.random.fold_in(_keys(run)[1], step)
 
 
-def microbatch_loss(
-    params: Any, noised: Noised, divided_by: tuple[Array, Array], parts: StepParts
+def _gradients(parts: StepParts, state: TrainState, noised: Noised) -> tuple[Any, dict[str, Array]]:
+    """Gradients with respect to `state.params`, and the losses, summed over the microbatches."""
+    divided_by = slot_diffusion.divisors(noised)  # of the whole batch, so that microbatches add up
+    # The trained parameters are the model's own, or adapters that are merged into the model's. Gradients are
+    # taken with respect to the merged parameters; `pull_back` maps them to the trained ones.
+    params, pull_back = jax.vjp(lambda trained: lora.merge(lora.combine(trained, state.frozen)), state.params)
+    working = _working_copy(params, parts.model.dtype)
+
+    def of_microbatch(microbatch: Noised) -> tuple[Any, dict[str, Array]]:
+        grads, losses = jax.grad(_loss, has_aux=True)(working, parts, microbatch, divided_by)
+        grads = jax.lax.with_sharding_constraint(grads, parts.layout.shardings.base)
+        grads = jax.tree.map(lambda g, param: g.astype(param.dtype), grads, params)
+        return pull_back(grads)[0], losses
+
+    if parts.run.train.microbatches == 1:
+        return of_microbatch(noised)
+    return _sum_over(of_microbatch, _split(noised, parts.run.train.microbatches, parts.layout.mesh))
+
+
+def _loss(
+    params: Any, parts: StepParts, noised: Noised, divided_by: tuple[Array, Array]
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss of a microbatch as its share of the whole batch's, and its parts; see `loss_of_states`."""
-    model, run = parts.model, parts.run
-    states, _ = model.apply(
-        {"params": params},
-        noised.tokens,
-        noised.positions,
-        **parts.objective.attention_kwargs(noised),
-        method="hidden",
-    )
-    head = model.apply({"params": params}, method="unembedding")
-    weight, chunks = run.diffusion.diffusion_weight, run.train.loss_chunks
-    return loss_of_states(states, head, noised, weight, divided_by, chunks)
+    """The loss that trains, and its parts, of one microbatch."""
+    run, model = parts.run, parts.model
+    visibility = OBJECTIVES[run.objective].attention_kwargs(noised, run.data.max_examples_per_row > 1)
+    with jax.named_scope("forward"):
+        states, _ = model.apply(
+            {"params": params}, noised.tokens, noised.positions, **visibility, method="hidden"
+        )
+    with jax.named_scope("loss"):
+        head = model.apply({"params": params}, method="unembedding")
+        weight, chunks = run.diffusion.diffusion_weight, run.train.loss_chunks
+        return slot_diffusion.loss_of_states(states, head, noised, weight, divided_by, chunks)
 
 
-def _split_rows(x: Array, count: int, mesh: Mesh) -> Array:
-    """[B, ...] as `count` microbatches, [count, B / count, ...].
+def _split(noised: Noised, count: int, mesh: Mesh) -> Noised:
+    """The arrays [B, …] of a batch as `count` microbatches, [count, B / count, …]."""
 
-    Part i takes the rows whose number is i modulo `count`: each device splits its own rows, so all devices
-      are busy
-    in every part and no row moves.
-    """
-    parts = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-    return jax.lax.with_sharding_constraint(parts, sharding.batch_sharding(mesh, leading=1))
+    def split(x: Array) -> Array:
+        # Microbatch i takes the rows whose index is i modulo `count`. So each device splits the rows it
+        # holds: every device is busy in every microbatch, and no row moves between devices.
+        microbatches = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(microbatches, sharding.batch_sharding(mesh, leading=1))
+
+    return jax.tree.map(split, noised)
+
+
+def _sum_over(function: Callable[[Noised], Any], microbatches: Noised) -> Any:
+    """The sum of `function` over the leading axis of `microbatches`, one after another."""
+
+    def add(sums: Any, microbatch: Noised) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, function(microbatch)), None
+
+    first = function(jax.tree.map(lambda x: x[0], microbatches))
+    sums, _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], microbatches))
+    return sums
 
 
 def _working_copy(params: Any, dtype: Any) -> Any:
     """Parameters in the dtype of matrix products, cast once per step and not at each use.
 
-    The embedding stays as it is: its gradient sums one term per mask token of the batch, too many for
-      bfloat16.
+    The embedding keeps its dtype: the gradient of the mask token's row sums as many terms as the batch has
+    masked positions, too many for bfloat16.
     """
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
 
 
-def _check_divides(run: RunConfig, mesh: Mesh) -> None:
-    """Raises BadInput unless rows split over microbatches and devices, and lengths over loss_chunks."""
+def _check_batch(run: RunConfig, mesh: Mesh) -> None:
     parts = run.train.microbatches * sharding.batch_shards(mesh)
     if run.train.batch_size % parts:
         raise BadInput(
@@ -235,8 +252,8 @@ def _check_divides(run: RunConfig, mesh: Mesh) -> None:
         raise BadInput(f"train.loss_chunks must divide {lengths}, got {run.train.loss_chunks}")
 
 
-def _model(run: RunConfig, platform: str, causal: bool) -> Transformer:
-    """The model as it trains on `platform`."""
+def _model(run: RunConfig, platform: str) -> Transformer:
+    """The model as it is trained on "gpu", "tpu" or "cpu"."""
     dtype = jnp.dtype(run.train.dtype)
     return Transformer(
         run.model,
@@ -245,24 +262,38 @@ def _model(run: RunConfig, platform: str, causal: bool) -> Transformer:
         run.train.scan_layers,
         run.train.remat,
         kernel=fitting_kernel(platform, dtype, run.model.head_dim, run.data.max_length),
-        max_segments=run.data.max_examples_per_row + 1,  # and one of padding
-        causal=causal,
+        max_segments=run.data.max_examples_per_row + 1,  # one more, for padding
+        causal=OBJECTIVES[run.objective].causal,
     )
 
 
-def _abstract_batch(run: RunConfig, rows: NamedSharding) -> Batch:
-    size, packing = run.train.batch_size, run.data.packing
-    examples = (size, run.data.max_examples_per_row) if packing else (size,)
-    shapes = dict.fromkeys(("prompt_len", "total_len", "example_id"), examples)
-    shapes["tokens"] = (size, run.data.max_length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name, shape in shapes.items()}
+def _random_state(run: RunConfig, model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step with random parameters, in Linen's partitioning boxes."""
+    nothing = jnp.zeros((1, 1), jnp.int32)
+    # Kernels do not take a length of one token; parameters do not depend on the kernel.
+    params = model.clone(kernel="dense").init(_keys(run)[0], nothing, nothing)["params"]
+    return _state_with(run, optimizer, params)
 
 
-def noise_key(run: RunConfig, step: Array) -> Array:
-    """The key of the noise of the update that follows `step` updates."""
-    return jax.random.fold_in(_keys(run)[1], step)
+def _state_with(run: RunConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """The state before the first step with the given parameters of the model."""
+    adapted = lora.init(run.lora, _keys(run)[0], params, jnp.dtype(run.train.dtype))
+    trained, frozen = lora.split(adapted)
+    return TrainState(jnp.int32(0), trained, optimizer.init(trained), frozen)
+
+
+def _abstract_batch(run: RunConfig, batch_sharding: NamedSharding) -> Batch:
+    rows, places = run.train.batch_size, run.data.max_examples_per_row
+    shapes = dict.fromkeys(("prompt_len", "total_len", "example_id"), (rows, places))
+    if not run.data.packing:
+        shapes = dict.fromkeys(shapes, (rows,))
+    shapes["tokens"] = (rows, run.data.max_length)
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding)
+        for name, shape in shapes.items()
+    }
 
 
 def _keys(run: RunConfig) -> Array:
-    """The keys of the parameters and of the noise."""
+    """Two keys: of the parameters, and of the noise."""
     return jax.random.split(jax.random.key(run.train.seed))

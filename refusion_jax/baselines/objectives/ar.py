@@ -1,34 +1,27 @@
-"""The autoregressive objective: each token of the response is predicted from the one before it.
+"""The autoregressive objective: each response token is predicted from the token before it.
 
-The first is predicted from the last token of the prompt. The loss is the mean over all labelled tokens of the
-batch, EOS included; nothing is drawn.
+The first response token is predicted from the last prompt token. The loss is the mean cross entropy over all
+labelled tokens of the batch, EOS included. There is no noise.
 """
 
 import jax
 import jax.numpy as jnp
 
 from refusion_jax.diffusion import segments
-from refusion_jax.diffusion.slot_diffusion import Batch, Noised
+from refusion_jax.diffusion.segments import Batch
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig, Noised
 
 Array = jax.Array
 
 
-def corrupt(key: Array, batch: Batch) -> Noised:
-    """What is fed and asked: the rows as they are. Nothing is drawn, so the key is not used."""
-    del key
-    return labelled(batch["tokens"], batch["prompt_len"], batch["total_len"])
-
-
-def labelled(tokens: Array, prompt_len: Array, total_len: Array) -> Noised:
-    """The rows as they are, with a label for each token before one of the response.
-
-    Arguments as of `slot_diffusion.rearrange`.
-    """
+def corrupt(key: Array, batch: Batch, config: DiffusionConfig, mask_id: int | None) -> Noised:
+    """The rows unchanged, with next-token targets; uses only `batch`. Arguments as in `slot_diffusion`."""
+    del key, config, mask_id
 
     def one(tokens: Array, prompt_len: Array, total_len: Array) -> Noised:
         at = segments.locate_tokens(prompt_len, total_len, tokens.shape[0])
-        asked = jnp.roll(at.response & (at.position > 0), -1)  # each token for the one after it
-        weights = asked.astype(jnp.float32)
+        labelled = jnp.roll(at.response & (at.position > 0), -1)  # a token whose successor is a target
+        weights = labelled.astype(jnp.float32)
         return Noised(
             tokens=tokens,
             positions=at.position,
@@ -40,4 +33,5 @@ def labelled(tokens: Array, prompt_len: Array, total_len: Array) -> Noised:
             has_response=jnp.sum(total_len > prompt_len).astype(jnp.float32),
         )
 
-    return jax.vmap(one)(tokens, segments.columns(prompt_len), segments.columns(total_len))
+    lengths = segments.columns(batch["prompt_len"]), segments.columns(batch["total_len"])
+    return jax.vmap(one)(batch["tokens"], *lengths)

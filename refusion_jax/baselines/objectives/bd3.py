@@ -1,9 +1,9 @@
 """The objective of block diffusion (BD3-LM, arXiv 2503.09573; Fast-dLLM v2 trains alike).
 
-The response is cut into blocks of `block_len` tokens, the last of which may be shorter. Every block is noised
-as `mdm` noises an example, with a probability of its own, and is predicted from the prompt, the
-clean blocks before it, and all of itself. One pass does so for all blocks: it is fed each row twice, as it is
-and then noised, 2 T tokens, under `visible`:
+The response is cut into blocks of `block_len` tokens; the last may be shorter. Each block is noised as `mdm`
+noises an example, with a masking probability of its own, and is predicted from the prompt, the clean blocks
+before it, and the whole of itself. One forward pass does this for all blocks: its input is each row twice,
+clean and then noised, 2 T tokens, with the attention mask `visible`:
 
   prompt          sees the prompt up to itself
   clean block b   sees the prompt, clean blocks up to b
@@ -11,41 +11,36 @@ and then noised, 2 T tokens, under `visible`:
 
   L = 1/B sum over examples e and their masked tokens i of ce_i / (p_i A_e)
 
-with p_i the probability of a token's block. So clean tokens never see what follows their block, and decoding
-can keep their keys and values.
+p_i is the masking probability of the token's block. Clean tokens never see later blocks, so a decoder can
+cache their keys and values.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from refusion_jax.baselines.objectives import mdm
-from refusion_jax.baselines.objectives.mdm import Draw
 from refusion_jax.diffusion import segments
-from refusion_jax.diffusion.slot_diffusion import Batch, DiffusionConfig, Noised
+from refusion_jax.diffusion.segments import Batch
+from refusion_jax.diffusion.slot_diffusion import DiffusionConfig, Noised
 
 Array = jax.Array
 
 
 def corrupt(key: Array, batch: Batch, config: DiffusionConfig, mask_id: int) -> Noised:
-    """A probability drawn for every block, then `twice`; arguments as of `slot_diffusion.corrupt`."""
-    tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
-    size = tokens.shape[1], config.eps, config.block_len
-    drawn = mdm.draw(key, batch["example_id"], prompt_len, total_len, *size)
-    return twice(tokens, prompt_len, total_len, drawn, mask_id, config.block_len)
+    """Rows clean and then noised, [B, 2 T]. Arguments as in `slot_diffusion.corrupt`.
 
-
-def twice(
-    tokens: Array, prompt_len: Array, total_len: Array, draw: Draw, mask_id: int, block_len: int
-) -> Noised:
-    """Rows clean and then noised, [B, 2 T]; arguments as of `diffusion.rearrange`.
-
-    `blocks` numbers the blocks of a response from 0; each token of the prompt is a block of its own, numbered
-    below 0. In the noised half prompts count as padding.
+    `blocks` numbers the blocks of a response from 0; each prompt token is a block of its own, with a negative
+    number. In the noised half, prompts have the segment of padding.
     """
-    noised = mdm.mask(tokens, prompt_len, total_len, draw, mask_id)
+    tokens, prompt_len, total_len = batch["tokens"], batch["prompt_len"], batch["total_len"]
+    block_len, length = config.block_len, tokens.shape[1]
+    drawn = mdm.draw(key, batch["example_id"], prompt_len, total_len, length, config.eps, block_len)
+    noised = mdm.mask(tokens, prompt_len, total_len, drawn, mask_id)
 
     def one(prompt_len: Array, total_len: Array) -> tuple[Array, Array]:
-        at = segments.locate_tokens(prompt_len, total_len, tokens.shape[1])
+        at = segments.locate_tokens(prompt_len, total_len, length)
         block = (at.position - prompt_len[at.owner]) // jnp.where(at.response, block_len, 1)
         return block, jnp.where(at.response, at.segments, prompt_len.shape[0])
 
@@ -67,7 +62,7 @@ def twice(
 
 
 def visible(noised: Noised) -> Array:
-    """The attention mask of what `twice` gives, bool [B, 2 T, 2 T]."""
+    """The attention mask of a batch that `corrupt` returned, bool [B, 2 T, 2 T] (query, key)."""
     in_copy = jnp.arange(noised.tokens.shape[1]) >= noised.tokens.shape[1] // 2
     query, key = noised.blocks[:, :, None], noised.blocks[:, None, :]
     of_clean = ~in_copy & (key <= query - in_copy[:, None])
@@ -75,10 +70,15 @@ def visible(noised: Noised) -> Array:
     return (of_clean | of_copy) & (noised.segments[:, :, None] == noised.segments[:, None, :])
 
 
-def flop_counts(prompt_len: Array, total_len: Array, block_len: int) -> tuple[Array, Array]:
-    """As in Objective: responses are fed twice, and a token of either copy sees as many."""
+def attention_kwargs(noised: Noised, packed: bool) -> dict[str, Any]:
+    """As `Objective.attention_kwargs`: the mask `visible`, which also separates the examples of a row."""
+    return {"mask": visible(noised)}
+
+
+def flop_counts(prompt_len: Array, total_len: Array, config: DiffusionConfig) -> tuple[Array, Array]:
+    """As `Objective.flop_counts`: the response counts twice; both copies of a token see as many tokens."""
     prompt, response = (jnp.asarray(x, jnp.float32) for x in (prompt_len, total_len - prompt_len))
-    blocks = response // block_len  # whole ones
-    rest = response - blocks * block_len
-    within = block_len**2 * blocks * (blocks + 1) / 2 + rest * response
+    blocks = response // config.block_len  # complete blocks
+    rest = response - blocks * config.block_len
+    within = config.block_len**2 * blocks * (blocks + 1) / 2 + rest * response
     return prompt + 2 * response, jnp.square(prompt) / 2 + 2 * (prompt * response + within)
