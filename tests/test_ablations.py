@@ -214,7 +214,7 @@ def test_requests_and_flags():
     assert given == {"slot_score": "mean", "recompute": True}
     assert given_settings(parser.parse_args([])) == {}
     text = " ".join(parser.format_help().split())
-    assert "--slot_score {first,mean,entropy}" in text and "together once more" in text
+    assert "--slot_score {first,mean,entropy}" in text and "infilled in parallel" in text
 
 
 def test_one_shape_for_all_requests():
