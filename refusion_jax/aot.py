@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from refusion_jax import config, sharding
 from refusion_jax.config import PREFIX
+from refusion_jax.devices import GIB, TPU_CHIPS, peak_flops
 from refusion_jax.errors import BadInput, command
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.tpu import table as aot_table
@@ -34,8 +35,8 @@ from refusion_jax.tpu.lowering import (
     lower_decoding,
     lower_training,
 )
-from refusion_jax.tpu.slices import CHIPS, GIB, Topology
-from refusion_jax.training.flops import peak_flops, train_flops
+from refusion_jax.tpu.slices import Topology
+from refusion_jax.training.flops import train_flops
 from refusion_jax.training.step import RunConfig, objective_of
 
 DOES_NOT_FIT = 3
@@ -172,7 +173,7 @@ def _parser() -> config.Parser:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", required=True, help="Python file with get_config()")
-    generations = ", ".join(CHIPS)
+    generations = ", ".join(TPU_CHIPS)
     add(
         "--topology",
         metavar="NAME",

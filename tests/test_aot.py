@@ -10,13 +10,14 @@ import pytest
 
 from refusion_jax import aot, loader
 from refusion_jax.data.pipeline import DataConfig
+from refusion_jax.devices import TPU_CHIPS
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig
 from refusion_jax.tpu import slices as chips
 from refusion_jax.tpu.collectives import Collective, count
 from refusion_jax.tpu.lowering import bytes_needed
-from refusion_jax.tpu.slices import CHIPS, Topology
+from refusion_jax.tpu.slices import Topology
 from refusion_jax.training.optimizer import OptimizerConfig
 from refusion_jax.training.step import RunConfig, TrainConfig
 
@@ -195,7 +196,7 @@ def test_slices():
     assert (topology.name, topology.num_chips, topology.num_devices) == ("v5e:4x4", 16, 16)
     assert [other.name for other in topology.larger()] == ["v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
     assert Topology.named("tpu7x:2x2x1").num_devices == 8  # two a chip
-    for generation, chip in CHIPS.items():
+    for generation, chip in TPU_CHIPS.items():
         sizes = [Topology.named(f"{generation}:{shape}").num_chips for shape in chip.shapes]
         assert sizes == sorted(set(sizes))
         assert chip.usable * chip.devices < chip.hbm * 2**30 * 1.01

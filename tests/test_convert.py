@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 import tensorstore
 import tokenizers
+from layer_stacks import stack_layers
 
 from refusion_jax import convert, load
 from refusion_jax.checkpoints import hugging_face as hf
@@ -24,7 +25,7 @@ from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.checkpoints import safetensors_io
 from refusion_jax.errors import BadInput
 from refusion_jax.model.rope import RopeScaling
-from refusion_jax.model.transformer import ModelConfig, stack_layers
+from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.tokenizer import ByteTokenizer
 from refusion_jax.weights.fused import fuse_projections

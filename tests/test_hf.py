@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from layer_stacks import stack_layers
 
 from refusion_jax import loader
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import safetensors_io
 from refusion_jax.errors import BadInput
 from refusion_jax.model.rope import RopeScaling
-from refusion_jax.model.transformer import ModelConfig, Transformer, stack_layers
+from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, layout, make_mesh, unbox, with_shardings
 from refusion_jax.weights.lazy import LazyArray, bounds, load_to_devices
 

@@ -25,11 +25,12 @@ MAY_IMPORT = {
     "files": set(),
     "config": set(),
     "sharding": set(),
+    "devices": set(),
     # the model, the objective, the decoder
     "model": {"model.kernels"},
     "model.kernels": set(),
     "diffusion": set(),
-    "decode": {"model", "training"},
+    "decode": {"devices", "model"},
     "baselines": set(),
     "baselines.objectives": {"diffusion"},
     "baselines.decoders": {"decode", "model"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "data.sources": {"tokenizer"},
     "data.tasks": {"data.sources", "tokenizer"},
     "data": {"data.sources", "data.tasks", "tokenizer"},
-    "training": {"baselines.objectives", "data", "diffusion", "model", "sharding", "weights"},
+    "training": {"baselines.objectives", "data", "devices", "diffusion", "model", "sharding", "weights"},
     # decoding for users
     "serving": {
         "baselines.decoders",
@@ -55,8 +56,18 @@ MAY_IMPORT = {
         "tokenizer",
     },
     # measuring, and compiling for other machines
-    "benchmarks": {"data", "decode", "loader", "model", "serving", "sharding", "train", "training"},
-    "tpu": {"decode", "loader", "model", "sharding", "training"},
+    "benchmarks": {
+        "data",
+        "decode",
+        "devices",
+        "loader",
+        "model",
+        "serving",
+        "sharding",
+        "train",
+        "training",
+    },
+    "tpu": {"decode", "devices", "loader", "model", "sharding", "training"},
     # commands
     "train": {
         "checkpoints",
@@ -72,7 +83,7 @@ MAY_IMPORT = {
     "sample": {"config", "serving"},
     "evaluate": {"config", "data", "data.sources", "data.tasks", "serving", "training"},
     "convert": {"checkpoints", "config", "loader", "model", "tokenizer", "weights"},
-    "aot": {"config", "model", "sharding", "tpu", "training"},
+    "aot": {"config", "devices", "model", "sharding", "tpu", "training"},
     "bench": {"benchmarks", "config", "decode", "loader", "sample", "serving", "sharding", "training"},
     "demo": {"config", "data.tasks", "evaluate", "serving"},
 }

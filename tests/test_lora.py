@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
+from layer_stacks import stack_layers
 
 from refusion_jax import sharding
-from refusion_jax.model.transformer import ModelConfig, Transformer, stack_layers
+from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.weights import lora
 from refusion_jax.weights.lazy import LazyArray

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_stacks import stack_layers
 
 from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.model.attention import attend
@@ -17,7 +18,6 @@ from refusion_jax.model.transformer import (
     ModelConfig,
     Transformer,
     exact_matmuls,
-    stack_layers,
     unstack_layers,
 )
 from refusion_jax.sharding import unbox

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_stacks import stack_layers
 
 from refusion_jax.baselines.decoders import ar
 from refusion_jax.checkpoints import hugging_face as hf
@@ -25,7 +26,7 @@ from refusion_jax.decode.batch import Requests, Shape, bucket
 from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.diffusion import slot_diffusion as diffusion
 from refusion_jax.errors import BadInput
-from refusion_jax.model.transformer import Transformer, stack_layers
+from refusion_jax.model.transformer import Transformer
 
 ORACLE = Path(os.environ.get("REFUSION_ORACLE", Path(__file__).parent / "data" / "oracle"))
 FOLDERS = sorted(path.parent for path in ORACLE.glob("*/config.json"))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refusion_jax import train
+from refusion_jax import devices, train
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.training import flops, metrics, profiling, wall_time
@@ -99,7 +99,7 @@ def test_work_of_the_other_objectives(response):
 def test_work_of_a_known_measurement():
     """14,544 tokens a second of a 1.7B model, 4096 tokens a row, are 17.2 % of an H200."""
     work = float(flops.train_flops(ModelConfig.qwen3_1p7b(), jnp.full(4, 4096.0), jnp.full(4, 4096.0**2 / 2)))
-    assert work / (4 * 4096) * 14_544 / flops.peak_flops("NVIDIA H200") == pytest.approx(0.172, abs=1e-3)
+    assert work / (4 * 4096) * 14_544 / devices.peak_flops("NVIDIA H200") == pytest.approx(0.172, abs=1e-3)
 
 
 def test_a_packed_row_is_less_work_than_one_long_example():
@@ -108,7 +108,7 @@ def test_a_packed_row_is_less_work_than_one_long_example():
 
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "TPU v3", ""])
 def test_an_unknown_device_has_no_peak(kind):
-    assert flops.peak_flops(kind) is None
+    assert devices.peak_flops(kind) is None
 
 
 # Time
@@ -140,7 +140,7 @@ def step_values(tokens: int) -> dict[str, np.generic]:
 
 def test_a_row_and_the_summary(tmp_path, monkeypatch, capsys):
     """Compiling is in no rate; MFU is work over what all 8 devices could do; empty where unknown."""
-    monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, 100e12)
+    monkeypatch.setitem(devices.DEVICES, jax.devices()[0].device_kind, devices.Device(100e12, 1e12))
     clock = Clock()
     clock.pass_by("setup", 2)
     with metrics.Reporter(tmp_path, 4, 20, clock) as reporter:

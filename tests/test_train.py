@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from layer_stacks import stack_layers
 
 from refusion_jax import load
 from refusion_jax.checkpoints import hugging_face as hf
@@ -23,7 +24,7 @@ from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.data.pipeline import DataConfig
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.model.transformer import ModelConfig, stack_layers
+from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.train import first_state, main
 from refusion_jax.training import metrics

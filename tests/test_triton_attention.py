@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_stacks import stack_layers
 
 from refusion_jax import sharding
 from refusion_jax.model.attention import attend, attend_visible, fitting_decode_kernel
-from refusion_jax.model.kernels.triton_attention import visible
-from refusion_jax.model.transformer import ModelConfig, Ragged, Transformer, stack_layers
+from refusion_jax.model.kernels.visible import visible
+from refusion_jax.model.transformer import ModelConfig, Ragged, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.weights.fused import fuse_projections
 
@@ -84,8 +85,8 @@ JOINED = fuse_projections(PARAMS)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def hidden(model, params, tokens, positions, cache=None, mask=None, rows=None):
-    return model.apply({"params": params}, tokens, positions, cache, mask, rows=rows, method="hidden")
+def hidden(model, params, tokens, positions, cache=None, mask=None, ragged=None):
+    return model.apply({"params": params}, tokens, positions, cache, mask, ragged=ragged, method="hidden")
 
 
 def assert_agree(found, wanted, **close):

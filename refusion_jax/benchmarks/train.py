@@ -17,9 +17,9 @@ import numpy as np
 from refusion_jax import sharding
 from refusion_jax.benchmarks.decode import arbitrary_params
 from refusion_jax.data.pipeline import batch_iterator, load_examples
+from refusion_jax.devices import peak_flops
 from refusion_jax.train import mask_id, run_tokenizer
 from refusion_jax.training import step as train_step
-from refusion_jax.training.flops import peak_flops
 from refusion_jax.training.step import Batch, Program, RunConfig, TrainState
 
 WARM_UP = 3

@@ -37,7 +37,7 @@ from refusion_jax.decode.row_state import (
     next_plan,
     own_entries,
 )
-from refusion_jax.training.flops import ridge_tokens
+from refusion_jax.devices import ridge_tokens
 
 Array = jax.Array
 
@@ -51,7 +51,7 @@ def tokens_ahead(rows: int, device_kind: str | None = None) -> int:
     """Up to how many tokens it pays to fill a pass of each row with predictions ahead of need.
 
     The rows of a batch share the tokens that cost next to nothing beside reading the weights. On devices
-    that the tables of flops.py do not have, CPUs say, a small share whatever the batch.
+    that devices.py does not list, CPUs for instance, a small share whatever the batch.
 
     Args:
       rows: decoded together.

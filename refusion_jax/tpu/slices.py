@@ -13,40 +13,8 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
+from refusion_jax.devices import TPU_CHIPS, TPUChip
 from refusion_jax.errors import BadInput
-
-GIB = 2**30
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A generation of TPUs.
-
-    Attributes:
-      hbm: GB a chip, as cloud.google.com/tpu/docs/GENERATION states it.
-      usable: bytes of it that a program may use on each device, as libtpu 0.0.48 reports when one exceeds it.
-      config: libtpu's name of the chip as JAX runs it; "megacore" makes one device of two cores.
-      shapes: of the slices there are, ascending.
-      devices: JAX devices a chip.
-    """
-
-    hbm: int
-    usable: float
-    config: str
-    shapes: tuple[str, ...]
-    devices: int = 1
-
-
-CHIPS = {
-    "v4": Chip(32, 30.75 * GIB, "megacore", _CUBES),
-    "v5e": Chip(16, 15.75 * GIB, "default", _FLAT),
-    "v5p": Chip(95, 95.73 * GIB, "megacore", (*_CUBES, "16x16x16", "16x16x24")),
-    "v6e": Chip(32, 31.24 * GIB, "default", _FLAT),
-    "tpu7x": Chip(192, 94.74 * GIB, "default", _CUBES, devices=2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +32,8 @@ class Topology:
           BadInput: there is none.
         """
         generation, _, shape = name.partition(":")
-        if generation not in CHIPS or shape not in CHIPS[generation].shapes:
-            known = (f"{name}:{{{', '.join(chip.shapes)}}}" for name, chip in CHIPS.items())
+        if generation not in TPU_CHIPS or shape not in TPU_CHIPS[generation].shapes:
+            known = (f"{name}:{{{', '.join(chip.shapes)}}}" for name, chip in TPU_CHIPS.items())
             raise BadInput(f"--topology: must be one of {'; '.join(known)}; found {name!r}")
         return cls(generation, tuple(map(int, shape.split("x"))))
 
@@ -74,8 +42,8 @@ class Topology:
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
     @property
-    def chip(self) -> Chip:
-        return CHIPS[self.generation]
+    def chip(self) -> TPUChip:
+        return TPU_CHIPS[self.generation]
 
     @property
     def num_chips(self) -> int:

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
-from refusion_jax.model.transformer import ModelConfig
+from refusion_jax.devices import GIB
+from refusion_jax.model.config import ModelConfig
 from refusion_jax.tpu.lowering import Compiled, Decoding, Lowered, compile_for, kinds, lower_decoding
-from refusion_jax.tpu.slices import GIB, Topology
+from refusion_jax.tpu.slices import Topology
 
 COLUMNS = (
     "slice",

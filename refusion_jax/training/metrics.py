@@ -13,8 +13,8 @@ import jax
 import tensorboardX
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from refusion_jax.devices import peak_flops
 from refusion_jax.errors import BadInput
-from refusion_jax.training.flops import peak_flops
 from refusion_jax.training.wall_time import WallTime
 
 FILE = "metrics.csv"
