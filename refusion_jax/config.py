@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
+from refusion_jax import __version__
 from refusion_jax.errors import BadInput
 
 PREFIX = "--config."
@@ -29,7 +30,12 @@ Run = TypeVar("Run")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, as those of all bad input."""
+    """An ArgumentParser with --version, whose errors are one line, as those of all bad input."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        version = f"refusion_jax {__version__}"
+        self.add_argument("--version", action="version", version=version, help="print the version and exit")
 
     def error(self, message: str) -> typing.NoReturn:
         raise BadInput(f"{message}; see --help")

@@ -1,4 +1,4 @@
-"""Programs for TPUs that are not there: what is counted in them, what is said of them."""
+"""Programs for TPUs that are not attached: their collectives, their memory, and the report on them."""
 
 import dataclasses
 import importlib.util
@@ -368,8 +368,8 @@ def test_the_sampler(config_file, capfd):
         *("--prompt_length=16", "--gen_length=16", "--slot_size=4", "--num_blocks=2", "--batch_size=2"),
     )
     assert code == 0, output
-    assert "sampler of 2 x (16 + 16) tokens, weights in int8, on v5e:2x2" in output
-    assert "in each turn of a loop" in output and "all-reduce" in output
+    assert "decoder of 2 x (16 + 16) tokens, weights in int8, on v5e:2x2" in output
+    assert "per iteration of loops" in output and "all-reduce" in output
 
 
 @needs_libtpu
@@ -389,6 +389,10 @@ def test_a_table_of_samplers(config_file, capfd):
     assert code == aot.DOES_NOT_FIT, output
     names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines())
     first, second = (dict(zip(names, row, strict=True)) for row in rows)
-    assert first["slice"] == "v5e:2x2" and first["fits"] == "yes" and "all-reduces" in first["sent in a turn"]
+    assert (
+        first["slice"] == "v5e:2x2"
+        and first["fits"] == "yes"
+        and "all-reduces" in first["sent per iteration"]
+    )
     assert second["slice"] == "v5e:1x1" and second["fits"] == "no" and second["peak"] == "more"
     assert float(first["arguments"]) < float(first["peak"]) < float(second["arguments"])

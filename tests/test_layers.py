@@ -19,6 +19,7 @@ COMMANDS = {"train", "sample", "evaluate", "convert", "aot", "bench", "demo"}
 GROUND = {"errors", "files", "deferred"}
 MAY_IMPORT = {
     "": set(),
+    "__main__": set(),
     # ground
     "errors": set(),
     "deferred": set(),
@@ -83,7 +84,7 @@ MAY_IMPORT = {
     "sample": {"config", "serving"},
     "evaluate": {"config", "data", "data.sources", "data.tasks", "serving", "training"},
     "convert": {"checkpoints", "config", "loader", "model", "tokenizer", "weights"},
-    "aot": {"config", "devices", "model", "sharding", "tpu", "training"},
+    "aot": {"benchmarks", "config", "devices", "model", "sharding", "tpu", "training"},
     "bench": {"benchmarks", "config", "decode", "loader", "sample", "serving", "sharding", "training"},
     "demo": {"config", "data.tasks", "evaluate", "serving"},
 }
@@ -149,7 +150,7 @@ def ours(module: str) -> frozenset[str]:
     """The modules of the package that a module imports."""
     found = set()
     for name in imported(module):
-        if comes_from(name, PACKAGE):
+        if comes_from(name, PACKAGE) and name != f"{PACKAGE}.__version__":  # a literal of the package itself
             inside = name.removeprefix(PACKAGE).removeprefix(".")
             # `package.module` itself, or something in it.
             candidates = [inside, inside.rpartition(".")[0]]
