@@ -1,12 +1,13 @@
-"""Compiles a training step, or the sampler, for TPUs that are not there: does it fit, what does it send?
+"""Compiles a training step, or the slot decoder, for TPUs that are not attached.
 
     python -m refusion_jax.aot --config=configs/qwen3_8b.py --topology=v5p:4x4x8
     python -m refusion_jax.aot --config=configs/qwen3_8b.py --topology=v5e:2x2 --decode
     python -m refusion_jax.aot --config=configs/qwen3_8b.py --topology=v5e:2x2,v6e:2x2 --decode --int8
 
-Needs libtpu (`pip install 'refusion_jax[tpu]'`) and no TPU. Prints the memory of each device, the collectives
-and the FLOPs of a step. Exits with 0 if it fits, with 3 if it does not; then it compiles a few changes, the
-cheapest first, until one fits. Of several slices or batch sizes it makes a table.
+Needs libtpu (`pip install 'refusion_jax[tpu]'`) and no TPU. Prints memory per device, collectives, and the
+FLOPs of a step. Exits with 0 if the program fits and with 3 if it does not. A program that does not fit is
+followed by changes that need less memory, cheapest first, each compiled until one fits. With several slices
+or batch sizes, prints a table.
 """
 
 import argparse
@@ -18,13 +19,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import rich.box
 
 from refusion_jax import config, sharding
+from refusion_jax.benchmarks.table import Table
 from refusion_jax.config import PREFIX
-from refusion_jax.devices import GIB, TPU_GENERATIONS, peak_flops
+from refusion_jax.devices import GIB, TPU_CHIPS, peak_flops
 from refusion_jax.errors import BadInput, command
-from refusion_jax.model.transformer import ModelConfig
-from refusion_jax.tpu import table as aot_table
+from refusion_jax.model.config import ModelConfig
+from refusion_jax.tpu import table as tpu_table
 from refusion_jax.tpu.collectives import Collective
 from refusion_jax.tpu.lowering import (
     Compiled,
@@ -41,13 +44,13 @@ from refusion_jax.training.objectives import OBJECTIVES
 from refusion_jax.training.run import RunConfig
 
 DOES_NOT_FIT = 3
-MOST_COMPILED = 6  # changes; each takes as long as the first program
+MOST_COMPILED = 6  # changes; compiling one takes as long as compiling the first program
 
-Change = tuple[Topology, list[str]]  # a slice, and flags to add
+Change = tuple[Topology, list[str]]  # a slice, and flags to append
 
 
 def report(lowered: Lowered, compiled: Compiled, topology: Topology) -> str:
-    """The memory of each device and the collectives, as lines of text."""
+    """Memory and collectives per device, as lines of text; sizes in GiB."""
 
     def size(name: str, value: float) -> str:
         return f"  {name:20}{value / GIB:8.2f}"
@@ -55,22 +58,25 @@ def report(lowered: Lowered, compiled: Compiled, topology: Topology) -> str:
     def sent(found: Collective) -> str:
         return f"  {found.operation:20}{found.count:8,}  {found.bytes / GIB:10.3f} GiB"
 
-    lines = [f"memory of each device, GiB ({topology.chip.usable / GIB:.2f} usable)"]
+    lines = [f"memory per device, GiB ({topology.chip.usable / GIB:.2f} usable)"]
     for name, value in kinds(compiled.memory).items():
         lines.append(size(name, value))
         if name == "arguments":
             lines += [size(f"  {part}", held) for part, held in lowered.arguments.items() if held]
-    lines.append(size("at the peak", compiled.needed))
-    lines.append("collectives of each device, whole arrays gathered or reduced")
+    lines.append(size("peak", compiled.needed))
+    lines.append("collectives per device: count, size of the whole arrays gathered or reduced")
     lines += [sent(found) for found in compiled.traffic.collectives] or ["  none"]
     if compiled.traffic.in_open_loops:
-        lines.append("and in each turn of a loop that runs as long as the data asks")
+        lines.append("and per iteration of loops whose length depends on data")
         lines += [sent(found) for found in compiled.traffic.in_open_loops]
     return "\n".join(lines)
 
 
 def training_changes(run: RunConfig, topology: Topology) -> Iterator[Change]:
-    """What saves memory, the cheapest in time first, each with those before it; larger slices last."""
+    """Changes that save memory, in order of their cost in time, larger slices last.
+
+    Each change includes the ones before it.
+    """
     changes: dict[str, Any] = {}
 
     def on(topology: Topology) -> Change:
@@ -92,7 +98,7 @@ def training_changes(run: RunConfig, topology: Topology) -> Iterator[Change]:
     if run.optimizer.mean_dtype != "bfloat16":
         yield then("optimizer.mean_dtype", "bfloat16")
     for other in (topology, *topology.larger()):
-        # Parameters over all devices, a row at a time on each.
+        # Parameters sharded over all devices, one row at a time on each.
         sharing = math.gcd(run.train.batch_size, other.num_devices)
         tensor = other.num_devices // sharing
         saves = other is not topology or mesh.data > 1
@@ -103,7 +109,7 @@ def training_changes(run: RunConfig, topology: Topology) -> Iterator[Change]:
 
 
 def decoding_changes(asked: Decoding, topology: Topology) -> Iterator[Change]:
-    """Smaller batches, then larger slices."""
+    """Changes that save memory: smaller batches, then larger slices."""
     rows = asked.batch_size
     while (rows := rows // 2) >= 1:
         yield topology, [f"--batch_size={rows}"]
@@ -112,12 +118,16 @@ def decoding_changes(asked: Decoding, topology: Topology) -> Iterator[Change]:
 
 
 def first_that_fits(changes: Iterable[Change], lower: Callable[[Topology, list[str]], Lowered]) -> str:
-    """Compiles changes one after the other until one fits, printing what each came to.
+    """Compiles changes in turn until one fits, and prints the result of each.
 
-    Those whose arguments alone are too much are passed over; of others MOST_COMPILED are tried.
+    Changes whose arguments alone do not fit are not compiled; of the others, at most MOST_COMPILED are.
+
+    Args:
+      changes: slices and flags to try.
+      lower: lowers the program for a slice with flags appended.
 
     Returns:
-      the flags that fit, empty if there are none.
+      the flags that fit, empty if none was found.
     """
     compiled_so_far = 0
     for topology, flags in changes:
@@ -139,10 +149,10 @@ def first_that_fits(changes: Iterable[Change], lower: Callable[[Topology, list[s
 
 
 def describe_training(run: RunConfig, topology: Topology) -> str:
-    """What is compiled, and the arithmetic of a step."""
+    """The program that is compiled, and the FLOPs of a step."""
     rows, length = run.train.batch_size, run.data.max_length
     total_len = jnp.full(rows, length)
-    # An eighth of it prompt, as `bench train` has it; only what bd3 computes depends on that.
+    # One eighth is prompt, as in `bench train`; only the FLOPs of bd3 depend on it.
     work = OBJECTIVES[run.objective].flop_counts(total_len // 8, total_len, run.diffusion)
     flops = float(train_flops(run.model, *work))
     devices = topology.devices()
@@ -151,63 +161,58 @@ def describe_training(run: RunConfig, topology: Topology) -> str:
     return (
         f"training step of {rows} x {length} tokens on {topology.name}, "
         f"{topology.num_chips} chips as {mesh}\n"
-        f"{flops:.3g} FLOPs if no token is padding, {seconds:.2f} s at the chips' peak"
+        f"{flops:.3g} FLOPs without padding, {seconds:.2f} s at the chips' peak"
     )
 
 
 def describe_decoding(asked: Decoding, topology: Topology) -> str:
-    """What is compiled."""
+    """The program that is compiled."""
     return (
-        f"sampler of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens, weights in "
-        f"{asked.weights}, on {topology.name}, {topology.num_chips} chips that share each matrix product"
+        f"decoder of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens, weights in "
+        f"{asked.weights}, on {topology.name}, every matrix product split over {topology.num_chips} chips"
     )
 
 
 def _parser() -> config.Parser:
     parser = config.Parser(
         prog="python -m refusion_jax.aot",
-        description="Compiles the training step of a run, or the sampler, for TPUs that are not there. "
-        "Exits with 0 if it fits in their memory, with 3 if it does not.",
+        description="Compiles the training step of a run, or the slot decoder, for TPUs that are not "
+        "attached. Exits with 0 if it fits in their memory, with 3 if it does not.",
         epilog=config.help_text(RunConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--config",
-        metavar="FILE",
-        required=True,
-        help=config.FILE_HELP,
-    )
-    generations = ", ".join(TPU_GENERATIONS)
+    add("--config", metavar="FILE", required=True, help=config.FILE_HELP)
+    generations = ", ".join(TPU_CHIPS)
     add(
         "--topology",
         metavar="NAME",
         required=True,
-        help=f"slice as GENERATION:SHAPE, like v5p:4x4x8; with --decode several, separated by commas, make "
-        f"a table; generations are {generations}",
+        help=f"slice as GENERATION:SHAPE, for example v5p:4x4x8; with --decode also several, separated by "
+        f"commas, which gives a table; generations are {generations}",
     )
     add(
         "--no_suggestions",
         action="store_true",
-        help="if the program does not fit, do not search for changes that make it fit",
+        help="if the program does not fit, do not search for changes that fit",
     )
     add(
         "--decode",
         action="store_true",
-        help="compile the sampler instead of the training step; the flags below are for it",
+        help="compile the decoder instead of the training step; the flags below apply to it",
     )
     whole = {"type": config.whole_number, "metavar": "N"}
-    add("--prompt_length", **whole, default=512, help="prompt length in tokens (default %(default)s)")
-    add("--gen_length", **whole, default=512, help="maximum response length in tokens (default %(default)s)")
+    add("--prompt_length", **whole, default=512, help="tokens per prompt (default %(default)s)")
+    add("--gen_length", **whole, default=512, help="response tokens (default %(default)s)")
     add("--slot_size", **whole, default=32, help="tokens per slot (default %(default)s)")
     add("--num_blocks", **whole, default=4, help="blocks decoded left to right (default %(default)s)")
     add(
         "--batch_size",
         type=config.whole_numbers,
-        metavar="N",
+        metavar="N,…",
         default="8",
-        help="requests decoded together; several numbers, separated by commas, make a table "
+        help="requests decoded together; several numbers, separated by commas, give a table "
         "(default %(default)s)",
     )
     add("--int8", action="store_true", help="int8 weights instead of bfloat16")
@@ -215,17 +220,18 @@ def _parser() -> config.Parser:
 
 
 def _decodings(flags: argparse.Namespace) -> list[Decoding]:
-    """What the flags ask for, one for each batch size."""
+    """The decoding settings of the flags, one per batch size."""
     given = {name: getattr(flags, name) for name in Decoding._fields}
     return [Decoding(**given | {"batch_size": number}) for number in flags.batch_size]
 
 
 def _table(model: ModelConfig, topologies: Sequence[Topology], asked: Sequence[Decoding]) -> int:
-    """Prints a row for each slice and batch size; 0 if all fit."""
-    print(aot_table.heading(), flush=True)
+    """Prints a Markdown table, one row per slice and batch size; returns 0 if all programs fit."""
+    table = Table(tpu_table.COLUMNS, tpu_table.WIDTHS, rich.box.MARKDOWN)
+    print(table.header(), flush=True)
     fits = []
-    for row in aot_table.rows(model, topologies, asked):
-        print(row.text, flush=True)
+    for row in tpu_table.rows(model, topologies, asked):
+        print(table.line(row.cells), flush=True)
         fits.append(row.fits)
     return 0 if all(fits) else DOES_NOT_FIT
 
@@ -235,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     flags, overrides = parser.parse_known_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # nothing is run, and what TPUs there are stay free
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and attached TPUs stay free
     topologies = [Topology.named(name) for name in flags.topology.split(",")]
     run, (asked, *more) = config.load(flags.config, overrides, RunConfig), _decodings(flags)
     if flags.decode and (more or len(topologies) > 1):
@@ -263,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     found = ""
     if not flags.no_suggestions:
-        print(f"does not fit, by {-left:.2f} GiB; compiling what needs less", flush=True)
+        print(f"does not fit, by {-left:.2f} GiB; compiling changes that need less", flush=True)
         changes = decoding_changes(asked, topology) if flags.decode else training_changes(run, topology)
         found = first_that_fits(changes, lower)
     choices = f"these choices would fit: {found}" if found else "a larger slice or a smaller model may"

@@ -1,4 +1,4 @@
-"""Programs for TPUs that are not there: what is counted in them, what is said of them."""
+"""Programs for TPUs that are not attached: their collectives, their memory, and the report on them."""
 
 import dataclasses
 import importlib.util
@@ -10,7 +10,7 @@ import pytest
 
 from refusion_jax import aot, loader
 from refusion_jax.data.pipeline import DataConfig
-from refusion_jax.devices import TPU_GENERATIONS
+from refusion_jax.devices import TPU_CHIPS
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.sharding import MeshConfig
@@ -196,7 +196,7 @@ def test_slices():
     assert (topology.name, topology.num_chips, topology.num_devices) == ("v5e:4x4", 16, 16)
     assert [other.name for other in topology.larger()] == ["v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
     assert Topology.named("tpu7x:2x2x1").num_devices == 8  # two a chip
-    for generation, chip in TPU_GENERATIONS.items():
+    for generation, chip in TPU_CHIPS.items():
         sizes = [Topology.named(f"{generation}:{shape}").num_chips for shape in chip.shapes]
         assert sizes == sorted(set(sizes))
         assert chip.usable * chip.devices < chip.hbm * 2**30 * 1.01
@@ -368,8 +368,8 @@ def test_the_sampler(config_file, capfd):
         *("--prompt_length=16", "--gen_length=16", "--slot_size=4", "--num_blocks=2", "--batch_size=2"),
     )
     assert code == 0, output
-    assert "sampler of 2 x (16 + 16) tokens, weights in int8, on v5e:2x2" in output
-    assert "in each turn of a loop" in output and "all-reduce" in output
+    assert "decoder of 2 x (16 + 16) tokens, weights in int8, on v5e:2x2" in output
+    assert "per iteration of loops" in output and "all-reduce" in output
 
 
 @needs_libtpu
@@ -389,6 +389,10 @@ def test_a_table_of_samplers(config_file, capfd):
     assert code == aot.DOES_NOT_FIT, output
     names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines())
     first, second = (dict(zip(names, row, strict=True)) for row in rows)
-    assert first["slice"] == "v5e:2x2" and first["fits"] == "yes" and "all-reduces" in first["sent in a turn"]
+    assert (
+        first["slice"] == "v5e:2x2"
+        and first["fits"] == "yes"
+        and "all-reduces" in first["sent per iteration"]
+    )
     assert second["slice"] == "v5e:1x1" and second["fits"] == "no" and second["peak"] == "more"
     assert float(first["arguments"]) < float(first["peak"]) < float(second["arguments"])

@@ -3,6 +3,10 @@
 import dataclasses
 import functools
 import itertools
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -385,3 +389,21 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient():
         for name, leaf in jax.tree_util.tree_leaves_with_path(want):
             ours = functools.reduce(lambda node, key: node[key.key], name, got)
             np.testing.assert_allclose(ours, leaf, rtol=1e-4, atol=1e-6, err_msg=str(name))
+
+
+def test_a_cpu_loads_no_pallas():
+    """Loading and decoding on a CPU reaches no kernel, so no deprecated or private module of JAX either."""
+    script = textwrap.dedent("""
+        import sys
+        from refusion_jax import load
+        from refusion_jax.decode import DecodeConfig, sample
+
+        model, params, tokenizer = load("tests/data/oracle/tiny_a")
+        config = DecodeConfig(tokenizer.mask_id, tokenizer.eos_id, gen_length=4, slot_size=4, num_blocks=1)
+        sample(model, params, [[7]], config)
+        loaded = ("jax.experimental.pallas", "refusion_jax.model.kernels.triton")
+        print([name for name in sys.modules if name.startswith(loaded)])
+    """)
+    root = Path(__file__).parent.parent
+    found = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert found.stdout == "[]\n", found.stdout + found.stderr

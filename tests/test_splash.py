@@ -7,20 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from refusion_jax import sharding
 from refusion_jax.model.attention import attend_fed, fitting_kernel
-from refusion_jax.model.kernels import splash_attention
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Has the kernel interpreted: there is no TPU here to compile it for."""
-    make = splash_attention.splash.make_splash_mha_single_device
-    interpreting = functools.partial(make, interpret=True)
-    monkeypatch.setattr(splash_attention.splash, "make_splash_mha_single_device", interpreting)
+    """Runs the kernel in the interpreter: there is no TPU here to compile it for."""
+    interpreting = functools.partial(splash_attention.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", interpreting)
 
 
 def random_inputs(rows: int, length: int, heads: int, kv_heads: int, head_dim: int):

@@ -1,4 +1,4 @@
-"""What `bench` measures, and the table it prints.
+"""The measurements of `bench`, and the text tables that `bench` and `aot` print.
 
-Imports `training` and `serving`.
+Imports `training`, `serving` and the slot decoder.
 """

@@ -1,8 +1,8 @@
-"""Times decoding: what a forward pass takes against reading the weights, and what comes out a second.
+"""Times decoding: seconds per forward pass against the time to read the weights, and tokens per second.
 
-Every setting is compiled, run once to warm up and then `repeats` times; medians are told. The limit of a
-pass is the bytes of the weights it reads, and of the keys and values of a half-filled cache, over the
-bandwidth that copying 2 GB shows on the same device.
+Each setting is compiled, run once to warm up, and then run `repeats` times; figures are medians. The limit of
+a pass is the bytes of the weights and of a half-filled KV cache, divided by the bandwidth measured on the
+same device by copying 2 GB.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.serving.engine import DECODERS
 from refusion_jax.serving.methods import Config
 
-MASK_ID = 5  # where weights are random any will do
-NEVER = 2**31 - 1  # no token has this id
-COLUMNS = {  # name -> format
+MASK_ID = 5  # any token: the weights are meaningless
+NO_EOS = 2**31 - 1  # the EOS id; no token has it, so no row ends early
+COLUMNS = {  # name -> format; `measure` says what each is
     "method": "",
     "batch": "d",
     "first_ms": ".1f",
@@ -42,15 +42,15 @@ COLUMNS = {  # name -> format
 
 
 class Work(NamedTuple):
-    """What is timed.
+    """One setting to time.
 
     Attributes:
       method: one of serving.METHODS.
       batch: rows decoded together.
-      prompt_length: tokens of each prompt, random.
-      config: of every row.
-      courses: for refusion to follow in the rows in turn, or none.
-      ahead: as in Shape; None is what suits the device.
+      prompt_length: tokens per prompt; prompts are random.
+      config: decoding settings of every row.
+      courses: recorded courses that the rows replay in turn, method refusion only; empty for none.
+      ahead: as in Shape; None for the device's default.
     """
 
     method: str
@@ -65,13 +65,21 @@ def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[s
     """Figures of one setting.
 
     Args:
-      bandwidth: bytes a second, of `memory_bandwidth`.
+      model, params: the model, ready for decoding.
+      work: the setting.
+      repeats: timed runs.
+      bandwidth: bytes per second, from `memory_bandwidth`.
 
     Returns:
-      COLUMNS and the settings: milliseconds of the first pass, prompt included, and of each later pass;
-      the limit of such a pass; passes made and tokens committed by all rows; tokens a pass of one row;
-      tokens/s of all rows, first pass included; the limit over the time a pass takes; seconds to compile
-      without and with the compilation cache.
+      the settings, and COLUMNS:
+        first_ms, pass_ms: milliseconds of the first pass, prompt included, and of each later pass.
+        limit_ms: the least time of a later pass, see the module's docstring.
+        passes: forward passes of the row that takes most.
+        tokens: tokens committed by all rows.
+        per_pass: committed tokens per forward pass of one row.
+        tokens_s: tokens per second of all rows, first pass included.
+        of_limit: limit_ms / pass_ms.
+        compile_s, again_s: seconds of the first run, without and with the compilation cache.
     """
     programs = _programs(model, params, work)
     compile_s = _timed(lambda: programs.resume(programs.begin()))[0]
@@ -80,8 +88,8 @@ def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[s
     again_s = _timed(lambda: programs.resume(programs.begin()))[0]
     runs = [_run_once(programs, work) for _ in range(repeats)]
     first_s, rest_s = (statistics.median(seconds) for seconds in zip(*[run[:2] for run in runs], strict=True))
-    *_, made, tokens, cache_bytes = runs[0]
-    passes = int(made.max())
+    *_, row_passes, tokens, cache_bytes = runs[0]
+    passes = int(row_passes.max())
     pass_s = rest_s / max(passes - 1, 1)
     num_devices = len(jax.tree.leaves(params)[0].sharding.device_set)
     limit_s = (weight_bytes(model, params) + cache_bytes / 2) / (bandwidth * num_devices)
@@ -93,7 +101,7 @@ def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[s
         "limit_ms": 1e3 * limit_s,
         "passes": passes,
         "tokens": tokens,
-        "per_pass": tokens / int(made.sum()),
+        "per_pass": tokens / int(row_passes.sum()),
         "tokens_s": tokens / (first_s + rest_s),
         "of_limit": limit_s / pass_s,
         "compile_s": compile_s,
@@ -102,7 +110,7 @@ def measure(model, params, work: Work, repeats: int, bandwidth: float) -> dict[s
 
 
 class _Programs(NamedTuple):
-    """What makes the first pass of a batch, what makes the rest of its state, and what reads its answers."""
+    """The compiled programs of a batch: the first pass, the remaining passes, and reading the results."""
 
     begin: Callable
     resume: Callable
@@ -130,16 +138,16 @@ def _programs(model, params, work: Work) -> _Programs:
 
 
 def _run_once(programs: _Programs, work: Work) -> tuple[float, float, np.ndarray, int, int]:
-    """(seconds of the first pass, of the rest, passes of each row, tokens of all, bytes of the cache).
+    """(seconds of the first pass, of the rest, passes [batch], tokens of all rows, bytes of the cache).
 
-    What a run leaves is let go before the next, as when answers are read one after the other: then the
-    arrays of each lie where those of the last lay, and the device's recorded programs need no new addresses.
+    The arrays of a run are freed before the next run, as when serving one request after another. The next
+    run's arrays then get the same addresses, and CUDA graphs need no update.
     """
     first_s, state = _timed(programs.begin)
     rest_s, state = _timed(lambda: programs.resume(state))
     samples = jax.device_get(programs.finish(state))
-    made, tokens = samples.num_forwards[: work.batch], int(samples.num_raw.sum())
-    return first_s, rest_s, made, tokens, sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
+    passes, tokens = samples.num_forwards[: work.batch], int(samples.num_raw.sum())
+    return first_s, rest_s, passes, tokens, sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
 
 
 def _timed(run: Callable) -> tuple[float, Any]:
@@ -149,14 +157,16 @@ def _timed(run: Callable) -> tuple[float, Any]:
 
 
 def weight_bytes(model, params) -> int:
-    """Bytes of the parameters that every pass reads: all but an embedding that is only looked up in."""
+    """Bytes of the parameters that every pass reads: all but an untied embedding, which is only indexed."""
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return total - (0 if model.config.tie_embeddings else params["embedding"].nbytes)
 
 
 def memory_bandwidth(num_bytes: int = 1 << 31) -> float:
-    """Bytes a second at which the default device reads an array and writes another: a median of 5, of 20
-    copies each, so that starting the program does not count."""
+    """Bytes per second, read and written, of copying an array on the default device.
+
+    The median of 5 programs of 20 copies each, so that the time to start a program does not count.
+    """
     array = jnp.ones(num_bytes // 4, jnp.float32)
     copies = 20
     negated = jax.jit(lambda x: jax.lax.fori_loop(0, copies, lambda _, y: -y, x))
@@ -165,7 +175,7 @@ def memory_bandwidth(num_bytes: int = 1 << 31) -> float:
 
 
 def arbitrary_model(config: ModelConfig, dtype, mesh=None, int8: bool = False) -> tuple[Any, dict[str, Any]]:
-    """A model ready for decoding, with parameters of no meaning, on the default device or a mesh."""
+    """A model ready for decoding with meaningless parameters, on the default device or a mesh."""
     model = decoding_model(config, dtype, jax.default_backend(), int8)
     boxed = boxed_params(model)
     abstract = sharding.unbox(boxed)
@@ -178,7 +188,7 @@ def arbitrary_model(config: ModelConfig, dtype, mesh=None, int8: bool = False) -
 
 
 def arbitrary_params(abstract: Any) -> Any:
-    """Parameters that are finite and of a model's size; made faster than random ones.
+    """Finite parameters of a model's shapes; faster to make than random ones.
 
     Args:
       abstract: tree of ShapeDtypeStruct with shardings.

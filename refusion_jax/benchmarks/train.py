@@ -1,7 +1,8 @@
 """Times the training step of a configuration.
 
-Warm-up of three steps, then steps one by one with a wait after each (their median), then as many in a row
-without waiting, as `train` runs them: tokens/s and MFU are of the latter. Memory is what the compiler plans.
+After three warm-up steps, the step is timed one by one, with a wait after each (step_ms is their median), and
+then as many steps in a row without waiting, as `train` runs them (tokens/s and MFU). Memory figures are the
+compiler's plan.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_toke
 from refusion_jax.training.step import Program, TrainState, make_program, noise_key
 
 WARM_UP = 3
-MASK_ID = 5  # where tokens are random any will do
-COLUMNS = {  # name -> format
+MASK_ID = 5  # any token: the data are random
+COLUMNS = {  # name -> format; `measure` says what each is
     "devices": "d",
     "rows": "d",
     "step_ms": ".1f",
@@ -40,12 +41,24 @@ COLUMNS = {  # name -> format
 
 
 def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data: bool) -> dict[str, Any]:
-    """Figures of the step on those devices; `train.batch_size` rows for each of them.
+    """Figures of the training step on some devices, with `train.batch_size` rows per device.
+
+    Args:
+      run: the configuration.
+      devices: the devices to use.
+      steps: timed steps.
+      real_data: whether to use the configured data instead of random tokens.
 
     Returns:
-      COLUMNS and the chip: median milliseconds of a step, real tokens/s and MFU of steps in a row,
-      milliseconds that drawing and rearranging take alone, gigabytes of state and batch and of the
-      compiler's temporaries on a device, seconds to compile.
+      chip, jax: names of the device and of the JAX version, and COLUMNS:
+        devices, rows: their numbers.
+        step_ms: median milliseconds per step, with a wait after each step.
+        tokens_per_second_per_device: without padding, of steps in a row.
+        mfu: model FLOPs utilization of steps in a row; None for a device without a known peak.
+        padding: share of the tokens that are padding.
+        noise_ms: milliseconds of drawing the noise and rearranging the tokens, timed alone.
+        held_gb, temporary_gb: gigabytes per device of state and batch, and of the compiler's temporaries.
+        compile_s: seconds to compile.
 
     Raises:
       BadInput: the configuration does not fit the devices, or its data cannot be read.
@@ -91,7 +104,7 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
 
 
 def _noise_seconds(run: RunConfig, mesh: Any, batch: Batch, steps: int) -> float:
-    """What drawing the noise and rearranging the tokens takes alone: a median."""
+    """Median seconds of drawing the noise and rearranging the tokens, without the rest of the step."""
     corrupt = OBJECTIVES[run.objective].corrupt
     noise = jax.jit(
         lambda step, batch: corrupt(noise_key(run, step), batch, run.diffusion, MASK_ID),
@@ -106,7 +119,7 @@ def _noise_seconds(run: RunConfig, mesh: Any, batch: Batch, steps: int) -> float
 
 
 def _random_batch(run: RunConfig, abstract: Batch) -> Batch:
-    """Rows full of random tokens, each one example, an eighth of it prompt."""
+    """Full rows of random tokens; each row is one example, one eighth of it prompt."""
     batch = {name: np.zeros(leaf.shape, np.int32) for name, leaf in abstract.items()}
     length = run.data.max_length
     batch["tokens"] += np.random.default_rng(0).integers(
@@ -116,7 +129,7 @@ def _random_batch(run: RunConfig, abstract: Batch) -> Batch:
         batch["example_id"].shape
     )
     for name, value in (("prompt_len", length // 8), ("total_len", length)):
-        batch[name].reshape(len(batch[name]), -1)[:, 0] = value  # other places of a row stay empty
+        batch[name].reshape(len(batch[name]), -1)[:, 0] = value  # further examples of a packed row stay empty
     return batch
 
 
@@ -126,5 +139,5 @@ def _real_batch(run: RunConfig) -> Batch:
 
 
 def _some_state(program: Program) -> TrainState:
-    """A state with parameters of no meaning."""
+    """A training state with meaningless parameters."""
     return jax.block_until_ready(program.start(arbitrary_params(program.state.base)))

@@ -1,9 +1,11 @@
-"""Attention: the dense reference, and the kernels that training and decoding use instead.
+"""Attention: the dense reference, and the kernels that replace it in training and decoding.
 
-Einsum letters as in model.py. Without a mask attention is causal in the order in which tokens are fed, or
-of all tokens with all.
+Einsum letters as in model/transformer.py. Without a mask, attention is causal in the order in which tokens
+are fed, or bidirectional. Each kernel's module is imported where the kernel is chosen, so a CPU loads no
+Pallas.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -19,22 +21,26 @@ LayerKV = tuple[Array, Array]  # keys (after norm and RoPE) and values, each [B,
 
 KERNELS = ("dense", "cudnn", "splash", "triton")
 
-SPLASH_TILE = 128  # the kernel for TPUs takes whole tiles of so many tokens
+# Tile sizes of the TPU kernel, in tokens: the largest that divides the length is used.
+SPLASH_BLOCKS = (512, 256, 128)
 
 
 def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) -> Array:
-    """Grouped-query attention to the cache and to the tokens fed along.
+    """Grouped-query attention to the cache and to the tokens fed in the same pass.
 
     Args:
       q: [B, T, N, H].
-      fresh: keys and values of the same T tokens, [B, T, K, H].
-      cache: keys and values [B, S, K, H], or None. It is read in place: scores over it and over the
-        fresh tokens are computed apart and joined, so that the cache is never copied.
-      mask: bool, broadcastable to [B, T, S + T], True where attention is allowed. None without a cache
-        means causal in the order fed.
+      fresh: keys and values of the same T tokens, each [B, T, K, H].
+      cache: keys and values, each [B, S, K, H], or None. The cache is read in place: scores over it and
+        over the fresh tokens are computed separately and concatenated, so the cache is never copied.
+      mask: bool, broadcastable to [B, T, S + T], True where attention is allowed. None, only without a
+        cache, means causal in the order fed.
 
     Returns:
-      [B, T, N, H]. Softmax in float32. A query that may see nothing gives a finite value of no meaning.
+      [B, T, N, H], softmax in float32. The output of a query that sees nothing is finite and meaningless.
+
+    Raises:
+      ValueError: there is a cache and no mask.
     """
     B, T, N, H = q.shape
     k, v = fresh
@@ -55,17 +61,17 @@ def attend(q: Array, fresh: LayerKV, cache: LayerKV | None, mask: Array | None) 
 
 
 def fitting_kernel(platform: str, dtype: jnp.dtype, head_dim: int, length: int) -> str:
-    """The fastest of KERNELS for training, a pass without a cache.
+    """The fastest of KERNELS for training, where passes have no cache.
 
     Args:
-      platform: of the devices, "gpu", "tpu" or "cpu".
-      dtype: of queries, keys and values.
+      platform: platform of the devices, "gpu", "tpu" or "cpu".
+      dtype: dtype of queries, keys and values.
       head_dim: H.
       length: T.
     """
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
         return "cudnn"
-    whole_tiles = head_dim % 64 == 0 and length % SPLASH_TILE == 0
+    whole_tiles = head_dim % 64 == 0 and length % SPLASH_BLOCKS[-1] == 0
     if platform == "tpu" and dtype == jnp.bfloat16 and whole_tiles:
         return "splash"
     return "dense"
@@ -80,17 +86,20 @@ def fitting_decode_kernel(platform: str, dtype: jnp.dtype, head_dim: int) -> str
 
 
 def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int | None, seen: Visible) -> Array:
-    """`attend` by the kernel for decoding, on the rows and key/value heads that each device holds.
+    """`attend` by the Triton kernel; each device runs it on the rows and key/value heads that it holds.
 
     Args:
-      qkv: [B, T, K, G + 2, H]; cache: [L, B, S, K, H] twice, or None; layer, seen: as there.
+      qkv: [B, T, K, G + 2, H], for each key/value head its G queries, its key and its value.
+      cache: keys and values, each [L, B, S, K, H], or None.
+      layer: int32 scalar, index into L; unused without a cache.
+      seen: the packed mask.
 
     Returns:
       [B, T, K, G, H].
     """
-    from refusion_jax.model.kernels import triton_attention  # loads Pallas' Triton backend
+    from refusion_jax.model.kernels import triton_attention  # loads Pallas's Triton backend
 
-    # Where there is no GPU the kernel is interpreted, as tests do.
+    # Without a GPU the kernel is interpreted, which tests use.
     kernel = functools.partial(triton_attention.attend, interpret=jax.default_backend() != "gpu")
     rules = nn.get_logical_axis_rules()
     if not rules:
@@ -99,7 +108,7 @@ def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int | None,
     mesh = jax.sharding.get_abstract_mesh()
     axes = (rows,) if isinstance(rows, str) else rows or ()
     if qkv.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
-        rows = None  # too few rows to share out: each device takes them all
+        rows = None  # the mesh does not divide the rows: each device takes them all
     of_rows = PartitionSpec(rows)
     by_head = PartitionSpec(rows, None, heads)
     of_cache = None if cache is None else (PartitionSpec(None, rows, None, heads),) * 2
@@ -109,7 +118,10 @@ def attend_visible(qkv: Array, cache: LayerKV | None, layer: Array | int | None,
 
 
 def fed_mask(length: int, segments: Array | None, causal: bool) -> Array:
-    """Who sees whom among the tokens fed, bool [1 or B, T, T]; arguments as of `attend_fed`."""
+    """Mask among the tokens fed, bool [1 or B, T, T], True where attention is allowed.
+
+    Arguments as in `attend_fed`.
+    """
     mask = jnp.ones((1, length, length), bool)
     if causal:
         mask = jnp.tril(mask)
@@ -129,14 +141,14 @@ def attend_fed(
 
     Args:
       q: [B, T, N, H].
-      fresh: keys and values of the same T tokens, [B, T, K, H].
-      segments: int32 [B, T], ascending from 0: a token sees those of its own segment alone. None is one
+      fresh: keys and values of the same T tokens, each [B, T, K, H].
+      segments: int32 [B, T], ascending from 0: a token sees only tokens of its own segment. None means one
         segment.
-      kernel: one of KERNELS.
-      max_segments: more than the largest entry of `segments`.
-      causal: a token sees none that are fed after it.
-      mask: bool, broadcastable to [B, T, T]: says what a token sees in place of `segments` and `causal`.
-        "splash" leaves it to the dense reference.
+      kernel: one of KERNELS except "triton".
+      max_segments: upper bound of the number of segments per row.
+      causal: whether a token sees no token that is fed after it.
+      mask: bool, broadcastable to [B, T, T]; replaces `segments` and `causal`. With a mask "splash" falls
+        back to the dense reference.
 
     Returns:
       [B, T, N, H].
@@ -148,26 +160,24 @@ def attend_fed(
     if kernel == "cudnn":
         return _cudnn(q, fresh, segments, max_segments, causal)
     if kernel == "splash":
-        from refusion_jax.model.kernels import splash_attention  # loads Pallas' TPU backend
-
-        return splash_attention.attend(q, fresh, segments, causal)
+        return _splash(q, fresh, segments, causal)
     assert kernel == "dense", kernel
     return attend(q, fresh, None, fed_mask(q.shape[1], segments, causal))
 
 
 def _cudnn(q: Array, fresh: LayerKV, segments: Array | None, max_segments: int, causal: bool) -> Array:
-    """cuDNN's flash attention. Segments are laid out one after the other, so none attends to another."""
+    """cuDNN's flash attention. Segments are contiguous; each is passed as a sequence of its own."""
     if segments is None:
         return jax.nn.dot_product_attention(q, *fresh, is_causal=causal, implementation="cudnn")
-    # jax.nn has no argument for segments yet; the function below it does.
+    # jax.nn has no argument for segments; the internal function that it calls has.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     lengths = jnp.sum(segments[:, None] == jnp.arange(max_segments)[:, None], axis=2, dtype=jnp.int32)
     begins = jnp.cumsum(lengths, axis=1, dtype=jnp.int32) - lengths
-    there = lengths > 0
-    lengths = jnp.where(there, lengths, -1)
-    # One entry more than segments, never there: cuDNN takes it from the next row, or the end.
-    offsets = jnp.pad(jnp.where(there, begins, -1), ((0, 0), (0, 1)), constant_values=-1)
+    present = lengths > 0
+    lengths = jnp.where(present, lengths, -1)
+    # One more offset than segments, marked absent: cuDNN reads it from the next row, or the end.
+    offsets = jnp.pad(jnp.where(present, begins, -1), ((0, 0), (0, 1)), constant_values=-1)
     return dot_product_attention(
         q,
         *fresh,
@@ -178,3 +188,47 @@ def _cudnn(q: Array, fresh: LayerKV, segments: Array | None, max_segments: int, 
         scale=q.shape[-1] ** -0.5,
         mask_type=MaskType.PADDING_CAUSAL if causal else MaskType.PADDING,
     )
+
+
+def _splash(q: Array, fresh: LayerKV, segments: Array | None, causal: bool) -> Array:
+    """`attend_fed` by the TPU kernel, which never forms T x T scores and skips fully masked tiles.
+
+    T must be a multiple of the smallest of SPLASH_BLOCKS.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    B, T, N, H = q.shape
+    k, v = fresh
+    # The compiler cannot partition a kernel: each device calls it on the rows and heads that it holds under
+    # the rules in scope. Without rules there is one device.
+    rules = nn.get_logical_axis_rules()
+    split, kv_split = (
+        nn.logical_to_mesh_axes(("act_batch", "act_length", heads, None), rules)
+        for heads in ("act_heads", "act_kv_heads")
+    )
+    if split != kv_split:  # too few key/value heads to split: one for each query head
+        k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
+    if segments is None:
+        segments = jnp.zeros((B, T), jnp.int32)
+
+    def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        kernel = _splash_kernel(q.shape[2], T, causal)
+        q, k, v = (x.swapaxes(1, 2) for x in (q * H**-0.5, k, v))
+        return jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments)).swapaxes(1, 2)
+
+    if not rules:
+        return local(q, k, v, segments)
+    specs = (split, split, split, PartitionSpec(*split[:2]))
+    return jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)(q, k, v, segments)
+
+
+def _splash_kernel(heads: int, length: int, causal: bool):
+    """The TPU kernel for queries [heads, length, H]."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    block = next(block for block in SPLASH_BLOCKS if length % block == 0)
+    names = [field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block_")]
+    of_head = splash.CausalMask if causal else splash.FullMask
+    mask = splash.MultiHeadMask([of_head((length, length))] * heads)
+    blocks = splash.BlockSizes(**dict.fromkeys(names, block))
+    return splash.make_splash_mha_single_device(mask, block_sizes=blocks)

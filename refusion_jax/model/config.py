@@ -1,4 +1,4 @@
-"""The shape of a model: ModelConfig, with the published models by name."""
+"""ModelConfig, the shape of a model, and the shapes of published models."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,23 +12,26 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and switches of the transformer; hashable, no runtime choices in it.
+    """Shape and switches of the transformer. Hashable; holds no runtime choices such as dtype or kernel.
 
     Attributes:
       vocab_size: V, rows of the embedding and columns of the head.
       num_layers: L.
       embed_dim: D, the width.
       num_heads: N, query heads.
-      num_kv_heads: K, key/value heads; each serves N / K query heads.
+      num_kv_heads: K, key/value heads; N / K query heads share each.
       head_dim: H; N x H need not be D.
-      mlp_dim: F, the width inside the MLP.
+      mlp_dim: F, the hidden width of the MLP.
       rope_theta: base of the RoPE frequencies.
       norm_eps: added to the mean square in every RMSNorm.
-      qk_norm: RMSNorm on each head's q and k before RoPE (Qwen3).
-      qkv_bias: bias on the q, k and v projections (Qwen2.5).
-      tie_embeddings: the head is the embedding, transposed.
-      rope_scaling: how RoPE reaches further than first trained, a RopeScaling or a mapping of its fields;
-        None leaves the frequencies as they are.
+      qk_norm: whether each head's q and k pass through RMSNorm before RoPE (Qwen3).
+      qkv_bias: whether the q, k and v projections have a bias (Qwen2.5).
+      tie_embeddings: whether the head is the transposed embedding.
+      rope_scaling: scaling of the RoPE frequencies for longer contexts, a RopeScaling or a mapping of its
+        fields; None for no scaling.
+
+    Raises:
+      ValueError: a size is below 1, or fields do not fit together.
     """
 
     vocab_size: int
@@ -46,7 +49,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        if isinstance(self.rope_scaling, Mapping):  # as a configuration file gives it
+        if isinstance(self.rope_scaling, Mapping):  # from a configuration file
             object.__setattr__(self, "rope_scaling", RopeScaling.from_fields(self.rope_scaling))
         sizes = (
             "vocab_size",
@@ -73,7 +76,7 @@ class ModelConfig:
 
     @classmethod
     def tiny(cls, vocab_size: int = 260) -> "ModelConfig":
-        """140 thousand parameters: tests and the demo."""
+        """140 thousand parameters, for tests and the demo."""
         return cls(vocab_size, 2, 64, 4, 4, 16, 192, rope_theta=1e4)
 
     @classmethod

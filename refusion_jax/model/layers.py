@@ -1,7 +1,12 @@
-"""The transformer's layers: norm, attention, MLP and the block of them; letters as in model.py."""
+"""The transformer's layers: norm, attention, MLP, and the block that combines them.
+
+Einsum letters as in model/transformer.py.
+"""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,21 +22,21 @@ Array = jax.Array
 
 
 def lecun(num_in: int, num_out: int):
-    """LeCun normal for a kernel whose first `num_in` axes are contracted."""
+    """LeCun normal initializer of a matrix whose first `num_in` axes are contracted."""
     return nn.initializers.variance_scaling(
         1.0, "fan_in", "normal", tuple(range(num_in)), tuple(range(num_in, num_in + num_out))
     )
 
 
 class Ragged(NamedTuple):
-    """Rows of different lengths, their tokens laid out one after the other; int32 throughout.
+    """Layout of rows of different lengths as one sequence of N tokens; int32 throughout.
 
-    Matrix products then work on N real tokens alone, and only attention is laid out by row.
+    Matrix products then work on the N tokens without padding; only attention is laid out by row.
 
     Attributes:
-      flat: [B, T], where among the N a row's t-th token stands; N where it has none.
+      flat: [B, T], index among the N tokens of a row's t-th token; N where the row has no such token.
       row: [N], the row of each token.
-      place: [N], its t in that row.
+      place: [N], the index t of each token in its row.
     """
 
     flat: Array
@@ -40,13 +45,13 @@ class Ragged(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What the tokens fed may attend to, the same for all layers; see `Transformer.__call__`.
+    """What the tokens fed attend to, the same for all layers; see `Transformer.__call__`.
 
     Attributes:
-      cache: keys and values of all layers.
-      mask: as the kernel wants it.
-      segments: of a pass with neither.
-      ragged: how the tokens fed make up rows.
+      cache: keys and values of all layers, or None.
+      mask: bool mask, or Visible for the kernel "triton"; None as in `Transformer.__call__`.
+      segments: segment of each token, in a pass with neither cache nor mask; or None.
+      ragged: layout of the tokens fed, or None where they are laid out by row.
     """
 
     cache: LayerKV | None = None
@@ -55,11 +60,11 @@ class Context(NamedTuple):
     ragged: Ragged | None = None
 
     def by_row(self, x: Array) -> Array:
-        """[1, N, ...] laid out as [B, T, ...]; a row's end is filled with anything finite."""
+        """[1, N, ...] laid out as [B, T, ...]; the padding of a row is finite and otherwise arbitrary."""
         return x if self.ragged is None else jnp.take(x[0], self.ragged.flat, axis=0, mode="clip")
 
     def as_fed(self, y: Array) -> Array:
-        """[B, T, ...] laid out as the tokens were fed."""
+        """[B, T, ...] laid out as the tokens are fed, the inverse of `by_row`."""
         if self.ragged is None:
             return y
         return y.at[self.ragged.row, self.ragged.place].get(mode="clip")[None]
@@ -67,10 +72,10 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """How the layers hold their matrices; fields as in Transformer.
+    """How the layers store and multiply their matrices; other fields as in Transformer.
 
     Attributes:
-      int8_kernel: products of a few tokens with an int8 matrix are `triton_int8.product`.
+      int8_kernel: whether products of a few tokens with an int8 matrix use `triton_int8.product`.
     """
 
     dtype: jnp.dtype
@@ -80,7 +85,17 @@ class Weights:
     int8_kernel: bool = False
 
     def product(self, module: nn.Module, equation: str, x: Array, name: str, shape, axes, num_in=1) -> Array:
-        """x times the matrix `name`, which `module` declares; its first `num_in` axes are summed over."""
+        """x times the parameter `name`, a matrix that `module` declares.
+
+        Args:
+          module: the layer that owns the parameter.
+          equation: einsum of x and the matrix.
+          x: activations, the contracted axes last.
+          name: name of the parameter.
+          shape: shape of the matrix, contracted axes first.
+          axes: logical axis names of `shape`.
+          num_in: number of contracted axes.
+        """
         if not self.int8:
             init = nn.with_logical_partitioning(lecun(num_in, len(shape) - num_in), axes)
             matrix = module.param(name, init, shape, self.param_dtype)
@@ -93,25 +108,32 @@ class Weights:
         return self.int8_product(x, matrix, scale, num_in)
 
     def int8_product(self, x: Array, matrix: Array, scale: Array, num_in: int = 1) -> Array:
-        """x [..., summed over ...] times the int8 matrix [outputs ..., summed over ...] and their scale."""
+        """x [..., contracted] times the int8 matrix [outputs, contracted] and its scale [outputs]."""
         leading, outputs = x.shape[: x.ndim - num_in], scale.shape
         flat = x.reshape(math.prod(leading), -1), matrix.reshape(math.prod(outputs), -1)
-        # On a mesh the compiler splits the product, which it cannot do with a kernel.
-        if self.int8_kernel and not nn.get_logical_axis_rules():
-            from refusion_jax.model.kernels import triton_int8  # loads Pallas' Triton backend
-
-            if triton_int8.fits(*flat):
-                y = triton_int8.product(*flat, interpret=jax.default_backend() != "gpu")
-                return (y.reshape(*leading, *outputs) * scale).astype(self.dtype)
-        summed = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(matrix.ndim - num_in, matrix.ndim))
-        y = jax.lax.dot_general(
-            x, matrix.astype(self.dtype), (summed, ((), ())), preferred_element_type=jnp.float32
-        )
+        # On a mesh the compiler partitions the product; it cannot partition a kernel.
+        kernel = _int8_kernel(*flat) if self.int8_kernel and not nn.get_logical_axis_rules() else None
+        if kernel is not None:
+            y = kernel(*flat).reshape(*leading, *outputs)
+        else:
+            summed = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(matrix.ndim - num_in, matrix.ndim))
+            y = jax.lax.dot_general(
+                x, matrix.astype(self.dtype), (summed, ((), ())), preferred_element_type=jnp.float32
+            )
         return (y * scale).astype(self.dtype)
 
 
+def _int8_kernel(x: Array, matrix: Array) -> Callable[[Array, Array], Array] | None:
+    """The Triton kernel for x [N, D] and matrix [F, D], None if it does not handle them."""
+    from refusion_jax.model.kernels import triton_int8  # loads Pallas's Triton backend
+
+    if not triton_int8.fits(x, matrix):
+        return None
+    return functools.partial(triton_int8.product, interpret=jax.default_backend() != "gpu")
+
+
 class RMSNorm(nn.Module):
-    """RMS normalisation over the last axis, statistics in float32."""
+    """RMS normalisation over the last axis; statistics in float32."""
 
     eps: float
     axis_name: str
@@ -123,7 +145,7 @@ class RMSNorm(nn.Module):
 
 
 class NormScale(nn.Module):
-    """The scale of an RMSNorm by itself, under the same name."""
+    """The scale parameter of an RMSNorm without the normalisation, under the same parameter name."""
 
     size: int
     param_dtype: jnp.dtype
@@ -144,7 +166,7 @@ def _normalised(x: Array, eps: float) -> Array:
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer; returns its output and the fresh keys and values."""
+    """Self-attention of one layer; returns its output [B, T, D] and the fresh keys and values."""
 
     config: ModelConfig
     weights: Weights
@@ -156,7 +178,7 @@ class Attention(nn.Module):
     def __call__(self, x: Array, rope, layer: Array | int | None, context: Context):
         c, w = self.config, self.weights
         if w.fused:
-            qkv = self._joined(x, rope)
+            qkv = self._fused(x, rope)
             q = qkv[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.head_dim)
             k, v = qkv[..., -2, :], qkv[..., -1, :]
         else:
@@ -197,11 +219,11 @@ class Attention(nn.Module):
             k = RMSNorm(c.norm_eps, "head_dim", w.param_dtype, name="k_norm")(k)
         return apply_rope(q, rope), apply_rope(k, rope), v
 
-    def _joined(self, x: Array, rope) -> Array:
-        """[B, T, K, G + 2, H]: what `_separate` gives, of each key/value head its queries, key and value.
+    def _fused(self, x: Array, rope) -> Array:
+        """The results of `_separate` as one array, [B, T, K, G + 2, H]: G queries, key, value per head of K.
 
-        Norm and RoPE are written on the whole array, values passing through, so that they compile to as
-        few kernels as can be.
+        Norm and RoPE act on the whole array and `where` restores the values, so that they compile to as few
+        kernels as possible.
         """
         c, w = self.config, self.weights
         groups = c.num_heads // c.num_kv_heads

@@ -1,7 +1,7 @@
-"""Rotary position embedding, half-split layout, with the frequency scalings that `transformers` knows.
+"""Rotary position embedding (RoPE), half-split layout, with the frequency scalings of `transformers`.
 
-Everything that depends on the configuration alone is computed here once, in numpy and in PyTorch's
-rounding: at far positions one unit in a frequency's last place is the largest difference between the two.
+Values that depend only on the configuration are computed in numpy, with PyTorch's rounding. Without that, at
+large positions one unit in the last place of a frequency would be the largest difference from PyTorch.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 Array = jax.Array
 
-# What each type of scaling cannot do without.
+# Required fields of each type of scaling.
 REQUIRED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -25,22 +25,26 @@ REQUIRED = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies change to reach beyond the length a model was first trained on.
+    """Scaling of the RoPE frequencies for contexts longer than the original training length.
 
-    Fields are named as in a Hugging Face config.json; those that a type does not use are ignored.
+    Fields are named as in a Hugging Face config.json; a type ignores the fields that it does not use.
 
     Attributes:
       rope_type: "linear", "llama3" or "yarn".
-      factor: how many times longer.
-      original_max_position_embeddings: the length first trained on, tokens; llama3 and yarn.
-      low_freq_factor: wavelengths above the original length over this are stretched by `factor`; llama3.
-      high_freq_factor: wavelengths below the original length over this stay; llama3.
-      attention_factor: multiplies cosines and sines; None follows from `factor` and the mscales; yarn.
-      beta_fast: dimensions that turn more often than this over the original length stay; yarn.
-      beta_slow: dimensions that turn less often than this are stretched by `factor`; yarn.
-      mscale: weight of log(factor) above the line of the attention factor, if both are given; yarn.
-      mscale_all_dim: the same below the line; yarn.
-      truncate: round the two dimensions of the betas outwards; yarn.
+      factor: ratio of the new to the original context length.
+      original_max_position_embeddings: original context length in tokens; llama3 and yarn.
+      low_freq_factor: wavelengths above the original length divided by this are stretched by `factor`;
+        llama3.
+      high_freq_factor: wavelengths below the original length divided by this are unchanged; llama3.
+      attention_factor: factor of cosines and sines; None derives it from `factor` and the mscales; yarn.
+      beta_fast: dimensions with more rotations than this over the original length are unchanged; yarn.
+      beta_slow: dimensions with fewer rotations than this are stretched by `factor`; yarn.
+      mscale: weight of log(factor) in the numerator of the attention factor, if both are given; yarn.
+      mscale_all_dim: the same in the denominator; yarn.
+      truncate: whether the two dimensions that the betas give are rounded outwards; yarn.
+
+    Raises:
+      ValueError: a field is missing or out of range for its type.
     """
 
     rope_type: str
@@ -76,7 +80,7 @@ class RopeScaling:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "RopeScaling":
-        """From a mapping; ValueError naming the field that is missing, unknown or wrong."""
+        """A RopeScaling from a mapping; raises ValueError naming a missing, unknown or wrong field."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
@@ -84,18 +88,18 @@ class RopeScaling:
         return cls(**{"rope_type": None, "factor": None} | dict(fields))
 
     def as_fields(self) -> dict[str, Any]:
-        """The fields that are given, for config.json."""
+        """The fields that are set, for config.json."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if given["truncate"]:
-            del given["truncate"]  # the default, and older readers do not know it
+            del given["truncate"]  # the default; older readers do not know the field
         return given
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
-    """Radians per position, float32 [H/2], and the factor of cosines and sines."""
+    """RoPE frequencies in radians per position, float32 [H/2], and the factor of cosines and sines."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # PyTorch's float32 power is nearly always rounded correctly, numpy's is not; this one is.
-    periods = (theta ** exponents.astype(np.float64)).astype(np.float32)  # over 2 pi
+    # PyTorch rounds its float32 power correctly in nearly all cases, numpy does not; this does.
+    periods = (theta ** exponents.astype(np.float64)).astype(np.float32)  # wavelengths divided by 2 pi
     if scaling is None:
         return 1 / periods, 1.0
     if scaling.rope_type == "linear":
@@ -107,7 +111,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tup
 
 def _llama3(base: np.ndarray, s: RopeScaling) -> np.ndarray:
     length = s.original_max_position_embeddings
-    # PyTorch divides a number by a tensor as the number times the reciprocal, rounding twice.
+    # PyTorch computes number / tensor as the number times the reciprocal, which rounds twice.
     wavelengths = np.float32(2 * math.pi) * (1 / base)
     smooth = np.float32(length) * (1 / wavelengths) - np.float32(s.low_freq_factor)
     smooth = smooth / np.float32(s.high_freq_factor - s.low_freq_factor)
@@ -121,7 +125,7 @@ def _yarn(periods: np.ndarray, theta: float, s: RopeScaling) -> np.ndarray:
     head_dim = 2 * periods.size
 
     def dimension(turns: float) -> float:
-        """The one that turns so often over the original length."""
+        """The (fractional) dimension with this many rotations over the original length."""
         length = s.original_max_position_embeddings
         return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 

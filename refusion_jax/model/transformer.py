@@ -1,9 +1,9 @@
 """The transformer: one Linen block with switches for Qwen3, Qwen2.5 and Llama.
 
-The model knows no slots, mesh, tokenizer or sampling. It is a pure function of parameters, tokens,
-their position ids, an optional cache and an attention mask. Without a mask attention is causal in the order
-in which tokens are fed, whatever their positions are: positions enter through RoPE alone, which is what lets
-ReFusion permute slots (arXiv 2512.13586, section 3).
+The model is a pure function of parameters, tokens, their position ids, an optional cache and an attention
+mask. It knows no slots, mesh, tokenizer or sampling. Without a mask, attention is causal in the order in
+which tokens are fed, whatever their positions: positions enter only through RoPE. This is why ReFusion can
+permute slots (arXiv 2512.13586, section 3).
 
 Einsum letters, everywhere in this package:
   B batch, T query tokens, S cache length, L layers, N query heads, K key/value heads, G = N / K,
@@ -26,14 +26,14 @@ Array = jax.Array
 
 
 def _is_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's; the dense one is made of dots
+    return primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's; dense attention consists of dots
 
 
-# What a layer may keep for the backward pass, by the name a config uses.
+# What a layer keeps for the backward pass, by the name that a configuration uses.
 REMAT_POLICIES = {
     "none": None,  # keep everything
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Keep what matrix products give and compute the rest, which costs little, again.
+    # Keep the results of matrix products and recompute the rest, which is cheap.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_attention
     ),
@@ -45,21 +45,21 @@ class Transformer(nn.Module):
 
     Attributes:
       config: shape and switches.
-      dtype: of activations and matrix products; parameters are cast to it as they are used.
-      param_dtype: of the parameters themselves (float32 master weights when training).
-      scan_layers: one scanned layer with parameters and cache stacked on a leading L axis (fast to
-        compile), or L separate layers `layers_0` … (fast to run). The same function either way;
-        `weights.lazy.stack` and `unstack` turn the parameters of one into those of the other.
+      dtype: dtype of activations and matrix products; parameters are cast to it when they are used.
+      param_dtype: dtype of the parameters (float32 master weights in training).
+      scan_layers: True makes one scanned layer, with parameters and cache stacked on a leading L axis (fast
+        to compile); False makes L separate layers `layers_0` … (fast to run). Both compute the same
+        function; `weights.lazy.stack` and `unstack` convert the parameters.
       remat: what a layer keeps for the backward pass, a key of REMAT_POLICIES.
-      kernel: how attention is computed, one of attention.KERNELS: "triton" for decoding, forward passes
-        alone; of the others, "cudnn" and "splash" serve a pass without a cache, "splash" without a mask.
-      max_segments: most segments of a row.
-      fused: the projections that read the same input are one matrix, `qkv` and `gate_up`, as
+      kernel: implementation of attention, one of attention.KERNELS. "triton" is for decoding and has no
+        backward pass; "cudnn" and "splash" need a pass without a cache, "splash" also without a mask.
+      max_segments: upper bound of the number of segments per row.
+      fused: whether projections of the same input are one matrix, `qkv` and `gate_up`, as
         `fused.fuse_projections` makes them: fewer and larger products, for decoding.
-      int8: the layers' matrices and the head are int8 with a scale for each output channel, as
-        `quantized.quantize` makes them; activations, the embedding and the rest stay as they are.
-      causal: a pass without a mask is causal in the order fed; otherwise each token sees all.
-      cache_by_layer: decoders give it a cache of an array for each layer, for TPUs; see KVCache.
+      int8: whether the layers' matrices and the head are int8 with one scale per output channel, as
+        `quantized.quantize` makes them. Activations, embedding, norms and biases keep their dtypes.
+      causal: whether a pass without a mask is causal in the order fed; otherwise each token sees all.
+      cache_by_layer: whether decoders pass the cache as one array per layer, as TPUs need; see KVCache.
     """
 
     config: ModelConfig
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         ragged: Ragged | None = None,
     ):
         """Final normalised states [B, T, D] and the fresh keys and values; see `__call__`."""
-        # Gathered over fsdp before the lookup: looked up in pieces, the activations would be moved instead.
+        # Gather the table over fsdp before the lookup; otherwise the compiler moves the activations.
         table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
         x = jnp.take(table, tokens, axis=0).astype(self.dtype)
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         return self.final_norm(x), kv
 
     def _mask(self, tokens: Array, cache, mask: Array | None, segments: Array | None, ragged: Ragged | None):
-        """The mask as the layers take it."""
+        """The mask in the form that the layers take: packed for the kernel "triton"."""
         if self.kernel != "triton":
             return mask
         B, T = tokens.shape if ragged is None else ragged.flat.shape
@@ -169,28 +169,32 @@ class Transformer(nn.Module):
     ):
         """Logits of the tokens fed, and their keys and values.
 
-        The cache is only read: what to keep of the fresh keys and values is the caller's choice, so a
-        rejected draft leaves no trace.
+        The cache is only read. The caller chooses which fresh keys and values to write to it, so a rejected
+        draft leaves no trace.
 
         Args:
           tokens: int32 [B, T], in the order fed.
           positions: int32 [B, T], the RoPE position of each token, in any order.
           cache: None, or keys and values of all layers, each [L, B, S, K, H]; read in place. Unrolled
-            layers take L arrays [B, S, K, H] as well.
-          mask: bool, broadcastable to [B, T, S + T]; None, only without a cache, is as `causal` says.
-          segments: int32 [B, T], without cache and mask: a token sees those of its own segment alone;
-            segments stand one after the other in ascending order. None is one segment.
-          ragged: of rows of different lengths; then tokens and positions are [1, N], and B and T of cache
-            and mask those of `ragged`.
+            layers also take L arrays [B, S, K, H].
+          mask: bool, broadcastable to [B, T, S + T], True where attention is allowed. None, only without a
+            cache, means causal or bidirectional, as the field `causal` says.
+          segments: int32 [B, T], only without cache and mask: a token sees only tokens of its own segment;
+            segments are contiguous and ascending. None means one segment.
+          ragged: layout of rows of different lengths; then tokens and positions are [1, N], and B and T of
+            cache and mask are those of `ragged`.
 
         Returns:
           logits [B, T, V] in `dtype`, and the fresh keys and values, each [L, B, T, K, H]; with `ragged`
           [1, N, V] and [L, 1, N, K, H].
+
+        Raises:
+          ValueError: there is a cache and no mask.
         """
         x, kv = self.hidden(tokens, positions, cache, mask, segments, ragged)
         return self.unembed(x), kv
 
 
 def exact_matmuls(model: Transformer):
-    """A context in which a float32 model multiplies in float32 on every backend (GPUs default to TF32)."""
+    """A context in which a float32 model multiplies in float32 on every backend; GPUs default to TF32."""
     return jax.default_matmul_precision("highest" if model.dtype == jnp.float32 else None)

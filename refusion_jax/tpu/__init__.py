@@ -1,4 +1,4 @@
-"""What `aot` is made of: TPU slices that are not attached, programs compiled for them, and their collectives.
+"""The parts of `aot`: TPU slices that are not attached, programs compiled for them, and their collectives.
 
-Imports `training` and the decoders.
+Imports `training` and the slot decoder.
 """

@@ -1,4 +1,4 @@
-"""What devices send each other, read off a compiled program's text (HLO)."""
+"""Communication between devices, counted in the text of a compiled program (HLO)."""
 
 import math
 import re
@@ -16,12 +16,12 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """All collectives of one kind.
+    """All collectives of one kind in a program.
 
     Attributes:
       operation: one of OPERATIONS.
-      count: how often it runs.
-      bytes: of the whole arrays gathered, reduced, scattered or moved, per device.
+      count: number of times that they run.
+      bytes: total size per device of the whole arrays gathered, reduced, scattered or moved.
     """
 
     operation: str
@@ -30,11 +30,12 @@ class Collective(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What `count` found.
+    """Result of `count`.
 
     Attributes:
-      collectives: of the whole program; what stands in a loop counts once for each of its trips.
-      in_open_loops: what stands in loops of unknown trips, counted once each; not in `collectives`.
+      collectives: collectives of the program; one inside a loop counts once per trip.
+      in_open_loops: collectives inside loops of unknown trip count, counted once each. They are not in
+        `collectives`.
     """
 
     collectives: list[Collective]
@@ -61,13 +62,17 @@ _ByChannel = dict[str, _Found]
 def count(hlo: str) -> Traffic:
     """Counts the collectives of a compiled module.
 
-    A loop's trips are those the compiler noted, or else are read off `counter < constant` in its condition
-    and `counter + constant` in its body, the counter beginning at 0 as that of `lax.scan` does.
+    The trip count of a loop is the one that the compiler noted. Without a note it follows from
+    `counter < constant` in the condition and `counter + constant` in the body, with a counter that starts at
+    0, as in `lax.scan`.
 
-    The TPU compiler splits a collective that runs beside computation into several fusions, which share its
-    channel and may stand in other loops: it counts once, as often as the rarest of them runs. An all-reduce
-    inside `all-reduce-scatter` is a reduce-scatter. Of the branches of a conditional the one that sends most
-    counts.
+    The TPU compiler splits a collective that overlaps with computation into several fusions, which share a
+    channel and may lie in different loops. Such a collective counts once, with the trips of the fusion that
+    runs least often. An all-reduce inside `all-reduce-scatter` counts as a reduce-scatter. Of the branches
+    of a conditional, only the one that sends most bytes counts.
+
+    Args:
+      hlo: text of the module.
     """
     computations, entry = _parse(hlo)
 
@@ -81,8 +86,8 @@ def count(hlo: str) -> Traffic:
             if instruction.operation == "while":
                 called = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", instruction.rest))
                 parts = (computations.get(called[part], ()) for part in ("condition", "body"))
-                turns = _trips(instruction, *parts)
-                _add(found, visit(called["body"], trips * (turns or 1), open_loop or turns is None))
+                loop_trips = _trips(instruction, *parts)
+                _add(found, visit(called["body"], trips * (loop_trips or 1), open_loop or loop_trips is None))
                 continue
             inside = [visit(other, trips, open_loop) for other in _called(instruction)]
             if instruction.operation == "conditional":
@@ -98,7 +103,7 @@ def count(hlo: str) -> Traffic:
 
 
 def _add(found: _ByChannel, others: _ByChannel) -> None:
-    """Adds to what was found; of one channel the rarest counts."""
+    """Adds `others` to `found`; of one channel the entry with the fewest trips counts."""
     for key, other in others.items():
         if key not in found or other.trips < found[key].trips:
             found[key] = other
@@ -116,7 +121,7 @@ def _sums(found: Iterable[_Found]) -> list[Collective]:
 
 
 def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """The instructions of each computation, and the name of the entry."""
+    """The instructions of each computation, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     entry, current = "", []
     for line in hlo.splitlines():
@@ -142,16 +147,16 @@ def _collective(instruction: _Instruction, computation: str) -> str | None:
 
 
 def _trips(loop: _Instruction, condition: list[_Instruction], body: list[_Instruction]) -> int | None:
-    """Trips of a loop, None where they depend on data."""
+    """Trip count of a loop, None if it depends on data."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(noted[1])
     compares = [i for i in condition if i.operation == "compare" and "direction=LT" in i.rest]
     end = _constant_operand(compares[0], condition) if len(compares) == 1 and len(condition) <= 4 else None
-    places = [re.search(r"index=(\d+)", i.rest) for i in condition if i.operation == "get-tuple-element"]
-    if end is None or len(places) != 1 or not body:
+    indices = [re.search(r"index=(\d+)", i.rest) for i in condition if i.operation == "get-tuple-element"]
+    if end is None or len(indices) != 1 or not body:
         return None
-    carried = _operands(body[-1])  # the root is the tuple of what is carried to the next turn
-    counters = [i for i in body if i.operation == "add" and i.name == carried[int(places[0][1])]]
+    carried = _operands(body[-1])  # the root is the tuple carried to the next trip
+    counters = [i for i in body if i.operation == "add" and i.name == carried[int(indices[0][1])]]
     step = _constant_operand(counters[0], body) if counters else None
     return -(-end // (step or 1))
 
@@ -161,27 +166,27 @@ def _operands(instruction: _Instruction) -> list[str]:
 
 
 def _constant_operand(instruction: _Instruction, among: list[_Instruction]) -> int | None:
-    """The value of the one operand that is a constant."""
+    """The value of the only constant operand, None unless there is exactly one."""
     constants = {i.name: re.match(r"(\d+)\)", i.rest) for i in among if i.operation == "constant"}
     values = [constants[name] for name in _operands(instruction) if constants.get(name)]
     return int(values[0][1]) if len(values) == 1 else None
 
 
 def _payload(instruction: _Instruction) -> int:
-    """Bytes of the whole array that a collective works on; its result is a part of that if it scatters."""
+    """Bytes of the whole array that a collective works on; the result of a scatter is a part of it."""
     sizes = [_bytes(*found) for found in _ARRAY.findall(instruction.shape)]
-    if instruction.operation.endswith("-start"):  # operands and results stand side by side
+    if instruction.operation.endswith("-start"):  # the shape lists operands and results
         return max(sizes)
     return sum(sizes) * (_group_size(instruction.rest) if instruction.operation == "reduce-scatter" else 1)
 
 
 def _bytes(dtype: str, bits: str, dimensions: str) -> int:
     length = math.prod(map(int, filter(None, dimensions.split(","))))
-    return length * max(int(bits or 8), 8) // 8  # pred takes a byte
+    return length * max(int(bits or 8), 8) // 8  # pred takes one byte
 
 
 def _group_size(rest: str) -> int:
-    """Devices that take part in one run of a collective, in any of the notations of replica_groups."""
+    """Number of devices in one group of a collective, from any notation of replica_groups."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", named[2]))

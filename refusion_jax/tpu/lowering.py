@@ -1,4 +1,4 @@
-"""Programs lowered and compiled for TPUs that are not there, and what the compiler says of them."""
+"""Lowers and compiles programs for TPUs that are not attached, and reads the compiler's report on them."""
 
 import dataclasses
 import math
@@ -21,15 +21,15 @@ from refusion_jax.tpu.slices import Topology
 from refusion_jax.training.run import RunConfig
 from refusion_jax.training.step import make_program
 
-_MASK_ID = 0  # any token: it changes no shape
+_MASK_ID = 0  # any token; it affects no shape
 
 
 class Lowered(NamedTuple):
     """A program ready to be compiled.
 
     Attributes:
-      stages: what `jit(...).lower(...)` returns.
-      arguments: what it takes -> bytes of that on each device.
+      stages: result of `jit(...).lower(...)`.
+      arguments: group of arguments -> bytes on each device.
     """
 
     stages: Any
@@ -37,13 +37,13 @@ class Lowered(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What compiling came to, per device.
+    """Result of compiling, per device.
 
     Attributes:
-      needed: bytes at the peak.
-      seconds: it took.
-      memory: the compiler's account, None when the program does not fit.
-      traffic: its collectives, None likewise.
+      needed: peak memory in bytes; NaN if the program does not fit and the compiler gives no number.
+      seconds: compilation time.
+      memory: the compiler's memory analysis, None if the program does not fit.
+      traffic: collectives of the program, None if it does not fit.
     """
 
     needed: float
@@ -57,10 +57,10 @@ class Compiled(NamedTuple):
 
 
 def lower_training(run: RunConfig, topology: Topology) -> Lowered:
-    """The step of a run on a topology.
+    """Lowers the training step of a run for a topology.
 
     Raises:
-      BadInput: its mesh or batch does not go with the devices there are.
+      BadInput: the run's mesh or batch size does not fit the number of devices.
     """
     mesh = sharding.make_mesh(run.mesh, topology.devices())
     program = make_program(run, mesh, _MASK_ID)
@@ -74,10 +74,10 @@ def lower_training(run: RunConfig, topology: Topology) -> Lowered:
 
 
 class Decoding(NamedTuple):
-    """What a sampler is compiled for; fields as in DecodeConfig and Shape.
+    """Settings that a decoder is compiled for; other fields as in DecodeConfig.
 
     Attributes:
-      prompt_length: tokens of each prompt.
+      prompt_length: tokens per prompt.
       batch_size: requests decoded together.
       int8: whether the weights are int8 instead of bfloat16.
     """
@@ -95,10 +95,10 @@ class Decoding(NamedTuple):
 
 
 def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> Lowered:
-    """The sampler, every matrix product split over all devices.
+    """Lowers the slot decoder, with every matrix product split over all devices.
 
     Raises:
-      BadInput: there is no decoding such requests.
+      BadInput: the decoding settings do not fit together.
     """
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=-1), topology.devices())
     decoder = decoding_model(model, jnp.bfloat16, "tpu", asked.int8)
@@ -125,7 +125,7 @@ def _bytes_each(arguments: dict[str, Any]) -> dict[str, int]:
 
 
 def compile_for(lowered: Lowered) -> Compiled:
-    """Compiles, and says by how much it does not fit if so."""
+    """Compiles a program; a program that needs too much memory is a result, not an error."""
     start = time.perf_counter()
     try:
         compiled = lowered.stages.compile()
@@ -140,9 +140,9 @@ def compile_for(lowered: Lowered) -> Compiled:
 
 
 def bytes_needed(message: str) -> float | None:
-    """Bytes that a program needs, from the compiler's words about too little HBM.
+    """Bytes that a program needs, from the compiler's error message about too little HBM.
 
-    NaN if they do not say how many; None if they are about something else, a kernel's own memory say.
+    NaN if the message gives no number. None if it is about something else, for example a kernel's memory.
     """
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
@@ -155,11 +155,11 @@ def bytes_needed(message: str) -> float | None:
 
 
 def kinds(memory: Any) -> dict[str, int]:
-    """What a device holds at the peak, by the compiler's account: what for -> bytes."""
+    """Peak memory of a device by the compiler's analysis: kind -> bytes."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments, program = memory.argument_size_in_bytes, memory.generated_code_size_in_bytes
-    # temp_size_in_bytes would also count what is held at other times. Of a program spread over many devices
-    # not all need be there at the peak.
+    # temp_size_in_bytes also counts temporaries that are not alive at the peak. In a program for many devices
+    # a part of the program may be absent at the peak, so the difference can be negative.
     temporaries = max(0, memory.peak_memory_in_bytes - arguments - results - program)
     return {
         "arguments": arguments,

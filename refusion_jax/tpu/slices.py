@@ -1,7 +1,7 @@
-"""TPU slices that need not be there: the compiler that comes with libtpu takes their description.
+"""Descriptions of TPU slices for libtpu's compiler; the slices need not be attached.
 
-A topology is named GENERATION:SHAPE, the shape being that of the grid of chips ("v5e:4x4", "v5p:4x4x8"),
-as Cloud TPU's documentation has them (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+A topology is named GENERATION:SHAPE, where SHAPE is the grid of chips ("v5e:4x4", "v5p:4x4x8"), as in Cloud
+TPU's documentation (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm).
 """
 
 import dataclasses
@@ -13,13 +13,18 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
-from refusion_jax.devices import TPU_GENERATIONS, TPUGeneration
+from refusion_jax.devices import TPU_CHIPS, TPUChip
 from refusion_jax.errors import BadInput
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of chips of one generation."""
+    """A slice of chips of one generation.
+
+    Attributes:
+      generation: a key of TPU_CHIPS.
+      shape: chips along each axis of the grid.
+    """
 
     generation: str
     shape: tuple[int, ...]
@@ -29,11 +34,11 @@ class Topology:
         """The slice that GENERATION:SHAPE names.
 
         Raises:
-          BadInput: there is none.
+          BadInput: there is no such slice.
         """
         generation, _, shape = name.partition(":")
-        if generation not in TPU_GENERATIONS or shape not in TPU_GENERATIONS[generation].shapes:
-            known = (f"{name}:{{{', '.join(chip.shapes)}}}" for name, chip in TPU_GENERATIONS.items())
+        if generation not in TPU_CHIPS or shape not in TPU_CHIPS[generation].shapes:
+            known = (f"{name}:{{{', '.join(chip.shapes)}}}" for name, chip in TPU_CHIPS.items())
             raise BadInput(f"--topology: must be one of {'; '.join(known)}; found {name!r}")
         return cls(generation, tuple(map(int, shape.split("x"))))
 
@@ -42,8 +47,8 @@ class Topology:
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
     @property
-    def chip(self) -> TPUGeneration:
-        return TPU_GENERATIONS[self.generation]
+    def chip(self) -> TPUChip:
+        return TPU_CHIPS[self.generation]
 
     @property
     def num_chips(self) -> int:
@@ -54,29 +59,29 @@ class Topology:
         return self.num_chips * self.chip.devices
 
     def larger(self) -> list["Topology"]:
-        """The slices of the same generation with more chips, ascending."""
+        """The slices of the same generation with more chips, in ascending order."""
         named = [Topology.named(f"{self.generation}:{shape}") for shape in self.chip.shapes]
         return [other for other in named if other.num_chips > self.num_chips]
 
     def devices(self) -> Sequence[jax.Device]:
-        """Its devices, for compiling alone.
+        """Devices of the slice; programs can be compiled for them and not run.
 
         Raises:
-          BadInput: libtpu, the compiler, is not installed.
+          BadInput: libtpu, which has the compiler, is not installed.
         """
         if importlib.util.find_spec("libtpu") is None:
             raise BadInput("compiling for TPUs needs libtpu: pip install 'refusion_jax[tpu]'")
-        # It is to look for no TPU of its own, and not to mind one in use by somebody else.
+        # libtpu must not search for an attached TPU, nor fail where another process holds one.
         for name, value in {
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any will do
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any valid name
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
         }.items():
             os.environ.setdefault(name, value)
         flat = len(self.shape) == 2
-        # An axis closes into a ring on pods of 16 x 16 and on cubes of 4 x 4 x 4. Said wrongly, the
-        # compiler takes other collectives than the hardware would (all-reduce for all-gather).
+        # An axis closes into a ring where it is 16 long (2D slices) or where all sides are multiples of 4 (3D
+        # slices). With wrong values the compiler picks other collectives (all-reduce for all-gather).
         wrap = [size == 16 if flat else all(side % 4 == 0 for side in self.shape) for size in self.shape]
         return topologies.get_topology_desc(
             platform="tpu",

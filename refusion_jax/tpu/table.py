@@ -1,68 +1,69 @@
-"""The sampler on several slices, a row of a table each."""
+"""The decoder compiled for several slices and batch sizes: one row of figures for each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from refusion_jax.devices import GIB
-from refusion_jax.model.transformer import ModelConfig
+from refusion_jax.model.config import ModelConfig
 from refusion_jax.tpu.lowering import Compiled, Decoding, Lowered, compile_for, kinds, lower_decoding
 from refusion_jax.tpu.slices import Topology
 
-COLUMNS = (
-    "slice",
-    "chips",
-    "weights",
-    "requests",
-    "prompt + response",
-    "arguments",
-    "results",
-    "temporaries",
-    "program",
-    "peak",
-    "usable",
-    "fits",
-    "sent in a turn",
-)
+# Column -> format of its cells. Sizes are GiB per device.
+COLUMNS = {
+    "slice": "",
+    "chips": "d",
+    "weights": "",
+    "requests": "d",
+    "prompt + response": "",
+    "arguments": "",
+    "results": "",
+    "temporaries": "",
+    "program": "",
+    "peak": "",
+    "usable": "",
+    "fits": "",
+    "sent per iteration": "",
+}
+WIDTHS = {"slice": len("v5p:16x16x24")}
 
 
 class Row(NamedTuple):
-    """A line of Markdown, and whether the program of which it speaks fits."""
+    """One compiled program.
 
-    text: str
+    Attributes:
+      cells: column -> value, for all of COLUMNS.
+      fits: whether the program fits on the slice.
+    """
+
+    cells: Mapping[str, Any]
     fits: bool
 
 
-def heading() -> str:
-    """The lines above the rows; sizes are GiB of each device."""
-    return "\n".join((_line(COLUMNS), _line(["---"] * len(COLUMNS))))
-
-
 def rows(model: ModelConfig, topologies: Sequence[Topology], asked: Sequence[Decoding]) -> Iterator[Row]:
-    """One row for each slice and each of what is asked, as they are compiled.
+    """One row per slice and decoding setting, each as soon as it is compiled.
 
-    What already its arguments are too large for is not compiled.
+    A program whose arguments alone do not fit is not compiled.
     """
-    for topology, one in product(topologies, asked):
-        lowered = lower_decoding(model, topology, one)
+    for topology, decoding in product(topologies, asked):
+        lowered = lower_decoding(model, topology, decoding)
         compiled = None
         if sum(lowered.arguments.values()) < topology.chip.usable:
             compiled = compile_for(lowered)
-        yield _row(topology, one, lowered, compiled)
+        yield _row(topology, decoding, lowered, compiled)
 
 
 def _row(topology: Topology, asked: Decoding, lowered: Lowered, compiled: Compiled | None) -> Row:
-    arguments = sum(lowered.arguments.values())
     fits = compiled is not None and compiled.fits
     if fits:
         sizes = [_gib(value) for value in kinds(compiled.memory).values()]
         peak = _gib(compiled.needed)
-        turn = compiled.traffic.in_open_loops
-        sent = ", ".join(f"{one.count} {one.operation}s {_gib(one.bytes)}" for one in turn) or "nothing"
+        traffic = compiled.traffic.in_open_loops
+        sent = ", ".join(f"{c.count} {c.operation}s {_gib(c.bytes)}" for c in traffic) or "nothing"
     else:
-        sizes = [_gib(arguments), "", "", ""]
+        sizes = [_gib(sum(lowered.arguments.values())), "", "", ""]
         peak, sent = "more" if compiled is None else _gib(compiled.needed), ""
-    cells = [
+    cells = (
         topology.name,
         topology.num_chips,
         asked.weights,
@@ -73,12 +74,8 @@ def _row(topology: Topology, asked: Decoding, lowered: Lowered, compiled: Compil
         _gib(topology.chip.usable),
         "yes" if fits else "no",
         sent,
-    ]
-    return Row(_line(map(str, cells)), fits)
-
-
-def _line(cells) -> str:
-    return f"| {' | '.join(cells)} |"
+    )
+    return Row(dict(zip(COLUMNS, cells, strict=True)), fits)
 
 
 def _gib(value: float) -> str:

@@ -1,16 +1,16 @@
-"""Attention of a decoding pass as one GPU kernel a layer (Pallas, Triton backend).
+"""Attention of a decoding pass as one GPU kernel per layer (Pallas, Triton backend).
 
-The cache is read in place, and only as far as some query of a tile may see; scores never leave the chip.
-Where rows and heads are too few to fill the chip the keys are split among programs, whose parts are then
-joined (flash-decoding). `attention.attend` says what is computed.
+The kernel reads the cache in place, and only up to the last entry that some query of a tile sees. Scores
+never leave the chip. Where rows and heads are too few to fill the chip, the keys are split among programs
+and their partial results are combined afterwards (flash-decoding). The function is that of
+`attention.attend`.
 
-Own code, because no library reads a cache and the tokens fed along as two arrays under any mask: tokamax
-(0.0.17) wants one array of keys, which would copy the cache in every layer; cuDNN the same.
+The project has its own kernel because no library reads a cache and the fresh tokens as two arrays under an
+arbitrary mask: tokamax 0.0.17 and cuDNN take one array of keys, which would copy the cache in every layer.
 
-Pallas deprecates its Triton backend from JAX 0.11 on; without it `kernel="dense"` is the way.
+JAX deprecates Pallas's Triton backend from 0.11 on; `kernel="dense"` is the alternative.
 
-Letters as in model.py. A tile is what a program holds at once: `rows` pairs of (token, query head of one
-key/value head), or KEYS keys.
+Letters as in model/transformer.py; visible.py explains tiles.
 """
 
 import functools
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from refusion_jax.model.kernels.visible import KEYS, WORD, Visible, tile
+from refusion_jax.model.kernels.visible import KEYS, WORD, Visible, ceil_div, query_tile
 
 Array = jax.Array
 
-PROGRAMS = 128  # about as many as the chip has multiprocessors
-HIDDEN = -1e30  # the score of a key that may not be seen
+PROGRAMS = 128  # about the number of multiprocessors on the chip
+HIDDEN = -1e30  # score of a masked key
 
 
 def attend(
@@ -35,22 +35,22 @@ def attend(
     """Attention of every query to the cache and to the tokens fed.
 
     Args:
-      qkv: [B, T, K, G + 2, H], of each key/value head its G queries, its key and its value, ready for the
-        product (after norm and RoPE). H is a power of two.
-      cache: keys and values [L, B, S, K, H], or None.
-      layer: int32 scalar, which of the L.
-      seen: what may be seen.
-      interpret: run on any backend, slowly.
+      qkv: [B, T, K, G + 2, H], for each key/value head its G queries, its key and its value, after norm and
+        RoPE. H is a power of two.
+      cache: keys and values, each [L, B, S, K, H], or None.
+      layer: int32 scalar, index into L.
+      seen: the packed mask.
+      interpret: run the kernel in Pallas's interpreter, on any backend and slowly.
 
     Returns:
-      [B, T, K, G, H]. Softmax in float32. A query that may see nothing gives a finite value of no meaning.
+      [B, T, K, G, H], softmax in float32. The output of a query that sees nothing is finite and meaningless.
     """
     B, T, K, J, H = qkv.shape
     G = J - 2
-    tokens, rows = tile(T, G)
-    tiles = pl.cdiv(T, tokens)
+    tokens, rows = query_tile(T, G)
+    tiles = ceil_div(T, tokens)
     S = cache[0].shape[2] if cache else 0
-    splits = max(1, min(pl.cdiv(S, KEYS) + pl.cdiv(T, KEYS), PROGRAMS // (B * K * tiles)))
+    splits = max(1, min(ceil_div(S, KEYS) + ceil_div(T, KEYS), PROGRAMS // (B * K * tiles)))
     if splits == 1:
         out_shape = [jax.ShapeDtypeStruct((B, T, K, G, H), qkv.dtype)]
     else:
@@ -67,23 +67,32 @@ def attend(
         interpret=interpret,
         name="attention",
     )(*operands)
-    return out[0] if splits == 1 else _join(*out).astype(qkv.dtype)
+    return out[0] if splits == 1 else _combine(*out).astype(qkv.dtype)
 
 
-def _join(parts: Array, highest: Array, total: Array) -> Array:
-    """The splits' weighted sums of values [splits, ..., H] as one, by their highest scores and weights."""
+def _combine(parts: Array, highest: Array, total: Array) -> Array:
+    """Combines the splits' partial softmax results.
+
+    Args:
+      parts: weighted sums of values, [splits, ..., H].
+      highest: highest score of each split, [splits, ...].
+      total: sum of weights of each split, [splits, ...].
+
+    Returns:
+      the softmax-weighted mean of the values, [..., H].
+    """
     weight = jnp.exp2(highest - jnp.max(highest, axis=0))
     total = jnp.sum(total * weight, axis=0)
     return jnp.sum(parts * weight[..., None], axis=0) / jnp.maximum(total, 1e-30)[..., None]
 
 
 def _kernel(ends, fresh_bits, qkv, *refs, tokens: int, rows: int, splits: int, cached: bool):
-    """One tile of queries of one row of the batch and key/value head, over every `splits`-th tile of keys."""
+    """One tile of queries of one batch row and key/value head, over every `splits`-th tile of keys."""
     split, tile = pl.program_id(0), pl.program_id(1)
     _, T, K, J, H = qkv.shape
     G = J - 2
     b, head = jax.lax.div(pl.program_id(2), K), jax.lax.rem(pl.program_id(2), K)
-    # Idle rows and tokens past the end repeat the last one: what they write is written already.
+    # Idle rows and tokens past the end repeat the last one, so they rewrite values that are already there.
     pair = jnp.minimum(jnp.arange(rows), tokens * G - 1)
     token = jnp.minimum(tile * tokens + jax.lax.div(pair, G), T - 1)
     group = jax.lax.rem(pair, G)
@@ -91,14 +100,14 @@ def _kernel(ends, fresh_bits, qkv, *refs, tokens: int, rows: int, splits: int, c
     key = jnp.arange(KEYS)
 
     def bit(words: list[Array]) -> Array:
-        """The bits of KEYS keys as bool [..., KEYS], from their words [..., 1]."""
+        """The mask bits of KEYS keys, bool [..., KEYS], from their words [..., 1]."""
         word = words[0]
         for i in range(1, len(words)):
             word = jnp.where(jax.lax.div(key, WORD) == i, words[i], word)
         return ((word >> jax.lax.rem(key, WORD)) & 1) != 0
 
     def add(carry, k: Array, v: Array, bits, j: Array):
-        """Adds tile j of keys to the softmax so far."""
+        """Adds tile j of keys to the running softmax."""
         total, highest, mean = carry
         first = j * (KEYS // WORD)
         may_see = bit([bits[b, token, first + i][:, None] for i in range(KEYS // WORD)])
@@ -109,7 +118,7 @@ def _kernel(ends, fresh_bits, qkv, *refs, tokens: int, rows: int, splits: int, c
         return total * kept + jnp.sum(weights, axis=1), higher, mean
 
     carry = jnp.zeros(rows), jnp.full(rows, HIDDEN), jnp.zeros((rows, H))
-    first = split  # the tiles go round among the splits, those of the tokens fed after those of the cache
+    first = split  # splits take tiles in turn: tiles of the cache first, then tiles of the tokens fed
     if cached:
         layer, cache_bits, used, keys, values, *refs = refs
         at, count = layer[0], ends[b, tile, 0]
@@ -118,7 +127,7 @@ def _kernel(ends, fresh_bits, qkv, *refs, tokens: int, rows: int, splits: int, c
             j = split + i * splits
             place = jnp.minimum(j * KEYS + key, keys.shape[2] - 1)
             good = bit([used[b, j * (KEYS // WORD) + i] for i in range(KEYS // WORD)])
-            # A weight of 0 times what no one committed may be anything but 0.
+            # Uncommitted entries may hold NaN, and 0 times NaN is NaN.
             v = jnp.where(good[:, None], values[at, b, place, head, :], 0).astype(values.dtype)
             return add(carry, keys[at, b, place, head, :], v, cache_bits, j)
 

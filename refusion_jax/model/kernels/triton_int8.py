@@ -1,7 +1,7 @@
-"""A few tokens times an int8 matrix as a GPU kernel (Pallas, Triton backend) that reads int8 from memory.
+"""Product of a few tokens with an int8 matrix, as a GPU kernel (Pallas, Triton backend).
 
-What bounds such a product, after the bytes, is turning int8 into the bfloat16 that the matrix units take:
-the chip's own conversion costs more than the read it saves. So bits are put together instead.
+The kernel reads int8 from memory and converts to bfloat16 for the matrix units. The chip's own conversion
+instruction costs more time than reading int8 saves, so the kernel assembles the bfloat16 bits itself.
 """
 
 import functools
@@ -13,15 +13,15 @@ from jax.experimental.pallas import triton as plgpu
 
 Array = jax.Array
 
-MOST_TOKENS = 64  # beyond which arithmetic, not the read, takes the time
+MOST_TOKENS = 64  # above this, arithmetic and not the read bounds the product
 COLUMNS = 128
 DEPTH = 128
-PROGRAMS = 256  # about twice the multiprocessors of the chip
+PROGRAMS = 256  # about twice the number of multiprocessors on the chip
 WARPS, STAGES = 4, 4
 
-# Four int8 in a register to four bfloat16 in two. Of each, widened to 16 bits, the low seven bits go into
-# the mantissa of 128, which gives 128 + low; the sign bit into that of -128, which gives -128 or -256. Their
-# sum is the number, and exact.
+# Converts four int8 in one register to four bfloat16 in two registers. Each int8 is widened to 16 bits. Its
+# low seven bits go into the mantissa of 128, which gives 128 + low. Its sign bit goes into the mantissa of
+# -128, which gives -128 or -256. The sum of the two is the number, exactly.
 _WIDEN = """
 {
 .reg .b32 pair, low, sign, one;
@@ -39,17 +39,18 @@ fma.rn.bf16x2 $1, low, one, sign;
 
 
 def fits(x: Array, matrix: Array) -> bool:
-    """Whether the kernel takes x [N, D] and matrix [F, D]."""
+    """Whether the kernel handles x [N, D] and matrix [F, D]."""
     return x.dtype == jnp.bfloat16 and x.shape[0] <= MOST_TOKENS and matrix.shape[1] % DEPTH == 0
 
 
 def product(x: Array, matrix: Array, *, interpret: bool) -> Array:
     """x bfloat16 [N, D] times the transposed matrix int8 [F, D]: float32 [N, F].
 
-    What is summed over lies last, so that the numbers a thread takes into one register are neighbours.
+    The contracted axis is the last one of the matrix, so the four int8 that a thread loads into one register
+    are neighbours in memory.
     """
     (N, D), F = x.shape, matrix.shape[0]
-    # The sum over D is split among programs, so that there are enough of them to keep the memory busy.
+    # Splits the sum over D among programs until there are enough of them to keep the memory busy.
     parts = 1
     columns = pl.cdiv(F, COLUMNS)
     while parts * columns < PROGRAMS and D % (2 * parts * DEPTH) == 0:
@@ -67,8 +68,8 @@ def product(x: Array, matrix: Array, *, interpret: bool) -> Array:
 
 def _kernel(x, matrix, out, *, depth: int, interpret: bool):
     column, part = pl.program_id(0), pl.program_id(1)
-    # What is beyond the last row or column repeats it: the same numbers are written once more. The matrix
-    # units take no fewer than 16 rows.
+    # Indices past the last row or column repeat it and rewrite the same numbers. The matrix units take no
+    # fewer than 16 rows.
     rows = jnp.minimum(jnp.arange(max(16, pl.next_power_of_2(x.shape[0]))), x.shape[0] - 1)
     columns = jnp.minimum(column * COLUMNS + jnp.arange(COLUMNS), matrix.shape[0] - 1)
 

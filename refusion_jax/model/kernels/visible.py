@@ -1,7 +1,9 @@
-"""An attention mask packed into bits, as the attention kernel for decoding takes it.
+"""The attention mask in the form that `triton_attention` reads, and the tile sizes that both depend on.
 
-Plain array code, apart from the kernel: the transformer packs a mask once per forward pass for all layers,
-and imports no Pallas for it.
+Plain arrays and numbers: importing this module loads no Pallas, so a model on a CPU can import it.
+
+Letters as in model/transformer.py. A tile is what one program of the kernel holds at once: `rows` pairs of
+(token, query head of one key/value head), or KEYS keys.
 """
 
 from typing import NamedTuple
@@ -13,19 +15,20 @@ Array = jax.Array
 
 MOST_ROWS = 64
 FEWEST_ROWS = 16  # the matrix units take no fewer
-KEYS = 64  # per tile of keys
+KEYS = 64
 WORD = 32  # keys per word of mask bits
 
 
 class Visible(NamedTuple):
-    """A mask in the kernel's terms, made once a forward for all layers; int32 throughout.
+    """A packed attention mask, made once per forward pass for all layers; int32 throughout.
 
     Attributes:
-      cache: [B, T, S / WORD], a bit for each entry of the cache, rounded up to whole tiles.
-      fresh: [B, T, T / WORD], a bit for each token fed, likewise.
-      used: [B, S / WORD], entries that some query of the row sees. The others are never computed with, so
-        they may hold anything.
-      ends: [B, tiles of T, 2], how many tiles of the cache and of the tokens fed those queries see.
+      cache: [B, T, S / WORD], one bit per cache entry, S rounded up to whole tiles.
+      fresh: [B, T, T / WORD], one bit per token fed, the last axis rounded up likewise.
+      used: [B, S / WORD], one bit per cache entry that some query of the row sees. The kernel ignores the
+        other entries, so they may hold anything.
+      ends: [B, tiles of T, 2], per tile of queries the number of tiles of cache entries and of tokens fed
+        up to the last one that a query of the tile sees.
     """
 
     cache: Array
@@ -42,7 +45,7 @@ def visible(mask: Array, groups: int) -> Visible:
       groups: G.
     """
     B, T, _ = mask.shape
-    tokens, _ = tile(T, groups)
+    tokens, _ = query_tile(T, groups)
     S = mask.shape[2] - T
 
     def pack(part: Array) -> Array:
@@ -52,9 +55,9 @@ def visible(mask: Array, groups: int) -> Visible:
         return jax.lax.bitcast_convert_type(words, jnp.int32)
 
     def ends(part: Array) -> Array:
-        part = _padded(part, 1, tokens).reshape(B, _cdiv(T, tokens), tokens, part.shape[-1])
+        part = _padded(part, 1, tokens).reshape(B, ceil_div(T, tokens), tokens, part.shape[-1])
         last = jnp.max(jnp.where(part, jnp.arange(1, part.shape[-1] + 1), 0), axis=(2, 3), initial=0)
-        return _cdiv(last, KEYS).astype(jnp.int32)
+        return ceil_div(last, KEYS).astype(jnp.int32)
 
     cache, fresh = mask[:, :, :S], mask[:, :, S:]
     return Visible(
@@ -62,22 +65,23 @@ def visible(mask: Array, groups: int) -> Visible:
     )
 
 
-def tile(length: int, groups: int) -> tuple[int, int]:
+def query_tile(length: int, groups: int) -> tuple[int, int]:
     """(tokens, rows) of a tile of queries; rows is a power of two, and tokens x G may leave some idle."""
     rows = min(MOST_ROWS, max(FEWEST_ROWS, _next_power_of_2(length * groups)))
     rows = max(rows, _next_power_of_2(groups))
     return rows // groups, rows
 
 
+def ceil_div(number, divisor: int):
+    """`number` / `divisor` rounded up, for an int or an array of them."""
+    return (number + divisor - 1) // divisor
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
 def _padded(x: Array, axis: int, multiple: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths)
-
-
-def _cdiv(x: int | Array, y: int) -> int | Array:
-    return -(-x // y)
-
-
-def _next_power_of_2(x: int) -> int:
-    return 1 << max(x - 1, 0).bit_length()
