@@ -172,7 +172,7 @@ def _parser() -> config.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", required=True, help="Python file with get_config()")
+    add("--config", metavar="FILE", required=True, help=config.FILE_HELP)
     generations = ", ".join(CHIPS)
     add(
         "--topology",

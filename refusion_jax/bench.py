@@ -98,7 +98,7 @@ def add_decode(commands) -> None:
     parser.set_defaults(measure=decode)
     add, whole = parser.add_argument, {"type": config.whole_number, "metavar": "N"}
     add("--checkpoint", metavar="DIR", help="model folder")
-    add("--config", metavar="FILE", help="Python file with get_config(), whose model is filled with numbers")
+    add("--config", metavar="FILE", help=f"{config.FILE_HELP}, whose model is filled with numbers")
     add("--method", default="refusion,ar", metavar="NAME,…", help="decoders (default %(default)s)")
     several = {"type": config.whole_numbers, "metavar": "N,…"}
     add("--batch_size", **several, default="1", help="requests decoded together (default %(default)s)")
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     add.set_defaults(measure=train)
-    add.add_argument("--config", metavar="FILE", required=True, help="Python file with get_config()")
+    add.add_argument("--config", metavar="FILE", required=True, help=config.FILE_HELP)
     add.add_argument(
         "--devices",
         type=config.whole_numbers,

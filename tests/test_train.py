@@ -335,6 +335,22 @@ def test_a_run_that_dies_goes_on_to_the_last_bit(config_file, finished, tmp_path
     assert sorted(os.listdir(folder / "checkpoints")) == ["21", "24"]
 
 
+def test_a_run_described_by_the_config_yaml_of_another(config_file, tmp_path, capsys):
+    """The same losses in a folder of its own; in the first folder it resumes, with overrides as always."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = ["--config.train.steps=2", "--config.diffusion.slot_sizes=4,8", "--config.model.rope_scaling"]
+    flags[-1] += "={'rope_type': 'linear', 'factor': 2.0}"
+    assert main([f"--config={config_file}", f"--workdir={first}", *flags]) == 0
+    described = first / "config.yaml"
+    capsys.readouterr()
+    run_here(described, second, capsys)
+    assert rows(second) == rows(first)
+    assert (second / "config.yaml").read_text() == described.read_text()
+    assert main([f"--config={described}", f"--workdir={first}", "--config.train.steps=3"]) == 0
+    assert "resuming from step 2 of 3" in capsys.readouterr().out
+    assert len(rows(first)) == 4
+
+
 @pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
 @pytest.mark.long
 def test_a_run_of_another_objective_goes_on_to_the_last_bit(tmp_path, objective):
