@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +32,7 @@ from refusion_jax.train import main
 from refusion_jax.training import metrics
 from refusion_jax.training.loop import first_state
 from refusion_jax.training.optimizer import OptimizerConfig
-from refusion_jax.training.run import RunConfig, TrainConfig
+from refusion_jax.training.run import RunConfig, TrainConfig, worker_examples
 from refusion_jax.training.step import make_program
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +123,14 @@ def test_meshes_agree(alone, mesh):
     assert_agree(taken, alone[1])
     losses = [values["loss"] for values in taken]
     assert len(set(losses)) == len(losses)  # it does learn, and draws new noise
+
+
+def test_operations_are_named_by_phase(alone):
+    """So that a profile reads like the code."""
+    names = set(re.findall(r'op_name="jit\(train_step\)/([^"]*)"', alone[2].as_text()))
+    for phase in ("noise/", "gradients/jvp(forward)/", "gradients/transpose(jvp(forward))/", "update/"):
+        assert any(name.startswith(phase) for name in names), phase
+    assert any("(loss)" in name for name in names)
 
 
 def test_microbatches_add_up(alone):
@@ -336,6 +346,22 @@ def test_a_run_that_dies_goes_on_to_the_last_bit(config_file, finished, tmp_path
     assert sorted(os.listdir(folder / "checkpoints")) == ["21", "24"]
 
 
+def test_a_run_described_by_the_config_yaml_of_another(config_file, tmp_path, capsys):
+    """The same losses in a folder of its own; in the first folder it resumes, with overrides as always."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = ["--config.train.steps=2", "--config.diffusion.slot_sizes=4,8", "--config.model.rope_scaling"]
+    flags[-1] += "={'rope_type': 'linear', 'factor': 2.0}"
+    assert main([f"--config={config_file}", f"--workdir={first}", *flags]) == 0
+    described = first / "config.yaml"
+    capsys.readouterr()
+    run_here(described, second, capsys)
+    assert rows(second) == rows(first)
+    assert (second / "config.yaml").read_text() == described.read_text()
+    assert main([f"--config={described}", f"--workdir={first}", "--config.train.steps=3"]) == 0
+    assert "resuming from step 2 of 3" in capsys.readouterr().out
+    assert len(rows(first)) == 4
+
+
 @pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
 @pytest.mark.long
 def test_a_run_of_another_objective_goes_on_to_the_last_bit(tmp_path, objective):
@@ -389,6 +415,24 @@ from refusion_jax.train import main
 from refusion_jax.training.loop import first_state
 sys.exit(main(sys.argv[1:]))
 """
+
+
+# The start of a data worker: it imports the command again and unpickles the function that opens the examples.
+WORKER = """
+import pickle, runpy, sys
+runpy.run_module("refusion_jax.train", run_name="__mp_main__")
+print(*(name for name in sys.modules if name.partition(".")[0] in ("jax", "flax", "grain", "orbax", "yaml")))
+open_examples = pickle.load(sys.stdin.buffer)
+print(*(name for name in sys.modules if name.startswith(("flax", "optax", "refusion_jax.training"))))
+print(len(open_examples()[0]["tokens"]))
+"""
+
+
+def test_data_workers_import_neither_model_nor_training():
+    run = dataclasses.replace(run_config(), data=DATA)
+    pickled = pickle.dumps(worker_examples(run))
+    done = subprocess.run([sys.executable, "-c", WORKER], input=pickled, cwd=ROOT, capture_output=True)
+    assert (done.stdout.decode(), done.stderr) == ("\n\n48\n", b"")
 
 
 def test_two_processes_save_together_when_one_is_told_to_stop(config_file, finished, tmp_path):

@@ -1,5 +1,6 @@
-"""A training run: its configuration, the compiled step, the loop around it, and what the run reports.
+"""A training run: its configuration (run), the compiled step, the loop around it, and its metrics.
 
-Imports `model`, `diffusion`, `baselines.objectives`, `data`, `weights` and `checkpoints`. Nothing here
-imports a decoder.
+Objectives and optimizer, FLOPs, wall time, profiling and the start of several processes are here too.
+Imports `model`, `diffusion`, `baselines.objectives`, `data`, `weights`, `checkpoints`, `tokenizer` and the
+modules at the package's top, never a decoder.
 """

@@ -4,13 +4,13 @@ The convention is the usual one, so that figures compare with others':
 
   FLOPs of a step = sum over its examples, of l tokens each, of  6 P l + 12 L N H a
 
-P is every parameter once, forward (2) and backward (4); it counts norms and, in an untied model, the
-embedding, though a lookup multiplies nothing. The second term is attention, a being the pairs of a query and
-a key it may see: forward, scores and their product with the values take 2 x 2 a N H a layer; backward twice
-that. Causal attention has l^2 / 2 pairs, bidirectional (mdm) l^2. Of bd3 l counts the response twice, which
-is fed twice, and a what its mask lets through. Padding is not computed for, and l is the example's length,
-not the row's; what rematerialisation computes again does not count either. So it is work that had to be done,
-whoever did it.
+The first term is the matrix products, 2 P l forward and 4 P l backward. P is the number of parameters; it
+includes norms and, in an untied model, the embedding, although a lookup multiplies nothing. The second term
+is attention; a is the number of (query, key) pairs that may attend. Per layer, scores and their product with
+the values take 2 x 2 a N H forward and twice that backward. Causal attention has a = l^2 / 2, bidirectional
+attention (mdm) l^2. For bd3, l counts the response twice, because it is in the input twice, and a counts the
+pairs that its mask allows. Neither padding nor rematerialisation counts: l is the length of the example, not
+of its row. The figure is therefore the necessary work, independent of the implementation.
 """
 
 import jax
@@ -22,7 +22,7 @@ Array = jax.Array
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters of the model, a tied embedding counted once."""
+    """Number of parameters of the model; a tied embedding counts once."""
     c = config
     projections = 2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim
     norms = 2 * c.embed_dim + 2 * c.head_dim * c.qk_norm
@@ -33,12 +33,12 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def train_flops(config: ModelConfig, lengths: Array, pairs: Array) -> Array:
-    """FLOPs of one training step, float32 []; see the module's formula.
+    """FLOPs of one training step, float32 []; the formula is in the module's docstring.
 
     Args:
       config: the model's shape.
-      lengths: l, [B] or [B, places of a row], tokens fed of each example; 0 for none.
-      pairs: a, likewise.
+      lengths: [B] or [B, E], l: number of input tokens of each example; 0 at unused places.
+      pairs: of the same shape, a: number of (query, key) pairs of each example.
     """
     attention = 12 * config.num_layers * config.num_heads * config.head_dim
     return 6.0 * num_parameters(config) * jnp.sum(lengths) + attention * jnp.sum(pairs)

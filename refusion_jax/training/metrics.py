@@ -1,4 +1,4 @@
-"""What a run reports: metrics.csv, TensorBoard events, Weights & Biases, and the terminal."""
+"""Metrics of a run, written to metrics.csv, TensorBoard events, Weights & Biases and the terminal."""
 
 import importlib.util
 import secrets
@@ -18,19 +18,19 @@ from refusion_jax.files import write_atomically
 from refusion_jax.training.wall_time import WallTime
 
 FILE = "metrics.csv"
-# Of a logged step. `tokens` are those of its batch without padding, `padding` the share of it that is (0 to
-# 1).
+# Columns on the logged step itself. `tokens` is the number of tokens in its batch without padding, `padding`
+# the fraction of the batch that is padding (0 to 1).
 STEP_COLUMNS = ("loss", "ar_loss", "diffusion_loss", "grad_norm", "learning_rate", "tokens", "padding")
 COLUMNS = (
     "step",
     *STEP_COLUMNS,
-    # Since the row before, compiling left out.
+    # Means since the previous row, compilation excluded.
     "tokens_per_second",
     "tokens_per_second_per_device",
     "step_seconds",
     "tflops_per_second_per_device",
     "mfu",
-    # Since this process began to train: seconds, and what they went into (WallTime) as shares of 1.
+    # Since this process began to train: seconds, and the fractions of them by activity (WallTime).
     "seconds",
     "goodput",
     "input_share",
@@ -41,18 +41,18 @@ COLUMNS = (
 
 
 class Reporter:
-    """Writes a run's metrics; a context manager.
+    """Writes the metrics of a run; a context manager.
 
     Args:
       folder: DIR.
-      step: updates already done; what a run that was killed reported beyond it is dropped.
-      last_step: where the run ends.
-      wall_time: where this process's time goes; the caller laps it, up to each report.
-      wandb_project: of Weights & Biases; empty leaves that out.
+      step: number of updates already done; rows of later steps, written by a killed run, are dropped.
+      last_step: the last step of the run.
+      wall_time: the clock of this process; the caller laps it before each report.
+      wandb_project: project of Weights & Biases; empty sends nothing there.
       settings: the run's configuration, for Weights & Biases.
 
     Raises:
-      BadInput: DIR/metrics.csv is not one that this class wrote.
+      BadInput: DIR/metrics.csv was not written by this class.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Reporter:
         self._wall_time = wall_time
         self._reported_at = self._running_seconds()
         self._reported_step = step
-        self._steps, self._tokens, self._flops, self._seconds = 0, 0, 0.0, 0.0  # all reported so far
+        self._steps, self._tokens, self._flops, self._seconds = 0, 0, 0.0, 0.0  # totals reported so far
 
     def __enter__(self) -> "Reporter":
         return self
@@ -88,12 +88,12 @@ class Reporter:
         self._events.close()
 
     def report(self, step: int, taken: Sequence[Mapping[str, Any]]) -> None:
-        """Writes a row, events and a line.
+        """Writes a row of metrics.csv, events, and a line on the terminal.
 
         Args:
-          step: updates done.
-          taken: what each step since the last report gave, this one last: NumPy scalars, STEP_COLUMNS
-            and "flops".
+          step: number of updates done.
+          taken: metrics of each step since the previous report, in order: NumPy scalars under the names of
+            STEP_COLUMNS, and "flops".
         """
         now = self._running_seconds()
         seconds = now - self._reported_at
@@ -108,8 +108,8 @@ class Reporter:
         row = {"step": step} | {name: taken[-1][name] for name in STEP_COLUMNS}
         row |= _rates(steps, tokens, flops, seconds) | _shares(self._wall_time)
         row |= {"seconds": round(self._wall_time.seconds(), 3), "peak_memory_bytes": _peak_memory_bytes()}
-        # One write a row: a kill can leave half a line at the end, which `truncate` drops, never more. And
-        # closed each time, since mounted buckets keep what is written only then.
+        # One write per row: a kill can leave at most a partial last line, which `truncate` drops. The file is
+        # closed each time because mounted buckets store writes only then.
         # str of a NumPy float32 is the shortest text that reads back as the same float32.
         cells = ("" if row[name] is None else str(row[name]) for name in COLUMNS)
         with self._csv.open("a", encoding="utf-8") as file:
@@ -130,7 +130,7 @@ class Reporter:
             print(f"step {step}/{self._last_step} {text} {left} left", flush=True)
 
     def advance(self, step: int) -> None:
-        """Moves the bar, if there is one, to `step` updates done."""
+        """Moves the progress bar, if there is one, to `step` updates done."""
         if self._bar is not None:
             self._bar.show(step)
 
@@ -138,7 +138,7 @@ class Reporter:
         return self._wall_time.seconds() - self._wall_time.spent("compile")
 
     def _summary(self) -> str:
-        """One line on all steps of this process."""
+        """One line on all steps that this process took."""
         rates = _rates(self._steps, self._tokens, self._flops, self._seconds)
         shares = {name: f"{100 * share:.1f} %" for name, share in _shares(self._wall_time).items()}
         return (
@@ -149,7 +149,7 @@ class Reporter:
 
 
 def check_wandb(project: str) -> None:
-    """Raises BadInput if metrics are to go to Weights & Biases and its package is missing."""
+    """Raises BadInput if a project of Weights & Biases is given and its package is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
         raise BadInput(
             f"train.wandb_project: is {project!r}, but the package wandb is not installed; "
@@ -158,7 +158,7 @@ def check_wandb(project: str) -> None:
 
 
 def _rates(steps: int, tokens: float, flops: float, seconds: float) -> dict[str, Any]:
-    """The columns of what so many steps did in `seconds`; None where unknown."""
+    """The columns on speed, from totals over `steps` steps; None where unknown."""
     seconds = max(seconds, 1e-9)
     devices = jax.device_count()
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -173,7 +173,7 @@ def _rates(steps: int, tokens: float, flops: float, seconds: float) -> dict[str,
 
 
 def _shares(wall_time: WallTime) -> dict[str, float]:
-    """Goodput, and the columns of what the rest of the time went into but for setting up."""
+    """The columns on wall time: goodput, the fraction spent on steps, and other fractions except set-up."""
     parts = {"goodput": "step"} | {f"{part}_share": part for part in ("input", "checkpoint", "compile")}
     return {name: round(wall_time.share(part), 4) for name, part in parts.items()}
 
@@ -183,13 +183,13 @@ def _mfu_text(mfu: float | None) -> str:
 
 
 def _peak_memory_bytes() -> int | None:
-    """Of the fullest device of this process, since it began; None where devices do not tell."""
+    """The largest peak of this process's devices; None where devices do not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat), default=None)
 
 
 def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any] | None) -> Any:
-    """The run of Weights & Biases that belongs to DIR; a run that goes on keeps its curves there."""
+    """The run of Weights & Biases that belongs to DIR; a resumed run continues its curves."""
     import wandb  # optional, and slow to import
 
     id_file = folder / "wandb_id.txt"
@@ -202,13 +202,13 @@ def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any] | None) -
 
 
 def truncate(path: Path, step: int) -> None:
-    """Leaves the header and the whole rows up to `step` in a metrics file; makes one if there is none.
+    """Drops rows after `step` and a partial last row from a metrics file; creates the file if missing.
 
     Raises:
       BadInput: the file has another header or a row without a step.
     """
     header = ",".join(COLUMNS)
-    # Whatever follows the last newline is a row that a kill cut short.
+    # Text after the last newline is a row that a kill cut short.
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     if lines and lines[0] != header:
         raise BadInput(f"{path}:1: found {lines[0]!r}, expected {header!r}; move the file away")
@@ -223,7 +223,7 @@ def truncate(path: Path, step: int) -> None:
 
 
 class _Bar:
-    """A progress bar with the latest values beside it."""
+    """A progress bar that also shows the latest metrics."""
 
     def __init__(self, step: int, last_step: int):
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))

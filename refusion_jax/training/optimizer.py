@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping."""
+"""AdamW with linear warm-up, cosine decay and gradient clipping."""
 
 import dataclasses
 from typing import Any
@@ -6,23 +6,21 @@ from typing import Any
 import jax
 import optax
 
-Array = jax.Array
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, linear warm-up, cosine decay, clipping of the gradients' global norm.
+    """AdamW, linear warm-up, cosine decay, clipping by the global norm of the gradients.
 
     Attributes:
-      learning_rate: at its peak.
-      warmup_steps: over which it rises to the peak.
-      final_fraction: of the peak, at the last step.
-      b1: decay of the mean of gradients, a step.
-      b2: decay of the mean of squared gradients, a step.
-      eps: added to the root of the latter.
-      weight_decay: of matrices, times the learning rate, a step; norms and biases do not decay.
-      clip_norm: largest global norm of the gradients.
-      mean_dtype: the mean of gradients is kept in, "float32" or "bfloat16", which saves 2 bytes a parameter.
+      learning_rate: peak learning rate.
+      warmup_steps: steps over which the learning rate rises linearly to its peak.
+      final_fraction: learning rate at the end of the run, as a fraction of the peak.
+      b1: decay rate per step of Adam's first moment, the mean of gradients.
+      b2: decay rate per step of Adam's second moment, the mean of squared gradients.
+      eps: added to the square root of the second moment.
+      weight_decay: decay per step, times the learning rate, of matrices; norms and biases do not decay.
+      clip_norm: gradients with a larger global norm are scaled down to it.
+      mean_dtype: dtype of Adam's first moment: "float32", or "bfloat16" to save 2 bytes per parameter.
     """
 
     learning_rate: float = 1e-3
@@ -48,17 +46,15 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm: must be positive, found {self.clip_norm}")
 
     def schedule(self, steps: int) -> optax.Schedule:
-        """The learning rate of the update that follows `step` updates, in a run of `steps`."""
-        warmup = self.warmup_steps
-        decay = optax.cosine_decay_schedule(self.learning_rate, max(steps - warmup, 1), self.final_fraction)
-        if not warmup:
-            return decay
-        # The first update has a share of the peak already: (step + 1) / warmup.
-        rise = optax.linear_schedule(self.learning_rate / warmup, self.learning_rate, warmup - 1)
+        """The learning rate as a function of the number of updates done, in a run of `steps`."""
+        peak, warmup = self.learning_rate, self.warmup_steps
+        # The first update already has a positive rate, and the last of the warm-up has the peak.
+        rise = optax.linear_schedule(peak / max(warmup, 1), peak, warmup - 1)
+        decay = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), self.final_fraction)
         return optax.join_schedules([rise, decay], [warmup])
 
     def transformation(self, steps: int) -> optax.GradientTransformation:
-        """The optimiser of a run of `steps`."""
+        """The optimizer of a run of `steps` updates."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
@@ -74,9 +70,9 @@ class OptimizerConfig:
 
 
 def _is_matrix(params: Any) -> Any:
-    """True for each parameter that is a matrix: not the norms' scales, not the biases.
+    """A tree of bools: False for scales of norms and for biases, True for all other parameters.
 
-    Told by name: stacked layers give a scale two axes as well.
+    Decided by name, because the scales of stacked layers have two axes as well.
     """
 
     def matrix(path: tuple, _: Any) -> bool:

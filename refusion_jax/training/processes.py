@@ -1,9 +1,9 @@
-"""Several processes as one run: how they find each other, and how none is left waiting for one that failed.
+"""Several processes as one run: how they connect, and how they all end when one of them fails.
 
     with processes.distributed("10.0.0.1:8476", num_processes=4, process_id=2):
-        …  # jax.devices() are those of all four
+        …  # jax.devices() lists the devices of all four
 
-JAX finds the processes of a SLURM step and of a TPU slice by itself. Elsewhere three flags name them.
+JAX finds the processes of a SLURM step or a TPU slice by itself; elsewhere three flags connect them.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import jax
 from refusion_jax import errors
 from refusion_jax.errors import BadInput
 
-TIMEOUT = 300  # seconds that the others have to appear
-GRACE = 2  # seconds that process 0, which the others need to live, stays after an error
+TIMEOUT = 300  # seconds that all processes have to connect
+GRACE = 2  # seconds that process 0 lives on after an error; the others end when it does
 
 
 @contextlib.contextmanager
@@ -31,31 +31,31 @@ def distributed(
     process_id: int | None = None,
     timeout: int = TIMEOUT,
 ) -> Iterator[None]:
-    """Makes this process one of a run, to be entered before JAX is asked for its devices.
+    """Connects this process with the others of its run. Enter it before JAX is asked for its devices.
 
-    Without arguments it is alone, unless SLURM or a TPU slice says otherwise; with `num_processes` 1 it is
-    alone whatever they say. An error inside ends the process at once where it is one of several: the usual
-    way out waits for the others, who may be waiting for it.
+    Without arguments the process is alone, except under SLURM or on a TPU slice with several processes; with
+    `num_processes` 1 it is alone in any case. If it is one of several, an exception inside the context ends
+    the process at once: a normal exit would wait for the others, which may be waiting for this process.
 
     Args:
-      coordinator: HOST:PORT where process 0 listens, as the others can reach it.
-      num_processes: how many there are.
-      process_id: which of them this is, from 0.
-      timeout: seconds until all have to be there; then this process prints one line and exits with 1.
+      coordinator: HOST:PORT at which process 0 listens, reachable by the others.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
+      timeout: seconds to wait for all processes; then this one prints one line and exits with 1.
 
     Raises:
-      BadInput: the arguments do not make sense.
+      BadInput: the arguments contradict each other or are out of range.
     """
     _check(coordinator, num_processes, process_id, timeout)
     if coordinator is not None:
-        # All local devices are this process's, whatever SLURM thinks.
+        # Without cluster detection: SLURM's variables must not restrict the devices of this process.
         _initialize(timeout, coordinator, num_processes, process_id, cluster_detection_method="deactivate")
     elif num_processes is None and _in_cluster():
         _initialize(timeout)
     if not jax.distributed.is_initialized():
         yield
         return
-    if jax.process_index() > 0:  # what all find in the data, one says
+    if jax.process_index() > 0:  # warnings on the data are the same in all processes; one prints them
         logging.getLogger("refusion_jax").setLevel(logging.ERROR)
     try:
         yield
@@ -64,7 +64,7 @@ def distributed(
             raise
         code = errors.report(error, f"process {jax.process_index()}: ")
         if jax.process_index() == 0:
-            time.sleep(GRACE)  # those with the same error say so before they notice that we are gone
+            time.sleep(GRACE)  # so that others with the same error can report it first
         os._exit(code)
 
 
@@ -87,17 +87,17 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
 
 
 def _in_cluster() -> bool:
-    """Whether JAX can tell who the other processes are, and there may be some."""
+    """Whether there may be other processes that JAX finds by itself."""
     if jax.distributed.is_initialized():
         return False
-    # A step of one task keeps all GPUs of its node this way; JAX would give it the first.
+    # Not for a SLURM step of a single task: JAX would give it only the first GPU of its node.
     slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    # On a TPU machine JAX puts its platform here when it is imported, unless JAX_PLATFORMS names another.
+    # On a TPU machine, importing JAX sets this to "tpu", unless JAX_PLATFORMS names another platform.
     return slurm or "tpu" in (jax.config.jax_platforms or "").split(",")
 
 
 def _initialize(timeout: int, *who, **options) -> None:
-    """jax.distributed.initialize, with one line and exit code 1 when the processes do not come together."""
+    """Calls jax.distributed.initialize; if processes do not connect, prints one line and exits with 1."""
 
     def give_up(reason: str) -> None:
         if who:

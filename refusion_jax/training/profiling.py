@@ -1,4 +1,4 @@
-"""A trace of a few steps, as XProf and TensorBoard's profile plugin read it."""
+"""Traces some steps of a run, for XProf and TensorBoard's profile plugin."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ FOLDER = "profile"
 
 
 def parse_steps(text: str, last: int) -> range:
-    """`--profile_steps=FIRST:LAST` as those steps, both ends included.
+    """The steps that `--profile_steps=FIRST:LAST` names, both ends included.
 
     Args:
       text: the flag's value.
-      last: the run's last step.
+      last: the last step of the run.
 
     Raises:
-      BadInput: it is no such pair, or not within the run.
+      BadInput: the value is not such a pair, or not within the run.
     """
     first, _, end = text.partition(":")
     if not (first.isdecimal() and end.isdecimal() and 1 <= int(first) <= int(end) <= last):
@@ -30,14 +30,13 @@ def parse_steps(text: str, last: int) -> range:
 
 
 class Profile:
-    """Traces `steps` into DIR/profile; a context manager, which ends a trace that is still under way.
+    """Traces `steps` into DIR/profile. A context manager; leaving it ends an unfinished trace.
 
-    The only thing here that waits for the devices does so at both ends of the trace, for it to hold
-    these steps and no others.
+    It waits for the devices at both ends of the trace only, so that the trace holds exactly these steps.
 
     Args:
       folder: DIR.
-      steps: which; without any, nothing is traced. A run that goes on beyond their first traces none.
+      steps: the steps to trace; may be empty. A run resumed after the first of them traces none.
     """
 
     def __init__(self, folder: Path, steps: range):
@@ -53,14 +52,14 @@ class Profile:
             jax.profiler.stop_trace()
 
     def before(self, step: int, previous: Any) -> None:
-        """To be called before `step` begins; `previous` are arrays of the step before it."""
+        """Call before dispatching `step`; `previous` are arrays that the step before it computes."""
         if self._steps and step == self._steps[0]:
             jax.block_until_ready(previous)
             jax.profiler.start_trace(self._folder)
             self._tracing = True
 
     def after(self, step: int, results: Any) -> None:
-        """To be called when `step` was handed to the devices; `results` are arrays it computes."""
+        """Call after dispatching `step`; `results` are arrays that it computes."""
         if self._tracing and step == self._steps[-1]:
             jax.block_until_ready(results)
             jax.profiler.stop_trace()

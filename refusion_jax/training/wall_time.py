@@ -1,23 +1,23 @@
-"""Where the wall time of a run goes.
+"""The wall time of a run by activity.
 
-Own lines instead of the library ml-goodput-measurement: that one needs a Google Cloud project and its
-logging, monitoring and storage clients, and keeps its measurements there.
+Not the library ml-goodput-measurement, which needs a Google Cloud project with its logging, monitoring and
+storage clients, and stores its measurements there.
 """
 
 import time
 
 
 class WallTime:
-    """Adds up the seconds of a process by what they were spent on; every second counts once.
+    """Sums the seconds of a process by activity; every second counts once.
 
-    `lap` is called wherever one thing ends and the next begins.
+    `lap` is called whenever one activity ends and the next begins.
 
-    Parts:
-      setup: until the first step: data, parameters or the checkpoint to go on from.
+    Activities:
+      setup: before the first step: opening the data, initializing or restoring the state.
       compile: the first call of the step, which compiles it.
-      step: steps, the devices at work.
-      input: waiting for a batch with nothing left for the devices to do.
-      checkpoint: until a checkpoint was copied off the devices; writing it goes on beside the steps.
+      step: the devices compute steps.
+      input: waiting for a batch while the devices have nothing to do.
+      checkpoint: copying a checkpoint off the devices; writing it to disk overlaps with later steps.
     """
 
     PARTS = ("setup", "compile", "step", "input", "checkpoint")
@@ -27,13 +27,13 @@ class WallTime:
         self._spent = dict.fromkeys(self.PARTS, 0.0)
 
     def lap(self, part: str) -> None:
-        """The time since the last lap was spent on `part`."""
+        """Counts the time since the last lap as spent on the activity `part`."""
         now = time.monotonic()
         self._spent[part] += now - self._lapped
         self._lapped = now
 
     def seconds(self) -> float:
-        """From the beginning to the last lap."""
+        """Seconds from the start to the last lap."""
         return self._lapped - self._began
 
     def spent(self, part: str) -> float:
@@ -41,5 +41,5 @@ class WallTime:
         return self._spent[part]
 
     def share(self, part: str) -> float:
-        """Of all seconds up to the last lap those spent on `part`, between 0 and 1."""
+        """Fraction of all seconds up to the last lap that was spent on `part`, from 0 to 1."""
         return self._spent[part] / max(self.seconds(), 1e-9)

@@ -1,17 +1,17 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685), outside the model.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685), implemented on parameter trees, outside the model.
 
-The kernels of a trained model stay as they are; what is learned is, for each kernel W of the targets, a
-product of two thin matrices that is added to it:
+The kernels of the model are frozen. For each target kernel W, a product of two thin matrices is trained and
+added to it:
 
   W + alpha / rank * A B,   A uniform in +- 1 / sqrt(inputs), B zero at first, as in the PEFT library
 
-So the model at step 0 is the model there was. `merge` makes plain parameters of them, for the model to
-compute with in training and for everything that reads a checkpoint. An adapted model's parameters are
+At step 0 the adapted model therefore equals the original. `merge` computes plain parameters, which the model
+uses in training and which every reader of a checkpoint gets. The parameters of an adapted model are
 
-  {"base": the parameters there were, "lora": {... {"q": {"a", "b"}} ...}, "scale": alpha / rank}
+  {"base": the original parameters, "lora": {... {"q": {"a", "b"}} ...}, "scale": alpha / rank}
 
-and whatever has no "lora" is plain: every function here leaves that as it is, so that nobody has to ask.
-A kernel's axes are those it contracts, then those it makes: A takes the former, B the latter. In the
+A tree without the key "lora" is a plain model; every function here returns it unchanged, so callers need not
+check. The axes of a kernel are its input axes, then its output axes: A has the former, B the latter. In the
 scanned model all three begin with L.
 """
 
@@ -31,18 +31,18 @@ from refusion_jax.weights.lazy import Index, LazyArray
 Array = jax.Array
 Params = Mapping[str, Any]
 
-# Kernel -> how many of its axes are contracted; in Hugging Face's names q_proj, k_proj and so on.
+# Kernel -> number of its input axes. Hugging Face's names are q_proj, k_proj and so on.
 TARGETS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adaptation of the model in train.init_from, instead of training all of it.
+    """Low-rank adaptation of the model in train.init_from, instead of training all its parameters.
 
     Attributes:
-      rank: columns of A and rows of B; 0 trains all parameters.
-      alpha: what is added to a kernel is A B times alpha / rank.
-      targets: which kernels of every layer, of q, k, v, o, gate, up and down.
+      rank: rank of the adapters A B; 0 trains all parameters and no adapters.
+      alpha: scale of the adapters; alpha / rank times A B is added to a kernel.
+      targets: names of the adapted kernels of every layer, among q, k, v, o, gate, up and down.
     """
 
     rank: int = 0
@@ -60,16 +60,16 @@ class LoraConfig:
 
 
 def init(config: LoraConfig, key: Array, base: Params, dtype: Any) -> Params:
-    """The parameters of an adapted model that computes what `base` does.
+    """The parameters of an adapted model that computes the same as `base`.
 
     Args:
-      config: rank 0 gives `base` back.
-      key: of A.
-      base: parameters of the scanned or the unrolled model, in Linen's boxes or without.
-      dtype: which the base is kept in; A, B and the scale are float32.
+      config: the adapters; with rank 0, `base` is returned unchanged.
+      key: random key of A.
+      base: parameters of the scanned or the unrolled model, with or without Linen's partitioning boxes.
+      dtype: dtype in which the base is stored; A, B and the scale are float32.
 
     Returns:
-      the tree of the module's docstring; A and B are boxed where their kernel is.
+      the tree described in the module's docstring; A and B are boxed if their kernel is.
     """
     if not config.rank:
         return base
@@ -85,23 +85,23 @@ def init(config: LoraConfig, key: Array, base: Params, dtype: Any) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """What is trained of the parameters, and the rest: nothing of a plain model's."""
+    """(trained, frozen) parameters; of a plain model, all parameters and an empty dict."""
     if "lora" not in params:
         return params, {}
     return params["lora"], {name: part for name, part in params.items() if name != "lora"}
 
 
 def combine(trained: Params, frozen: Params) -> Params:
-    """The parameters again of which `split` gave the two."""
+    """The inverse of `split`."""
     return {"lora": trained, **frozen} if frozen else trained
 
 
 def merge(params: Params) -> Params:
-    """The plain parameters that an adapted model computes with, in the base's dtype; differentiable."""
+    """The plain parameters of an adapted model, in the dtype of the base. Differentiable."""
     if "lora" not in params:
         return params
     kernels = flatten_dict(params["base"])
-    with jax.default_matmul_precision("highest"):  # as exact as what is written when it is merged for good
+    with jax.default_matmul_precision("highest"):  # as precise as `merge_stored`
         for path, a, b in _pairs(params):
             delta = params["scale"] * _product(a, b, _stacked(path))
             kernels[path] = (kernels[path].astype(jnp.float32) + delta).astype(kernels[path].dtype)
@@ -109,7 +109,7 @@ def merge(params: Params) -> Params:
 
 
 def merge_stored(params: Params) -> Params:
-    """`merge` for parameters that are yet to be read, nested dict of LazyArray."""
+    """`merge` for parameters that have not been read yet, a nested dict of LazyArray."""
     if "lora" not in params:
         return params
     kernels = flatten_dict(params["base"])
@@ -142,12 +142,12 @@ def _pairs(params: Params) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
 
 
 def _stacked(path: tuple[str, ...]) -> int:
-    """How many axes of a kernel number layers: 1 in the scanned model."""
+    """Number of leading layer axes of a kernel: 1 in the scanned model, otherwise 0."""
     return int(path[0] == "layers")
 
 
 def _product(a: Any, b: Any, stacked: int) -> Any:
-    """A B in the kernel's shape, of JAX or NumPy arrays."""
+    """A B in the shape of the kernel; JAX or NumPy arrays."""
     layers, rank = a.shape[:stacked], a.shape[-1]
     shape = (*a.shape[:-1], *b.shape[stacked + 1 :])
     return (a.reshape(*layers, -1, rank) @ b.reshape(*layers, rank, -1)).reshape(shape)

@@ -1,4 +1,4 @@
-"""Training objectives of the baselines: what is fed, and per-token targets and weights.
+"""Training objectives of the baselines: each turns a batch into inputs, per-token targets and weights.
 
-Imports `diffusion`, whose `Noised` they all return.
+Each module's function is `corrupt`, and all return the `Noised` of `diffusion`, the only folder imported.
 """
