@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from refusion_jax.baselines.decoders.blocks import BlockState, commit
-from refusion_jax.decode.forward import ragged_layout, widened, write_fed
+from refusion_jax.decode.forward import padded_to, ragged_layout, write_fed
 from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.model.attention import LayerKV
 from refusion_jax.model.layers import Ragged
@@ -95,7 +95,7 @@ def sized_pass(
             states = x[0].at[at].get(mode="clip")
             if not keep:
                 return states, None
-            return states, jax.tree.map(lambda x: widened(x, 2, sizes[-1]), fresh)
+            return states, jax.tree.map(lambda x: padded_to(x, 2, sizes[-1]), fresh)
 
         return run
 
