@@ -1,5 +1,5 @@
-"""The methods ReFusion is compared with.
+"""The methods that ReFusion is compared with.
 
-Left-to-right prediction (AR), masked diffusion (MDM, LLaDA), block diffusion (BD3-LM). `objectives` has what
-they are trained for, `decoders` how they decode; the two do not import each other.
+Autoregressive prediction (AR), masked diffusion (MDM, as in LLaDA) and block diffusion (BD3-LM). `objectives`
+holds their training objectives, `decoders` their decoding methods. The two do not import each other.
 """
