@@ -1,5 +1,5 @@
 """The methods that ReFusion is compared with.
 
-Autoregressive models (AR), masked diffusion (MDM, LLaDA) and block diffusion (BD3-LM). `objectives` holds
-their training objectives, `decoders` their decoders; neither imports the other.
+Autoregressive prediction (AR), masked diffusion (MDM, as in LLaDA) and block diffusion (BD3-LM). `objectives`
+holds their training objectives, `decoders` their decoding methods. The two do not import each other.
 """

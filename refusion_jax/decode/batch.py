@@ -1,4 +1,4 @@
-"""What is asked of the decoder: a batch of requests as arrays, and the padded shape."""
+"""The decoder's input: a batch of requests as arrays, and the shape that they are padded to."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from refusion_jax.errors import BadInput
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes a batch is padded to, all that a compilation depends on beside the model.
+    """The sizes that a batch is padded to. Besides the model, a compilation depends on nothing else.
 
     Attributes:
-      rows: B.
-      prompt: P, tokens of a prompt.
-      gen: tokens of a response.
-      block: T, tokens of a block, for methods that have blocks.
-      slots: M, slots of a block. This and what follows, up to `caches`, is for slots alone.
-      iterations: entries a trace has room for.
-      trace: whether one is kept.
-      ahead: tokens up to which a pass of a row is filled with predictions ahead of need (inputs.py); 0 for
-        none, as the authors decode.
-      scores: of SLOT_SCORES those that requests ask for beside "first".
-      recompute: whether a request asks for that.
-      caches: of mdm.CACHES those that requests ask for, for that method alone.
+      rows: B, the number of rows (requests decoded together).
+      prompt: P, the prompt length in tokens.
+      gen: the response length in tokens.
+      block: T, the block length in tokens; 0 for methods without blocks.
+      slots: M, slots per block. `slots` to `recompute` are read by the slot decoder only.
+      iterations: I, the plans per row that a trace has room for.
+      trace: whether a trace is recorded.
+      ahead: the number of tokens up to which a row's pass is filled with speculative tokens (inputs.py);
+        0 for none, as in the authors' code.
+      scores: the members of SLOT_SCORES that some request asks for, "first" excepted.
+      recompute: whether some request sets `recompute`.
+      caches: the members of baselines.decoders.config.CACHES that some request asks for; read by MDM only.
     """
 
     rows: int
@@ -46,9 +46,13 @@ class Shape:
 
     @classmethod
     def exact(cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig]) -> "Shape":
-        """The smallest shape that holds these requests as one batch."""
+        """The smallest shape that holds these requests as one batch.
+
+        Raises:
+          BadInput: there is no prompt, or not one config per prompt.
+        """
         check_pairs(prompts, configs)
-        asked = {c.slot_score for c in configs}
+        asked_scores = {c.slot_score for c in configs}
         return cls(
             rows=len(prompts),
             prompt=max(map(len, prompts)),
@@ -56,47 +60,57 @@ class Shape:
             block=max(c.block_len for c in configs),
             slots=max(c.block_len // c.slot_size for c in configs),
             iterations=max(c.response_len // c.slot_size for c in configs),
-            scores=tuple(score for score in SLOT_SCORES[MEAN:] if score in asked),
+            scores=tuple(score for score in SLOT_SCORES[MEAN:] if score in asked_scores),
             recompute=any(c.recompute for c in configs),
         )
 
     def padded(self, rows: int | None = None, trace: bool = False, ahead: int = 0) -> "Shape":
-        """This shape with its lengths in buckets, so that few different ones occur; prompts of up to 64
-        tokens share one. `rows`: how many are decoded together, when not all."""
+        """This shape with its lengths rounded up to a `bucket`, so that few shapes have to be compiled.
+
+        Prompts of up to 64 tokens share one bucket.
+
+        Args:
+          rows: requests decoded together; None keeps `self.rows`.
+          trace: whether a trace is recorded.
+          ahead: see the attribute.
+        """
         prompt = bucket(max(64, self.prompt))
-        rest = {name: bucket(getattr(self, name)) for name in ("gen", "block", "slots", "iterations")}
+        lengths = {name: bucket(getattr(self, name)) for name in ("gen", "block", "slots", "iterations")}
         return dataclasses.replace(
-            self, rows=rows or self.rows, prompt=prompt, **rest, trace=trace, ahead=ahead
+            self, rows=rows or self.rows, prompt=prompt, **lengths, trace=trace, ahead=ahead
         )
 
     @property
     def entropy(self) -> bool:
-        """Whether a request's slots are scored by it."""
+        """Whether some request scores its slots by entropy."""
         return SLOT_SCORES[ENTROPY] in self.scores
 
     def check_holds(self, needed: "Shape") -> None:
-        """Raises BadInput unless requests that need the sizes `needed` fit."""
+        """Raises BadInput unless this shape holds requests whose exact shape is `needed`."""
         lengths = ("rows", "prompt", "gen", "block", "slots") + (("iterations",) if self.trace else ())
         for field in (*lengths, "recompute"):
-            mine, theirs = getattr(self, field), getattr(needed, field)
-            if mine < theirs:
+            found, required = getattr(self, field), getattr(needed, field)
+            if found < required:
                 raise BadInput(
-                    f"the shape's {field} must be at least {theirs} for these requests, found {mine}"
+                    f"the shape's {field} must be at least {required} for these requests, found {found}"
                 )
         for field in ("scores", "caches"):
-            mine, theirs = getattr(self, field), getattr(needed, field)
-            if not set(theirs) <= set(mine):
-                raise BadInput(f"the shape's {field} must hold {theirs} for these requests, found {mine}")
+            found, required = getattr(self, field), getattr(needed, field)
+            if not set(required) <= set(found):
+                raise BadInput(f"the shape's {field} must hold {required} for these requests, found {found}")
 
 
 def check_pairs(prompts: Sequence, configs: Sequence) -> None:
-    """Raises BadInput unless there are prompts, and settings for each."""
+    """Raises BadInput unless there is at least one prompt and exactly one config per prompt."""
     if len(prompts) != len(configs) or not prompts:
         raise BadInput(f"as many settings as prompts are needed, found {len(configs)} and {len(prompts)}")
 
 
 def bucket(length: int) -> int:
-    """The next of 4, 6, 8, 12, 16, 24, 32, 48, … : a third is wasted at most, few shapes occur."""
+    """`length` rounded up to one of 4, 6, 8, 12, 16, 24, 32, 48, ...
+
+    Few different values occur, and from 3 tokens on at most a third of the result is padding.
+    """
     power = 4
     while power < length:
         if power * 3 // 2 >= length:
@@ -106,13 +120,13 @@ def bucket(length: int) -> int:
 
 
 class Replay(struct.PyTreeNode):
-    """A recorded course to follow whatever the logits say.
+    """A recorded decode, whose decisions a row repeats whatever its logits are (replay.py).
 
     Attributes:
       planned: bool [I, M], the slots chosen by each plan.
-      accepted: int32 [I, T]; entry m * slot_size + r is how many tokens of slot m are accepted when verified
-        (r = 0) or after the r-th refill.
-      length: int32, plans after which decoding ends.
+      accepted: int32 [I, T]; entry m * slot_size + r is the number of leading tokens of slot m that are
+        accepted by the joint verification (r = 0) or after the r-th refill.
+      length: int32, the number of plans after which decoding ends.
     """
 
     planned: jax.Array
@@ -121,12 +135,14 @@ class Replay(struct.PyTreeNode):
 
 
 class Requests(struct.PyTreeNode):
-    """A batch of requests as arrays [B]; a row of padding has no blocks. Fields as in DecodeConfig.
+    """A batch of requests. Fields are arrays [B], named as in DecodeConfig; padding rows have no blocks.
 
-    `slot_score`, int32, one of FIRST, MEAN and ENTROPY, and `recompute` are None where no request of the
-    shape asks for anything but their defaults: then nothing is compiled for them. `replay` is a recorded
-      course
-    that each row follows whatever the logits say, or None.
+    Attributes:
+      prompt_len: int32, prompt tokens.
+      release: bool, semantics "release" instead of "fixed".
+      slot_score: int32, one of FIRST, MEAN and ENTROPY. `slot_score` and `recompute` (bool) are None where
+        the shape allows their defaults only; nothing is compiled for them then.
+      replay: the recorded decode that each row repeats, or None.
     """
 
     prompt_len: jax.Array
@@ -146,35 +162,36 @@ class Requests(struct.PyTreeNode):
     def batch(
         cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig], shape: Shape
     ) -> "Requests":
-        """The requests of these prompts, as NumPy arrays padded to `shape.rows`."""
+        """The requests of these prompts as NumPy arrays, padded to `shape.rows`."""
 
-        def of(field: str, dtype, padding=0) -> jax.Array:
+        def column(field: str, dtype, padding=0) -> jax.Array:
             return padded_column([getattr(c, field) for c in configs], shape.rows, dtype, padding)
 
         scores = [SLOT_SCORES.index(c.slot_score) for c in configs]
         return cls(
             prompt_len=padded_column([len(p) for p in prompts], shape.rows, jnp.int32),
-            slot_size=of("slot_size", jnp.int32, padding=1),
-            block_len=of("block_len", jnp.int32),
-            num_blocks=of("num_blocks", jnp.int32),
-            slot_threshold=of("slot_threshold", jnp.float32),
-            token_threshold=of("token_threshold", jnp.float32),
-            temperature=of("temperature", jnp.float32),
+            slot_size=column("slot_size", jnp.int32, padding=1),
+            block_len=column("block_len", jnp.int32),
+            num_blocks=column("num_blocks", jnp.int32),
+            slot_threshold=column("slot_threshold", jnp.float32),
+            token_threshold=column("token_threshold", jnp.float32),
+            temperature=column("temperature", jnp.float32),
             release=padded_column([c.semantics == "release" for c in configs], shape.rows, bool),
-            seed=of("seed", jnp.uint32),
+            seed=column("seed", jnp.uint32),
             slot_score=padded_column(scores, shape.rows, jnp.int32) if shape.scores else None,
-            recompute=of("recompute", bool) if shape.recompute else None,
+            recompute=column("recompute", bool) if shape.recompute else None,
             replay=None,
         )
 
 
 class Prepared(NamedTuple):
-    """A batch ready to decode: what `begin` takes beside the model and its parameters. Its arrays are those
-    of NumPy: on the device each would take a call of its own to make.
+    """A batch ready to decode: the arguments of `Decoder.begin` besides the model and its parameters.
+
+    Its arrays are NumPy arrays, because each device array would take a separate call to create.
 
     Attributes:
       prompts: int32 [B, P], padded on the right.
-      requests: of the method, [B].
+      requests: the method's requests, a tree of arrays [B, ...].
       mask_id, eos_id: int32 scalars.
       shape: the padded sizes.
     """
@@ -187,23 +204,23 @@ class Prepared(NamedTuple):
 
     @property
     def inputs(self) -> tuple[np.ndarray, Any, np.int32, np.int32]:
-        """What `Decoder.begin` and `Decoder.decode` take beside the model and its parameters."""
+        """The positional arguments of `Decoder.begin` and `Decoder.decode` after the model and parameters."""
         return self[:4]
 
     @classmethod
     def of(cls, prompts: np.ndarray, requests: Any, configs: Sequence, shape: Shape) -> "Prepared":
-        """With the special tokens that the settings share."""
+        """A prepared batch with the mask and EOS ids that all configs share."""
         return cls(prompts, requests, np.int32(configs[0].mask_id), np.int32(configs[0].eos_id), shape)
 
 
 def pad_prompts(
     prompts: Sequence[Sequence[int]], configs: Sequence, shape: Shape, vocab_size: int
 ) -> np.ndarray:
-    """Prompts int32 [B, P], padded on the right.
+    """The prompts as int32 [B, P], padded on the right.
 
     Raises:
-      BadInput: a prompt holds something that is no token of the vocabulary, or the special tokens are
-        outside it or differ between requests.
+      BadInput: a prompt entry is not a token id below `vocab_size`, `mask_id` is not below `vocab_size`, or
+        mask_id or eos_id differ between requests.
     """
     special = {(c.mask_id, c.eos_id) for c in configs}
     if len(special) != 1:
@@ -218,11 +235,11 @@ def pad_prompts(
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
-    """Raises BadInput unless every entry of the prompt is the id of a token."""
+    """Raises BadInput unless every entry of the prompt is a token id from 0 to `vocab_size` - 1."""
     for token in prompt:
         check_whole("an id of a prompt", token, 0, vocab_size - 1)
 
 
 def padded_column(values: Sequence, rows: int, dtype, padding=0) -> np.ndarray:
-    """values as an array [rows], padded at the end."""
+    """`values` as a NumPy array [rows], filled up with `padding` at the end."""
     return np.asarray([*values, *[padding] * (rows - len(values))], dtype)

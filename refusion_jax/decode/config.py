@@ -1,4 +1,4 @@
-"""How a prompt is decoded by plan and infill, and the checks that settings of every method share."""
+"""Settings of the slot decoder, and checks of settings that all decoding methods share. Imports no JAX."""
 
 import dataclasses
 import math
@@ -11,40 +11,41 @@ from refusion_jax.errors import BadInput
 SEMANTICS = ("fixed", "release")
 SLOT_SCORES = ("first", "mean", "entropy")
 FIRST, MEAN, ENTROPY = range(3)
-# Beyond these a setting is a slip of the hand, and would take more memory than there is: a block is fed at
-# once, and every request of a file is padded to the largest.
-MOST_TOKENS = 1 << 16  # of a response
-MOST_BLOCK_TOKENS = 1 << 12
+# Larger values are taken for typing errors. They would not fit in memory: one pass feeds a whole block, and
+# all requests of a file are padded to the largest.
+MOST_TOKENS = 1 << 16  # per response
+MOST_BLOCK_TOKENS = 1 << 12  # per block
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How one prompt is decoded.
+    """Settings of the slot decoder for one prompt (arXiv 2512.13586, section 3.3).
 
     Attributes:
-      mask_id, eos_id: of the tokenizer.
-      gen_length: most response tokens, EOS included.
-      slot_size: W, tokens a slot.
-      num_blocks: blocks that are decoded left to right; within a block slots are decoded in any order.
-      slot_threshold: a slot is chosen when its score is above it.
-      slot_score: "first" for the probability of the draft of the slot's first token; "mean" for the mean of
-        those of all its tokens; "entropy" for exp(-H), H the mean entropy in nats of what the model says of
-        its tokens.
-      token_threshold: a drafted token is accepted when its probability after the tokens before it is
-        above it. Both may be any finite number: below 0 always passes, 1 and above never does.
-      temperature: of the planning drafts (Gumbel-max); 0 is greedy.
-      seed: of the drafts where temperature is above 0.
-      recompute: slots that were infilled go through the model once more, each token seeing all before it as
-        when drafts are verified, and that pass's keys and values are kept, not those that each slot was
-        infilled with on its own. Takes a pass wherever several slots were infilled together.
-      semantics: "fixed", or "release" for the authors' code to the letter. `fixed` differs from it in
-        four places: an EOS found while infilling drops slots by their place in the text; gen_length
-        must be a multiple of num_blocks * slot_size; probabilities are float32 whatever the model's
-        dtype; of equally confident slots the earliest is chosen. (The last holds in `release` too, as
-        the authors' choice among exact ties is arbitrary.)
+      mask_id, eos_id: token ids of the mask token and of EOS.
+      gen_length: the most response tokens, EOS included.
+      slot_size: W, tokens per slot.
+      num_blocks: blocks per response. Blocks are decoded left to right, the slots of a block in any order.
+      slot_threshold: a plan chooses the slots whose score is above it (strictly). Any finite number: below 0
+        chooses every slot, 1 or above none.
+      slot_score: the score of a slot. "first": the probability of the draft of the slot's first token.
+        "mean": the mean probability of the drafts of all its tokens. "entropy": exp(-H), with H the mean
+        entropy, in nats, of the model's distributions at its tokens.
+      token_threshold: a drafted token is accepted if its probability given the tokens before it is above
+        this (strictly). Any finite number: below 0 accepts every token, 1 or above none.
+      temperature: of the drafts of a plan (Gumbel-max); 0 is greedy.
+      seed: of those drafts, where temperature is above 0.
+      recompute: feed infilled slots once more before they are committed, each token seeing all tokens before
+        it as in a joint verification, and cache the keys and values of that pass instead of those that each
+        slot computed on its own. Costs one pass wherever several slots were infilled together.
+      semantics: "release" reproduces the authors' code exactly. "fixed" differs in four ways. (1) An EOS
+        found while infilling removes slots by their position in the text. (2) gen_length must be a multiple
+        of num_blocks * slot_size. (3) Probabilities are float32 whatever the model's dtype. (4) Among
+        equally confident slots the earliest is chosen; (4) holds in `release` too, because the authors'
+        choice among exact ties is arbitrary.
 
     Raises:
-      BadInput: a setting that cannot be decoded.
+      BadInput: a setting is out of range, or the lengths do not divide; the message names the setting.
     """
 
     mask_id: int
@@ -80,7 +81,7 @@ class DecodeConfig:
 
     @property
     def block_len(self) -> int:
-        """Tokens a block; raises BadInput where gen_length does not divide into blocks and slots."""
+        """Tokens per block. Raises BadInput if gen_length does not divide into blocks and slots."""
         whole = self.num_blocks * self.slot_size
         lengths = f"gen_length {self.gen_length}, num_blocks {self.num_blocks}, slot_size {self.slot_size}"
         if self.semantics == "fixed":
@@ -89,7 +90,7 @@ class DecodeConfig:
                     f"gen_length must be a multiple of num_blocks x slot_size = {whole}, found {lengths}"
                 )
             return self.gen_length // self.num_blocks
-        # The authors round up to whole slots, then down to whole blocks, and lose what is left over.
+        # The authors round gen_length up to whole slots, then down to whole blocks, and drop the remainder.
         rounded = -(-self.gen_length // self.slot_size) * self.slot_size
         block_len = rounded // self.num_blocks
         if block_len == 0 or block_len % self.slot_size:
@@ -101,15 +102,16 @@ class DecodeConfig:
 
     @property
     def response_len(self) -> int:
-        """Tokens that are generated at most."""
+        """The most tokens that are generated: `num_blocks` whole blocks."""
         return self.block_len * self.num_blocks
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Any prompt can be continued, an empty one too."""
+        """Accepts every prompt; the slot decoder can continue an empty one too."""
 
 
 def check_common(config) -> None:
-    """What every decoding method asks of mask_id, eos_id, gen_length, temperature and seed."""
+    """Raises BadInput unless the settings that all methods have are in range: mask_id, eos_id, gen_length,
+    temperature and seed."""
     for name in ("mask_id", "eos_id"):
         check_whole(name, getattr(config, name), 0, 2**31 - 1)
     check_whole("gen_length", config.gen_length, 1, MOST_TOKENS)
@@ -120,23 +122,23 @@ def check_common(config) -> None:
 
 
 def check_whole(name: str, value, least: int, most: int) -> None:
-    """Raises BadInput unless value is a whole number from least to most."""
+    """Raises BadInput unless `value` is an integer from `least` to `most`, both included."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
         raise BadInput(f"{name} must be a whole number from {least} to {most}, found {quoted(value)}")
 
 
 def check_finite(name: str, value) -> None:
-    """Raises BadInput unless value is a finite number."""
+    """Raises BadInput unless `value` is a finite number."""
     try:
         finite = not isinstance(value, bool) and math.isfinite(value)
-    except (TypeError, OverflowError):  # no number, or a whole number beyond any float
+    except (TypeError, OverflowError):  # not a number, or an integer beyond the range of float
         finite = False
     if not finite:
         raise BadInput(f"{name} must be a finite number, found {quoted(value)}")
 
 
 def quoted(value) -> str:
-    """A value as an error line shows it: a long one by its beginning."""
+    """`repr(value)` for error lines, cut to 80 characters."""
     text = (
         repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of very many digits"
     )

@@ -1,13 +1,13 @@
-"""The interface of all decoders: a few pure functions of a method, and what every method does with them.
+"""The interface of all decoding methods: `Decoder` turns a method's pure functions into jitted decoding.
 
-The engine, the terminal view, `bench`, `evaluate` and `sample` below use a decoder through this class alone:
+The engine, the terminal view, `bench`, `evaluate` and `sample` below use a method only through this class:
 
     batch = decoder.prepare(model, prompts, config)
     state = decoder.begin(model, params, *batch.inputs, shape=batch.shape)
     state = decoder.resume(model, params, state, batch.mask_id, batch.eos_id, 0, NO_LIMIT, shape=batch.shape)
     samples = decoder.finish(state, batch.eos_id, batch.shape)
 
-B rows, prompts of P tokens, S = P + gen positions.
+B is the number of rows, P the prompt length, S = P + gen the number of positions; all padded (`Shape`).
 """
 
 import dataclasses
@@ -29,17 +29,16 @@ NO_LIMIT = 2**31 - 1  # forward passes
 
 
 class State(Protocol):
-    """What the loop of a decoder carries; a `flax.struct.PyTreeNode` whose rows are independent of each
-    other.
+    """The loop state of a decoding method: a `flax.struct.PyTreeNode` whose rows are independent.
 
     Attributes:
       cache: keys and values.
-      tokens: int32 [B, S], by position: the prompt and what is committed.
+      tokens: int32 [B, S], the prompt and the committed tokens, by position.
       done: bool [B], rows with nothing left to decode.
       forwards: int32 [B], forward passes made.
-      iterations: int32 [B], plans carried out; forward passes for a method without plans.
-      requests: what each row asks for, with `prompt_len` int32 [B].
-      trace: what each plan came to, or None.
+      iterations: int32 [B], plans executed; forward passes for a method without plans.
+      requests: the request of each row, with `prompt_len` int32 [B].
+      trace: the result of each plan, or None if not recorded.
     """
 
     cache: KVCache
@@ -51,27 +50,29 @@ class State(Protocol):
     trace: Any
 
     def committed(self, eos_id: Array) -> Array:
-        """bool [B, S], the committed tokens that are given out; entries of the prompt do not count."""
+        """bool [B, S]: the committed tokens to return. Entries at prompt positions are ignored."""
 
 
-Carry = tuple[State, Array]  # a state, and how many passes led to it
+Carry = tuple[State, Array]  # the state, and the passes made since the loop began (int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A way to decode. Its fields are the method's own functions, its methods are the same for all.
+    """A decoding method. The fields are the method's own functions; the methods below are shared by all.
+
+    A Decoder is hashable and is a static argument of its own jitted methods.
 
     Attributes:
-      exact_shape: (prompts, settings) -> the smallest Shape that holds these requests as one batch. Raises
+      exact_shape: (prompts, configs) -> the smallest Shape that holds these requests as one batch. Raises
         BadInput for a prompt that the method cannot continue.
-      batch_requests: (prompts, settings, shape) -> the requests as NumPy arrays [B, ...]; rows of padding ask
-        for nothing.
+      batch_requests: (prompts, configs, shape) -> the requests as NumPy arrays [B, ...]. Padding rows request
+        no tokens.
       start: (model, prompts, requests, shape) -> the State before the first pass.
       first_pass: (model, params, state, mask_id, eos_id, shape) -> the State after the pass that feeds the
         prompts.
-      passes: (model, params, carry, go_on, mask_id, eos_id, shape) -> the carry after further passes, as many
-        as
-        `go_on` of a carry asks for: a `lax.while_loop`. `repeated` makes it from a function of one pass.
+      passes: (model, params, carry, should_continue, mask_id, eos_id, shape) -> the Carry once
+        `should_continue(carry)` is false: a `lax.while_loop` over passes. `repeated` builds it from a
+        function that makes one pass.
     """
 
     exact_shape: Callable[..., Shape]
@@ -83,7 +84,11 @@ class Decoder:
     def prepare(
         self, model, prompts: Sequence[Sequence[int]], config: Any, shape: Shape | None = None
     ) -> Prepared:
-        """Checks and pads a batch; arguments and errors as those of `sample`."""
+        """Checks and pads a batch. Arguments and errors are those of `sample`.
+
+        Raises:
+          ValueError: the model scans its layers.
+        """
         if model.scan_layers:
             raise ValueError("decoding needs an unrolled model (scan_layers=False), as load() gives it")
         configs = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
@@ -94,18 +99,18 @@ class Decoder:
         padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
         return Prepared.of(padded, self.batch_requests(prompts, configs, shape), configs, shape)
 
-    # A call of a jitted function that leaves an argument out compiles it once more: all are required.
+    # jit compiles again for a call that omits an argument, so no argument below has a default.
 
     @functools.partial(jax.jit, static_argnames=("self", "model", "shape"))
     def init(self, model, prompts: Array, requests: Any, *, shape: Shape) -> State:
-        """The state before the first pass: nothing committed; rows that ask for nothing are done."""
+        """The state before the first pass. No token is committed; rows that request no tokens are done."""
         return self.start(model, prompts, requests, shape)
 
     @functools.partial(jax.jit, static_argnames=("self", "model", "shape"))
     def begin(
         self, model, params, prompts: Array, requests: Any, mask_id: Array, eos_id: Array, *, shape: Shape
     ) -> State:
-        """A batch after its first pass; arguments as those of `decode`."""
+        """The state after the first pass. Arguments are those of `decode`."""
         with exact_matmuls(model):
             state = self.start(model, prompts, requests, shape)
             return self.first_pass(model, params, state, mask_id, eos_id, shape)
@@ -123,26 +128,29 @@ class Decoder:
         *,
         shape: Shape,
     ) -> State:
-        """Decodes on until at most `until` rows are still running, or for `limit` passes; uses `state` up."""
+        """Decodes on until at most `until` rows are still running, or for `limit` forward passes.
 
-        def go_on(carry: Carry) -> Array:
+        `state` is donated and must not be used again. `until` and `limit` are integer scalars.
+        """
+
+        def should_continue(carry: Carry) -> Array:
             state, made = carry
             return (jnp.sum(~state.done) > until) & (made < limit)
 
         with exact_matmuls(model):
             carry = state, jnp.int32(0)
-            return self.passes(model, params, carry, go_on, mask_id, eos_id, shape)[0]
+            return self.passes(model, params, carry, should_continue, mask_id, eos_id, shape)[0]
 
     def decode(
         self, model, params, prompts: Array, requests: Any, mask_id: Array, eos_id: Array, *, shape: Shape
     ) -> State:
-        """Decodes a batch to the end: `begin`, then `resume`, each compiled once for a model and a shape.
+        """Decodes a batch to its end: `begin`, then `resume`, each compiled once per model and shape.
 
         Args:
-          model: an unrolled Transformer.
+          model: an unrolled Transformer (`scan_layers=False`).
           params: its parameters.
           prompts: int32 [B, P], padded on the right.
-          requests: what each row asks for, [B].
+          requests: the request of each row, a tree of arrays [B, ...].
           mask_id, eos_id: int32 scalars.
           shape: the padded sizes.
         """
@@ -150,7 +158,7 @@ class Decoder:
         return self.resume(model, params, state, mask_id, eos_id, 0, NO_LIMIT, shape=shape)
 
     def finish(self, state: State, eos_id: Array, shape: Shape) -> Samples:
-        """The answers in a state whose rows are done."""
+        """The Samples of a state whose rows are done."""
         prompt_len = state.requests.prompt_len
         answers = in_text_order(state.tokens, state.committed(eos_id), prompt_len, eos_id, gen=shape.gen)
         return Samples(*answers, state.forwards, state.iterations, state.trace)
@@ -163,14 +171,18 @@ class Decoder:
         Args:
           model: an unrolled Transformer (`scan_layers=False`).
           params: its parameters.
-          prompts: token ids, of any lengths.
-          config: the method's settings, one for all prompts or one for each; they must agree on mask_id and
-            eos_id.
-          shape: sizes to pad to, so that batches share a compilation; by default as small as the batch
-            allows.
+          prompts: token ids of each prompt, of any lengths.
+          config: the method's config, one for all prompts or one per prompt. mask_id and eos_id must be the
+            same in all.
+          shape: sizes to pad to, so that several batches share a compilation. By default the exact shape of
+            the batch, rounded up to buckets.
+
+        Returns:
+          Samples with one row per prompt.
 
         Raises:
-          BadInput: a prompt or setting that cannot be decoded, naming it.
+          BadInput: a prompt or setting cannot be decoded; the message names it.
+          ValueError: the model scans its layers.
         """
         batch = self.prepare(model, prompts, config, shape)
         state = self.decode(model, params, *batch.inputs, shape=batch.shape)
@@ -179,19 +191,19 @@ class Decoder:
 
 
 def repeated(next_pass: Callable[..., State]) -> Callable[..., Carry]:
-    """`Decoder.passes` of a method whose passes are all alike.
+    """`Decoder.passes` for a method that repeats one function until the loop ends.
 
     Args:
-      next_pass: (model, params, state, mask_id, eos_id, shape) -> the state one pass later.
+      next_pass: (model, params, state, mask_id, eos_id, shape) -> the state after one more pass.
     """
 
     def passes(
-        model, params, carry: Carry, go_on: Callable, mask_id: Array, eos_id: Array, shape: Shape
+        model, params, carry: Carry, should_continue: Callable, mask_id: Array, eos_id: Array, shape: Shape
     ) -> Carry:
         def body(carry: Carry) -> Carry:
             state, made = carry
             return next_pass(model, params, state, mask_id, eos_id, shape), made + 1
 
-        return jax.lax.while_loop(go_on, body, carry)
+        return jax.lax.while_loop(should_continue, body, carry)
 
     return passes

@@ -1,6 +1,8 @@
-"""One forward pass over what the rows of a batch feed, no larger than it has to be.
+"""One forward pass over the tokens that the rows of a batch feed, at the smallest compiled size that fits.
 
-A pass is compiled for a few sizes, and each takes the smallest that holds the tokens fed (`lax.switch`).
+A pass is compiled for a few numbers of tokens; `lax.switch` picks the smallest that holds the tokens fed.
+
+Letters as in model/transformer.py; Q is the padded number of tokens fed per row, S the cache length.
 """
 
 from typing import NamedTuple
@@ -20,12 +22,12 @@ Array = jax.Array
 
 
 class Forwarded(NamedTuple):
-    """What a pass gives.
+    """The result of a pass.
 
     Attributes:
-      scores: [B, Q].
-      fresh: keys and values of the tokens fed, [L, B, Q, K, H], or as `ragged` lays them out.
-      ragged: how the tokens were laid out, if not by row.
+      scores: arrays [B, Q].
+      fresh: keys and values of the tokens fed: each [L, B, Q, K, H], or [L, 1, B * Q, K, H] if `ragged`.
+      ragged: the layout of tokens one row after the other, or None for the layout [B, Q].
     """
 
     scores: Scores
@@ -33,16 +35,19 @@ class Forwarded(NamedTuple):
     ragged: Ragged | None
 
     def write(self, cache: KVCache, positions: Array, keep: Array) -> KVCache:
-        """The cache with some of the fresh keys and values; positions and keep [B, Q]."""
+        """The cache with the fresh keys and values where `keep` bool [B, Q] is set, at positions [B, Q]."""
         return write_fed(cache, self.fresh, self.ragged, positions, keep)
 
 
 def write_fed(
     cache: KVCache, fresh: LayerKV, ragged: Ragged | None, positions: Array, keep: Array
 ) -> KVCache:
-    """The cache with some of the keys and values of the tokens fed.
+    """The cache with the keys and values of some of the tokens fed.
 
-    `fresh` and `ragged` as in Forwarded; positions and keep are [B, Q].
+    Args:
+      fresh, ragged: as in Forwarded.
+      positions: int32 [B, Q], the position of each token in the text.
+      keep: bool [B, Q], the tokens whose keys and values are written.
     """
     if ragged is None:
         return cache.write(fresh, positions, keep)
@@ -53,10 +58,13 @@ def write_fed(
 def forward(
     model, params, cache: KVCache, inputs: PassInputs, row: RowState, requests: Requests, entropy: bool
 ) -> Forwarded:
-    """Feeds what the rows feed, [B, Q], after the cache; `entropy`: whether scores have that.
+    """Feeds `inputs` [B, Q] after the cache.
 
-    The tokens of several rows are laid out one after the other (Ragged), so that what one row leaves out
-    of its Q costs nothing.
+    The tokens of several rows are laid out one after the other (Ragged), so that the padding of a row to Q
+    costs nothing.
+
+    Args:
+      entropy: whether to compute `Scores.entropy`.
     """
     B = inputs.tokens.shape[0]
     ragged, fed_flat = (
@@ -66,10 +74,10 @@ def forward(
     if B > 1:
         ragged = ragged_layout(inputs.active)
         fed_flat = jax.tree.map(lambda x: x.at[ragged.row, ragged.place].get(mode="clip")[None], fed_flat)
-    most, length = fed_flat[0].shape[1], cache.filled.shape[1]
+    capacity, length = fed_flat[0].shape[1], cache.filled.shape[1]
 
     def pass_of(size: int):
-        """A pass over the first `size` tokens, whose results are padded to `most`."""
+        """A pass over the first `size` tokens, its results padded to `capacity`."""
 
         def run() -> tuple[Scores, LayerKV]:
             tokens, positions, target, samplings = jax.tree.map(lambda x: x[:, :size], fed_flat)
@@ -80,25 +88,25 @@ def forward(
             )
             scores = score_rows(logits, target, samplings, entropy)
             return (
-                jax.tree.map(lambda x: widened(x, 1, most), scores),
-                jax.tree.map(lambda x: widened(x, 2, most), fresh),
+                jax.tree.map(lambda x: padded_to(x, 1, capacity), scores),
+                jax.tree.map(lambda x: padded_to(x, 2, capacity), fresh),
             )
 
         return run
 
-    # The more rows the less their sum varies.
-    sizes = pass_sizes(most, SMALLEST_PASS if B == 1 else max(SMALLEST_PASS, most // 4))
-    number = jnp.sum(jnp.sum(inputs.active) > jnp.asarray(sizes[:-1]))
-    scores, fresh = jax.lax.switch(number, [pass_of(size) for size in sizes])
+    # The more rows, the less the total number of tokens varies, so few sizes are enough.
+    sizes = pass_sizes(capacity, SMALLEST_PASS if B == 1 else max(SMALLEST_PASS, capacity // 4))
+    size_index = jnp.sum(jnp.sum(inputs.active) > jnp.asarray(sizes[:-1]))
+    scores, fresh = jax.lax.switch(size_index, [pass_of(size) for size in sizes])
     if ragged is not None:
         scores = jax.tree.map(lambda x: x[0].at[ragged.flat].get(mode="fill", fill_value=0), scores)
     return Forwarded(scores, fresh, ragged)
 
 
 def ragged_layout(active: Array) -> Ragged:
-    """The layout of rows of which bool [B, Q] feed something, first those of the first row; N is B x Q.
+    """The layout of the active tokens, bool [B, Q], one row after the other; N = B * Q.
 
-    What lies behind the last token is of no row: B, which nothing is written to.
+    Entries of `Ragged.row` behind the last token are B. That row does not exist, so writes to it are dropped.
     """
     (B, Q), flags = active.shape, active.reshape(-1)
     flat = jnp.where(flags, jnp.cumsum(flags) - 1, flags.size)
@@ -106,15 +114,15 @@ def ragged_layout(active: Array) -> Ragged:
     return Ragged(flat.reshape(B, Q), *jnp.divmod(source, Q))
 
 
-def widened(x: Array, axis: int, size: int) -> Array:
-    """x with zeros at the end of an axis, up to `size` entries."""
+def padded_to(x: Array, axis: int, size: int) -> Array:
+    """x padded with zeros at the end of `axis` to `size` entries."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths)
 
 
 def pass_sizes(most: int, least: int) -> list[int]:
-    """The numbers of tokens that a pass is compiled for, ascending: `most` and its halves down to `least`."""
+    """The numbers of tokens that a pass is compiled for, ascending: `most`, halved down to `least`."""
     sizes = [most]
     while sizes[0] % 2 == 0 and sizes[0] // 2 >= least:
         sizes.insert(0, sizes[0] // 2)
@@ -122,8 +130,8 @@ def pass_sizes(most: int, least: int) -> list[int]:
 
 
 def draft_sampling(row: RowState, request: Requests, inputs: PassInputs) -> DraftSampling:
-    """How a row drafts what it fed [Q]: plans at its temperature, all else greedily."""
-    # A plan fed ahead is that of the next iteration.
+    """The sampling of a row's drafts, each [Q]: plans at the request's temperature, all others greedily."""
+    # A speculative plan belongs to the next iteration.
     iteration = row.iterations + (row.phase != Phase.PLAN)
     return DraftSampling(
         temperature=jnp.where(inputs.plan, request.temperature, 0.0),
@@ -134,7 +142,7 @@ def draft_sampling(row: RowState, request: Requests, inputs: PassInputs) -> Draf
 
 
 def score_rows(logits: Array, target: Array, samplings: DraftSampling, entropy: bool) -> Scores:
-    """`score` of logits [B, Q, V], target and samplings [B, Q]: [B, Q]."""
+    """`score` for a batch: logits [B, Q, V], target and samplings [B, Q] -> Scores [B, Q]."""
     flat = jax.tree.map(lambda x: x.reshape(-1), (target, samplings))
     scores = score(logits.reshape(-1, logits.shape[-1]), *flat, entropy)
     return jax.tree.map(lambda x: x.reshape(target.shape), scores)

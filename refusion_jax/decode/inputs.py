@@ -1,24 +1,25 @@
-"""What a row feeds in one forward pass: what its phase needs, and predictions ahead of need.
+"""The inputs of one forward pass of a row: the tokens that its phase needs, and speculative tokens.
 
-Needed are, as in the authors' code (arXiv 2512.13586, section 3.3),
+A row's phase needs these tokens, as in the authors' code (arXiv 2512.13586, section 3.3):
 
-  PLAN     the pool's slots as masks;
-  VERIFY   the chosen slots' drafts, each slot seeing those before it;
-  INFILL   of every open slot, which sees itself alone: the accepted tokens that are not cached, and the
-           rest as drafts to be rechecked, or as masks to be refilled.
+  PLAN     the undecoded slots of the block (the pool), as mask tokens;
+  VERIFY   the drafts of the chosen slots; each slot sees the chosen slots before it;
+  INFILL   for every open slot, which sees the cache and itself only: its accepted tokens that are not cached
+           yet, then the rest of the slot, either as drafts to verify or as mask tokens to refill.
 
-A pass costs the reading of the weights, whether it feeds one token or a hundred, so the masks of the
-passes to come ride along, for what this pass may turn out to accept:
+At small batch sizes a pass is bound by reading the weights: feeding a hundred tokens takes about as long as
+feeding one. So each pass also carries speculative mask tokens for the passes that may follow it:
 
-  - the next plan, if all chosen slots are accepted, or only the first few of them; also that of the next
-    block;
-  - the refill of an infilled slot, if it turns out that so many more of its tokens are accepted.
+  - the next plan, for the case that all chosen slots are accepted and for the cases that only the first few
+    are; in the first case possibly the plan of the next block;
+  - the refill of an infilled slot, for each number of further tokens that this pass may accept.
 
-They see exactly what they would see in a pass of their own, and nothing needed sees them, so tokens are
-the same, and a pass is saved where the guess was right.
+Speculative tokens see exactly what they would see in a pass of their own, and no needed token sees them. So
+they never change the decoded tokens, and each right guess saves a pass.
 
-Every token that could ride along is a node: a group (why it is fed) and a place in the block. Groups are
-taken whole while they fit; nodes of the groups taken are packed into Q places. J is the number of groups.
+A node is a candidate token: a group (the reason for feeding it) and an index in the block. A pass takes whole
+groups while they fit, and packs the nodes of the taken groups to the front of Q entries. J is the number of
+groups, T the padded block length, M the padded number of slots per block, S the cache length.
 """
 
 import math
@@ -41,24 +42,25 @@ from refusion_jax.devices import ridge_tokens
 
 Array = jax.Array
 
-MOST_LENGTHS = 16  # accepted lengths whose refill may ride along
-MOST_PREFIXES = 8  # numbers of accepted slots, short of all, whose plan may ride along
-SMALLEST_PASS = 32  # tokens; fewer are not cheaper
-ANY = -1  # slot: of no slot in particular
+MOST_LENGTHS = 16  # accepted lengths with a speculative refill
+MOST_PREFIXES = 8  # numbers of accepted slots, fewer than all, with a speculative plan
+SMALLEST_PASS = 32  # tokens; a pass with fewer is not cheaper
+ANY_SLOT = -1  # value of Nodes.slot for a node that may see every slot
 
 
 def tokens_ahead(rows: int, device_kind: str | None = None) -> int:
-    """Up to how many tokens it pays to fill a pass of each row with predictions ahead of need.
+    """The number of tokens up to which it pays to fill a row's pass with speculative tokens.
 
-    The rows of a batch share the tokens that cost next to nothing beside reading the weights. On devices
-    that the table of devices.py do not have, CPUs say, a small share whatever the batch.
+    The rows of a batch share the tokens that fit under the device's ridge, where computing takes as long as
+    reading the weights. A device without a known ridge, such as a CPU, gets 64 tokens per row at any batch
+    size.
 
     Args:
-      rows: decoded together.
-      device_kind: of jax.Device; None is the default device's.
+      rows: rows decoded together.
+      device_kind: `jax.Device.device_kind`; None for that of the default device.
 
     Returns:
-      a power of two, or 0 where none would be left over.
+      a power of two, or 0 if the share of a row is too small for speculative tokens to pay.
     """
     ridge = ridge_tokens(device_kind or jax.devices()[0].device_kind)
     if ridge is None:
@@ -68,35 +70,48 @@ def tokens_ahead(rows: int, device_kind: str | None = None) -> int:
 
 
 class Groups:
-    """Which group is which, for blocks of M slots and T tokens."""
+    """The numbering of the J groups, for blocks of M slots and T tokens.
 
-    JOINT = 0  # drafts to verify
-    ALONE = 1  # tokens of slots being infilled
+    Attributes:
+      refill: the first of the refill groups. Group refill + d holds the mask tokens of the open slots (in
+        VERIFY: of the first chosen slot) for the case that d more of their tokens are accepted. Group
+        refill + 0 also holds the refill that INFILL needs now.
+      plan: the plan that is needed now, or the plan that follows if everything in this pass is accepted.
+      prefix: the first of the prefix groups. Group prefix + c holds the plan that follows if the first c + 1
+        chosen slots are accepted and the next one is not.
+      count: J.
+      lengths: the largest d.
+      prefixes: the number of prefix groups.
+    """
+
+    JOINT = 0  # the drafts of VERIFY
+    ALONE = 1  # the accepted and drafted tokens of INFILL
 
     def __init__(self, num_slots: int, block: int):
         lengths, prefixes = min(block - 1, MOST_LENGTHS), min(num_slots - 1, MOST_PREFIXES)
-        self.refill = 2  # refill + d: masks of open slots, d more of their tokens being accepted
-        self.plan = self.refill + lengths + 1  # the plan that follows if all goes well, or is due
-        self.prefix = self.plan + 1  # prefix + c: the plan that follows if c + 1 of the chosen are accepted
+        self.refill = 2
+        self.plan = self.refill + lengths + 1
+        self.prefix = self.plan + 1
         self.count = self.prefix + prefixes
         self.lengths, self.prefixes = lengths, prefixes
 
     @classmethod
     def of(cls, row: RowState) -> "Groups":
-        """Those of a row's block."""
+        """The groups for the padded sizes of a row."""
         return cls(row.pool.shape[0], row.draft.shape[0])
 
 
 class PassInputs(struct.PyTreeNode):
-    """The tokens a row feeds, packed to the front of Q places.
+    """The tokens that a row feeds in one pass, packed to the front of Q entries.
 
     Attributes:
-      tokens, positions: int32 [Q].
-      active: bool [Q].
-      target: int32 [Q], the token whose probability the logits are asked for: the next of the same slot.
-      mask: bool [Q, S + Q], which entries of the cache and which of the Q each sees.
-      node_index: int32 [J, T], where each node is among the Q; Q where it is not fed.
-      plan: bool [Q], nodes of a plan, which are sampled where there is a temperature.
+      tokens, positions: int32 [Q]; positions count from the start of the prompt.
+      active: bool [Q], entries that hold a token.
+      target: int32 [Q], the next token of the same slot, whose probability is read from this token's logits;
+        0 for the last token of a slot.
+      mask: bool [Q, S + Q], the cache entries and the fed tokens that each token sees.
+      node_index: int32 [J, T], the entry of each node among the Q; Q for a node that is not fed.
+      plan: bool [Q], nodes of a plan; their drafts are sampled at the request's temperature.
     """
 
     tokens: Array
@@ -109,17 +124,17 @@ class PassInputs(struct.PyTreeNode):
 
 
 class Nodes(struct.PyTreeNode):
-    """All nodes, [J, T] where not said otherwise.
+    """All nodes of a row; arrays are [J, T] unless stated otherwise.
 
     Attributes:
-      there: bool, which make sense in the row's phase.
+      valid: bool, nodes that have a meaning in the row's phase.
       tokens, positions: int32.
-      slot: int32, the slot whose tokens alone it sees, or ANY.
-      upto: int32, the end of the part of the block of which it sees the needed tokens.
-      likely: bool [J], groups worth a larger pass; others ride only where a pass has room.
+      slot: int32, the only slot of the block that the node sees, or ANY_SLOT.
+      upto: int32, the node sees needed tokens of the block at indices below this.
+      likely: bool [J], groups worth making a pass larger for. The others only fill up its padding.
     """
 
-    there: Array
+    valid: Array
     tokens: Array
     positions: Array
     slot: Array
@@ -130,23 +145,24 @@ class Nodes(struct.PyTreeNode):
 def most_fed(block: int, ahead: int) -> int:
     """Q, the most tokens that a row feeds in one pass, for blocks of T tokens and `ahead` as in Shape.
 
-    What is needed and what is likely take no more than two blocks, and the rest only fills a pass up.
+    Needed and likely groups take at most two blocks; the other groups only fill up padding.
     """
     return max(block, min(ahead, max(SMALLEST_PASS, 2 ** math.ceil(math.log2(2 * block)))))
 
 
 def pass_inputs(row: RowState, request: Requests, filled: Array, mask_id: Array, ahead: int) -> PassInputs:
-    """What a row feeds, in the Q places of `most_fed`.
+    """The inputs of a row's next pass; Q is `most_fed(T, ahead)`.
 
     Args:
-      filled: bool [S], the cache's entries that all may see.
-      mask_id: int32.
-      ahead: tokens up to which a pass of the row may be filled with predictions ahead of need; 0 for none.
+      row, request: without batch axis.
+      filled: bool [S], the cache entries that every token may see.
+      mask_id: int32 scalar.
+      ahead: as in Shape.
     """
     T = row.draft.shape[0]
     groups, size = Groups.of(row), most_fed(T, ahead)
     nodes = _nodes(row, request, groups, mask_id)
-    taken = nodes.there & _taken(row, request, nodes, groups, ahead)[:, None]
+    taken = nodes.valid & _taken(row, request, nodes, groups, ahead)[:, None]
     flat = taken.reshape(-1)
     node_index = jnp.where(flat, jnp.cumsum(flat) - 1, size)
     source = jnp.zeros(size, jnp.int32).at[node_index].set(jnp.arange(flat.size), mode="drop")
@@ -159,13 +175,13 @@ def pass_inputs(row: RowState, request: Requests, filled: Array, mask_id: Array,
     same_slot = (at.slot == jnp.roll(at.slot, -1)) & (at.index < T - 1)
     target = jnp.where(same_slot, jnp.roll(row.draft, -1), 0)
     group, index = pack(jnp.arange(groups.count)[:, None]), pack(at.index)
-    slot, upto = pack(nodes.slot, ANY), pack(nodes.upto)
+    slot, upto = pack(nodes.slot, ANY_SLOT), pack(nodes.upto)
     needed = group < groups.refill
     within = at.slot[index]
-    sees_needed = needed & (index < upto[:, None]) & ((slot == ANY)[:, None] | (slot[:, None] == within))
+    sees_needed = needed & (index < upto[:, None]) & ((slot == ANY_SLOT)[:, None] | (slot[:, None] == within))
     sees_own_kind = ~needed & (group == group[:, None]) & (slot == slot[:, None]) & (index <= index[:, None])
     own, slot_of_entry = own_entries(row, request, filled.shape[0])
-    sees_entry = filled | (own & ((slot == ANY)[:, None] | (slot[:, None] == slot_of_entry)))
+    sees_entry = filled | (own & ((slot == ANY_SLOT)[:, None] | (slot[:, None] == slot_of_entry)))
     mask = jnp.concatenate([sees_entry, active & (sees_needed | sees_own_kind)], axis=1)
     return PassInputs(
         tokens=pack(nodes.tokens),
@@ -181,75 +197,83 @@ def pass_inputs(row: RowState, request: Requests, filled: Array, mask_id: Array,
 def _nodes(row: RowState, request: Requests, groups: Groups, mask_id: Array) -> Nodes:
     at = geometry(row, request)
     verify, infill = row.phase == Phase.VERIFY, row.phase == Phase.INFILL
-    everything, anyone = jnp.int32(row.draft.shape[0]), jnp.int32(ANY)
-    mine = at.inside & row.open[at.slot] & infill
+    whole_block, any_slot = jnp.int32(row.draft.shape[0]), jnp.int32(ANY_SLOT)
+    in_open_slot = at.inside & row.open[at.slot] & infill
     offset, accepted, drafted = at.offset, row.accepted[at.slot], row.drafted[at.slot]
     joint = at.inside & row.chosen[at.slot] & verify
-    alone = mine & (offset >= row.cached[at.slot]) & ((offset < accepted) | drafted)
+    alone = in_open_slot & (offset >= row.cached[at.slot]) & ((offset < accepted) | drafted)
     refill, upto = _refills(row, request, at, groups)
     plan, block, prefix = _plans(row, request, at, groups)
     one_left = infill & jnp.all(~row.open | (row.accepted >= request.slot_size - 1))
     counts = (1, 1, groups.lengths + 1, 1, groups.prefixes)
 
     def by_group(*parts: Array) -> Array:
-        """An entry for JOINT, ALONE, the refills, the plan and the plans of a prefix."""
+        """[J, T] from one part for each of JOINT, ALONE, the refills, the plan and the prefix plans."""
         width = row.draft.shape[0]
         rows = [jnp.broadcast_to(part, (n, width)) for n, part in zip(counts, parts, strict=True)]
         return jnp.concatenate(rows)
 
-    number = jnp.arange(groups.count)[:, None]
+    group = jnp.arange(groups.count)[:, None]
     return Nodes(
-        there=jnp.concatenate([joint[None], alone[None], refill, plan]),
-        tokens=jnp.where(number < groups.refill, row.draft, mask_id),
-        positions=at.position + jnp.where(number == groups.plan, (block - row.block) * request.block_len, 0),
-        slot=by_group(anyone, at.slot, at.slot, anyone, anyone),
-        upto=by_group(at.index + 1, at.index + 1, upto, everything, prefix[:, None]),
-        likely=jnp.where(number == groups.plan, verify | one_left, (number == groups.refill + 1) & infill)[
+        valid=jnp.concatenate([joint[None], alone[None], refill, plan]),
+        tokens=jnp.where(group < groups.refill, row.draft, mask_id),
+        positions=at.position + jnp.where(group == groups.plan, (block - row.block) * request.block_len, 0),
+        slot=by_group(any_slot, at.slot, at.slot, any_slot, any_slot),
+        upto=by_group(at.index + 1, at.index + 1, upto, whole_block, prefix[:, None]),
+        likely=jnp.where(group == groups.plan, verify | one_left, (group == groups.refill + 1) & infill)[
             :, 0
         ],
     )
 
 
 def _refills(row: RowState, request: Requests, at: Geometry, groups: Groups) -> tuple[Array, Array]:
-    """Nodes there, bool [D, T], and what they see of the tokens needed, int32 [D, T]: d more accepted."""
+    """`valid` bool [D, T] and `upto` int32 [D, T] of the refill groups; row d: d more tokens are accepted."""
     infill = row.phase == Phase.INFILL
     first = first_chosen(row) & (row.phase == Phase.VERIFY)
     d = jnp.arange(groups.lengths + 1)[:, None]
     base = jnp.where(infill, row.accepted, 0)[at.slot]
     due = (infill & row.open & ~row.drafted)[at.slot]
     ahead = ((infill & row.open & row.drafted) | first)[at.slot]
-    there = at.inside & (at.offset >= base + d) & jnp.where(d == 0, due, ahead)
-    return there, at.slot * request.slot_size + base + d
+    valid = at.inside & (at.offset >= base + d) & jnp.where(d == 0, due, ahead)
+    return valid, at.slot * request.slot_size + base + d
 
 
 def _plans(row: RowState, request: Requests, at: Geometry, groups: Groups) -> tuple[Array, Array, Array]:
-    """Nodes there, bool [1 + C, T], the block of the first plan, and the end of the c accepted slots, [C]."""
+    """Nodes of the plan and of the C prefix plans.
+
+    Returns:
+      `valid` bool [1 + C, T]; the block of the plan, int32; and for each prefix plan the index in the block
+      at which the accepted slots end, int32 [C].
+    """
     planning, verify = row.phase == Phase.PLAN, row.phase == Phase.VERIFY
-    left = jnp.where(planning, row.pool, row.pool & ~row.chosen)
-    block, pool, more = next_plan(row, request, left, row.eos_found)
-    # An infill with a slot yet to be refilled does not end with this pass.
+    remaining = jnp.where(planning, row.pool, row.pool & ~row.chosen)
+    block, pool, has_next = next_plan(row, request, remaining, row.eos_found)
+    # An infill cannot end with this pass while a slot still has to be refilled.
     may_end = jnp.all(~row.open | row.drafted | (row.accepted == request.slot_size))
     if request.recompute is not None:
         may_end &= ~request.recompute | (jnp.sum(row.open) <= 1)
-    there = at.inside & pool[at.slot] & more & may_end & (row.phase != Phase.DONE)
+    valid = at.inside & pool[at.slot] & has_next & may_end & (row.phase != Phase.DONE)
     rank = jnp.cumsum(row.chosen)
     c = jnp.arange(1, groups.prefixes + 1)[:, None]
     accepted = row.chosen & (rank <= c)
-    some = (row.pool & ~accepted)[:, at.slot] & at.inside & verify & (c < rank[-1])
+    of_prefixes = (row.pool & ~accepted)[:, at.slot] & at.inside & verify & (c < rank[-1])
     last = jnp.max(jnp.where(accepted, jnp.arange(row.pool.shape[0]), 0), axis=1)
-    return jnp.concatenate([there[None], some]), block, (last + 1) * request.slot_size
+    return jnp.concatenate([valid[None], of_prefixes]), block, (last + 1) * request.slot_size
 
 
 def _taken(row: RowState, request: Requests, nodes: Nodes, groups: Groups, ahead: int) -> Array:
-    """bool [J]: needed groups, then likely ones while they fit the row's budget, then others that fit what
-    the pass is padded to anyway."""
-    counts = jnp.sum(nodes.there, axis=1)
-    number = jnp.arange(groups.count)
-    needed = number <= groups.refill
-    needed |= (number == groups.plan) & (row.phase == Phase.PLAN)
+    """bool [J], the groups that the pass feeds.
+
+    All needed groups; then likely groups while they fit the row's budget; then other groups that fit into the
+    padding of the pass.
+    """
+    counts = jnp.sum(nodes.valid, axis=1)
+    group = jnp.arange(groups.count)
+    needed = group <= groups.refill
+    needed |= (group == groups.plan) & (row.phase == Phase.PLAN)
     if not ahead:
         return needed
-    # Not by T: the same request makes the same passes whatever it is padded to.
+    # Uses the request's own block length, not T: a request makes the same passes whatever it is padded to.
     budget = jnp.maximum(request.block_len, ahead)
     used = jnp.sum(jnp.where(needed, counts, 0))
     taken = [needed[g] for g in range(groups.count)]
@@ -263,6 +287,6 @@ def _taken(row: RowState, request: Requests, nodes: Nodes, groups: Groups, ahead
 
 
 def _pass_size(tokens: Array) -> Array:
-    """The next power of two: what a pass of one row is padded to."""
+    """The size that a pass of one row is padded to: SMALLEST_PASS times a power of two."""
     sizes = SMALLEST_PASS * 2 ** jnp.arange(12)
     return sizes[jnp.argmax(sizes >= tokens)]

@@ -1,8 +1,10 @@
-"""The key/value cache: preallocated, indexed by absolute position, with a bitmap of what is filled.
+"""The key/value cache: preallocated, indexed by absolute position, with a bitmap of the filled entries.
 
-A committed key or value never changes and attention does not care in which order entries arrived, so
-slots that are committed out of text order need no cropping, concatenating or sorting: they are written
-where they stand in the text, and the bitmap says what may be attended to.
+A committed key or value never changes, and attention does not depend on the order in which entries were
+written. So slots that are committed out of text order need no cropping, concatenation or sorting: each entry
+is written at its position in the text, and the bitmap says which entries may be attended to.
+
+Letters as in model/transformer.py; S is the cache length.
 """
 
 from typing import Any
@@ -22,9 +24,9 @@ class KVCache(struct.PyTreeNode):
     """Keys and values of the committed tokens.
 
     Attributes:
-      layers: keys and values of all layers, each [L, B, S, K, H]: one array, so that a commit is one
-        write, and attention reads its layer in place. Or each a tuple of L arrays [B, S, K, H]: of one
-        array the TPU compiler would make a copy, with heads before positions, in every pass.
+      layers: (keys, values), each [L, B, S, K, H]: with one array a commit is one write, and attention
+        reads its layer in place. Or each a tuple of L arrays [B, S, K, H], for TPUs: there the compiler would
+        copy the single array in every pass to put heads before positions.
       filled: bool [B, S], which positions hold a committed token.
     """
 
@@ -35,7 +37,7 @@ class KVCache(struct.PyTreeNode):
     def zeros(
         cls, config: ModelConfig, batch: int, length: int, dtype, *, by_layer: bool = False
     ) -> "KVCache":
-        """An empty cache of `length` positions a row, an array for each layer or one for all."""
+        """An empty cache of `length` positions per row; one array for all layers, or one per layer."""
         shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
         axes = (None, "act_batch", "act_length", "act_kv_heads", None)
 
@@ -46,16 +48,16 @@ class KVCache(struct.PyTreeNode):
         return cls((empty(), empty()), jnp.zeros((batch, length), bool))
 
     def write(self, fresh: LayerKV, positions: Array, keep: Array, row: Array | None = None) -> "KVCache":
-        """Keeps some of the keys and values a forward pass returned; `filled` stays as it is.
+        """Writes some of the keys and values that a forward pass returned; does not change `filled`.
 
         Args:
-          fresh: keys and values, each [L, B, T, K, H].
-          positions: int32 [B, T], where each stands in the text.
-          keep: bool [B, T]; the others leave no trace.
-          row: int32 [B, T], whose each is, where that is not the B it stands in.
+          fresh: (keys, values), each [L, B, T, K, H].
+          positions: int32 [B, T], the position of each token in the text.
+          keep: bool [B, T]; other entries are not written.
+          row: int32 [B, T], the batch row of each token, for tokens that are not laid out by row.
         """
         rows = jnp.arange(positions.shape[0])[:, None] if row is None else row
-        index = jnp.where(keep, positions, self.filled.shape[1])  # beyond the end: dropped
+        index = jnp.where(keep, positions, self.filled.shape[1])  # an index past the end is dropped
 
         def put(buffer: Array, new: Array) -> Array:
             return buffer.at[..., rows, index, :, :].set(new.astype(buffer.dtype), mode="drop")
@@ -65,7 +67,7 @@ class KVCache(struct.PyTreeNode):
         return self.replace(layers=jax.tree.map(put, self.layers, fresh))
 
     def fill(self, positions: Array, committed: Array) -> "KVCache":
-        """Lets entries be attended to: bool [B, T] at positions [B, T]."""
+        """Marks entries as filled: `committed` bool [B, T], at positions int32 [B, T]."""
         return self.replace(filled=scatter_rows(self.filled, positions, committed, committed))
 
     def commit(self, fresh: LayerKV, positions: Array, keep: Array) -> "KVCache":
@@ -73,22 +75,24 @@ class KVCache(struct.PyTreeNode):
         return self.write(fresh, positions, keep).fill(positions, keep)
 
     def rows(self, index) -> "KVCache":
-        """The same of some rows of the batch; a whole number drops that axis."""
+        """The cache of some rows of the batch; an integer index drops the batch axis."""
         return KVCache(jax.tree.map(lambda x: x[..., index, :, :, :], self.layers), self.filled[index])
 
     def insert(self, other: "KVCache", rows: Array) -> "KVCache":
-        """This cache with its rows `rows` int32 [A] taken over from the A rows of another of the same length;
-        a number beyond the last row takes over none."""
+        """This cache with rows `rows` int32 [A] replaced by the A rows of `other`, which has the same length.
 
-        def put(mine: Array, theirs: Array) -> Array:
-            return mine.at[..., rows, :, :, :].set(theirs, mode="drop")
+        Entries of `rows` past the last row are ignored.
+        """
+
+        def put(old: Array, new: Array) -> Array:
+            return old.at[..., rows, :, :, :].set(new, mode="drop")
 
         filled = self.filled.at[rows].set(other.filled, mode="drop")
         return KVCache(jax.tree.map(put, self.layers, other.layers), filled)
 
 
 def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Array:
-    """Writes new [B, T, ...] into buffer [B, S, ...] at positions [B, T] where keep [B, T] is set."""
+    """`buffer` [B, S, ...] with `new` [B, T, ...] written at positions [B, T] where `keep` [B, T] is set."""
     rows = jnp.arange(buffer.shape[0])[:, None]
     beyond_the_end = buffer.shape[1]
     index = jnp.where(keep, positions, beyond_the_end)
@@ -96,13 +100,13 @@ def scatter_rows(buffer: Array, positions: Array, new: Array, keep: Array) -> Ar
 
 
 def insert_rows(state: Any, others: Any, rows: Array) -> Any:
-    """A decoder's state with its rows `rows` int32 [A] taken over from the A rows of another.
+    """A decoder's state with rows `rows` int32 [A] replaced by the A rows of `others`.
 
-    A number beyond the last row takes over none.
+    Entries of `rows` past the last row are ignored.
     """
 
-    def put(mine: Array, theirs: Array) -> Array:
-        return mine.at[rows].set(theirs, mode="drop")
+    def put(old: Array, new: Array) -> Array:
+        return old.at[rows].set(new, mode="drop")
 
     merged = jax.tree.map(put, state.replace(cache=None), others.replace(cache=None))
     return merged.replace(cache=state.cache.insert(others.cache, rows))

@@ -1,23 +1,24 @@
-"""Plan and infill: the slot decoder, one jitted `lax.while_loop` over a batch of independent rows.
+"""The slot decoder (plan and infill): one jitted `lax.while_loop` over a batch of independent rows.
 
-Every iteration is one forward pass over the current block of each row. Each row is in a phase of its own, so
-no row waits for another's round (arXiv 2512.13586, section 3.3):
+Each iteration makes one forward pass over the current block of every row. Every row has its own phase, so no
+row waits for another (arXiv 2512.13586, section 3.3):
 
-  PLAN     feed the block's undecoded slots as masks; draft them; choose the confident ones
-  VERIFY   feed the chosen drafts, each slot seeing those before it; commit the accepted slots, or
-  INFILL   feed what is not accepted of every chosen slot, each slot seeing itself alone: first as masks to
-    draft,
-           then as drafts to accept more of; commit when all are whole
+  PLAN     Feed the undecoded slots of the block as mask tokens, draft them, and choose the confident slots.
+  VERIFY   Feed the drafts of the chosen slots, each slot seeing those before it. Commit the slots that are
+           accepted as a whole. If there are none, go to INFILL.
+  INFILL   Feed the tokens of every chosen slot that are not accepted yet, each slot seeing the cache and
+           itself only: first as mask tokens, to draft them, then as drafts, to accept more of them. Commit
+           when all slots are complete.
 
-Masks for the next phase ride along (inputs.py), so most plans and refills take no pass of their own.
+Each pass also carries speculative mask tokens for the next phase (inputs.py), so most plans and refills take
+no pass of their own.
 
-A slot that is infilled on its own attends to the cache and to itself. All slots of a row therefore go through
-the model together, under a mask that keeps them apart. The rule of one slot is vmapped over the slots, the
-rule of one row over the batch. The keys and values that are kept of a token come from the pass that accepted
-it; nothing is computed twice unless a request sets `recompute`.
+All infilled slots of a row go through the model in the same pass, under a mask that separates them. The rule
+for one slot is vmapped over the slots, the rule for one row over the batch. The cached keys and values of a
+token come from the pass that accepted it; they are computed again only if a request sets `recompute`.
 
-Letters as in model/transformer.py; T is the block as padded, S the cache length, Q the tokens that a row
-feeds.
+Letters as in model/transformer.py; T is the padded block length, S the cache length, Q the number of tokens
+that a row feeds.
 """
 
 from collections.abc import Sequence
@@ -42,14 +43,14 @@ Array = jax.Array
 
 
 class DecodeState(struct.PyTreeNode):
-    """Everything the loop carries; rows B are independent of each other. See `decoder.State`.
+    """The loop state of the slot decoder; see `decoder.State`. The B rows are independent.
 
     Attributes:
-      cache: keys and values of the committed tokens; `cache.filled` says which positions those are.
-      tokens: int32 [B, S], the committed tokens by position.
-      row: the state of each row.
-      requests: what each row asks for.
-      trace: or None when no request asked for it.
+      cache: keys and values of the committed tokens; `cache.filled` marks their positions.
+      tokens: int32 [B, S], the prompt and the committed tokens, by position.
+      row: the decoding state of each row.
+      requests: the request of each row.
+      trace: the result of each plan, or None if no request asked for a trace.
     """
 
     cache: KVCache
@@ -59,28 +60,28 @@ class DecodeState(struct.PyTreeNode):
     trace: Trace | None
 
     def committed(self, eos_id: Array) -> Array:
-        """bool [B, S]."""
-        del eos_id  # what stands after an EOS is committed only where `raw_ids` shows it
+        """bool [B, S]: the committed tokens to return, here all of them."""
+        del eos_id  # tokens after an EOS that were committed belong to `raw_ids`, as in the authors' code
         return self.cache.filled
 
     @property
     def done(self) -> Array:
-        """bool [B]."""
+        """bool [B]: rows with nothing left to decode."""
         return self.row.phase == Phase.DONE
 
     @property
     def forwards(self) -> Array:
-        """int32 [B]."""
+        """int32 [B]: forward passes made."""
         return self.row.forwards
 
     @property
     def iterations(self) -> Array:
-        """int32 [B]."""
+        """int32 [B]: plans executed."""
         return self.row.iterations
 
 
 def start(model, prompts: Array, requests: Requests, shape: Shape) -> DecodeState:
-    """The state before the first pass; rows without blocks are done."""
+    """The state before the first pass, for prompts int32 [B, P]. Rows without blocks are done."""
     B, length = prompts.shape[0], shape.prompt + shape.gen
     return DecodeState(
         cache=KVCache.zeros(model.config, B, length, model.dtype, by_layer=model.cache_by_layer),
@@ -92,7 +93,7 @@ def start(model, prompts: Array, requests: Requests, shape: Shape) -> DecodeStat
 
 
 def first_pass(model, params, state: DecodeState, mask_id: Array, eos_id: Array, shape: Shape) -> DecodeState:
-    """The first plan of every row; the prompt is fed in the same pass and its keys and values are kept."""
+    """The first plan of every row. The same pass prefills the prompt, whose keys and values are cached."""
     B, P, T = state.tokens.shape[0], shape.prompt, shape.block
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
     real = positions < state.requests.prompt_len[:, None]
@@ -118,7 +119,7 @@ def first_pass(model, params, state: DecodeState, mask_id: Array, eos_id: Array,
 
 
 def next_pass(model, params, state: DecodeState, mask_id: Array, eos_id: Array, shape: Shape) -> DecodeState:
-    """One forward pass, every row in its own phase."""
+    """One forward pass, every row in its own phase, with speculative tokens up to `shape.ahead`."""
     inputs = batch_inputs(state, mask_id, shape.ahead)
     with jax.named_scope("forward"):
         result = forward(model, params, state.cache, inputs, state.row, state.requests, shape.entropy)
@@ -127,7 +128,7 @@ def next_pass(model, params, state: DecodeState, mask_id: Array, eos_id: Array, 
 
 @jax.named_scope("inputs")
 def batch_inputs(state: DecodeState, mask_id: Array, ahead: int) -> PassInputs:
-    """What each row feeds next, [B, ...]; `ahead` as in Shape."""
+    """The inputs of every row's next pass, [B, ...]; `ahead` as in Shape."""
 
     def one(row: RowState, request: Requests, filled: Array) -> PassInputs:
         return pass_inputs(row, request, filled, mask_id, ahead)
@@ -136,12 +137,13 @@ def batch_inputs(state: DecodeState, mask_id: Array, ahead: int) -> PassInputs:
 
 
 def advance(state: DecodeState, inputs: PassInputs, result: Forwarded, dtype, eos_id: Array) -> DecodeState:
-    """Carries every row through the phase its forward pass was for, and commits what was accepted.
+    """The state after a pass: every row's state transition, and the accepted tokens committed.
 
     Args:
-      inputs: what the rows fed, [B, ...].
-      result: what the pass gave.
+      inputs: the inputs of the pass, [B, ...].
+      result: its result.
       dtype: of the logits.
+      eos_id: int32 scalar.
     """
     before = state.row
 
@@ -172,16 +174,21 @@ def sample(
     *,
     shape: Shape | None = None,
 ) -> Samples:
-    """Decodes prompts by plan and infill; see `Decoder.sample`.
+    """Decodes prompts by plan and infill (arXiv 2512.13586, section 3.3); see `Decoder.sample`.
 
     Args:
       model: an unrolled Transformer (`scan_layers=False`).
       params: its parameters.
-      prompts: token ids, of any lengths.
-      config: one for all prompts, or one for each; they must agree on mask_id and eos_id.
-      shape: sizes to pad to, so that batches share a compilation; by default as small as the batch allows.
+      prompts: token ids of each prompt, of any lengths.
+      config: one for all prompts, or one per prompt. mask_id and eos_id must be the same in all.
+      shape: sizes to pad to, so that several batches share a compilation. By default the exact shape of the
+        batch, rounded up to buckets.
+
+    Returns:
+      Samples with one row per prompt.
 
     Raises:
-      BadInput: a prompt or setting that cannot be decoded, naming it.
+      BadInput: a prompt or setting cannot be decoded; the message names it.
+      ValueError: the model scans its layers.
     """
     return DECODER.sample(model, params, prompts, config, shape=shape)

@@ -1,6 +1,7 @@
-"""What a row reads off its pass: drafts, what is accepted of them, and the scores by which slots are chosen.
+"""The outputs of one forward pass of a row: drafts, accepted tokens, and the scores of slots.
 
-M slots and T tokens are those of a block as padded, Q the tokens fed, J the groups of inputs.py.
+M is the padded number of slots per block, T the padded block length, Q the number of tokens fed, J the number
+of groups of inputs.py.
 """
 
 import jax
@@ -17,15 +18,16 @@ Array = jax.Array
 
 
 class PassOutputs(struct.PyTreeNode):
-    """What a row reads off its pass.
+    """The outputs of a row's pass.
 
     Attributes:
-      draft: int32 [Q], the token that each token fed stands for or is followed by.
-      confidence: float32 [Q], its probability.
-      confident: bool [Q], that is above the slot threshold.
-      passes: bool [T], the block's token at this place has a probability, after the token before it, above
-        the token threshold.
-      entropy: float32 [Q], or None, as in Scores.
+      draft: int32 [Q], the token drafted at each token fed: at a mask token the token in its place, at any
+        other token the next token.
+      confidence: float32 [Q], the probability of that draft.
+      confident: bool [Q], whether the confidence is above the slot threshold.
+      passes: bool [T], whether the probability of the block's token at this index, given the tokens before
+        it, is above the token threshold.
+      entropy: float32 [Q] or None, as in Scores.
       node_index: int32 [J, T], as in PassInputs.
     """
 
@@ -38,10 +40,13 @@ class PassOutputs(struct.PyTreeNode):
 
 
 def read_outputs(scores: Scores, inputs: PassInputs, row: RowState, request: Requests, dtype) -> PassOutputs:
-    """What a row reads off the scores [Q] of what it fed.
+    """The outputs of a row from the scores [Q] of the tokens it fed.
 
-    `fixed` works in float32. `release` rounds probabilities and thresholds to the dtype of the logits,
-    as the authors do (quirks 1 and 2 of the recordings).
+    `fixed` compares in float32. `release` first rounds probabilities and thresholds to the dtype of the
+    logits, as the authors' code does (quirks 1 and 2 of the recordings).
+
+    Args:
+      dtype: of the logits.
     """
 
     def rounded(x: Array) -> Array:
@@ -62,17 +67,18 @@ def read_outputs(scores: Scores, inputs: PassInputs, row: RowState, request: Req
 
 
 def at_places(x: Array, node_index: Array) -> Array:
-    """x [Q] at places, zero where these are none of the Q."""
+    """`x` [Q] at the indices `node_index`; zero where an index is Q (not fed)."""
     return x.at[node_index].get(mode="fill", fill_value=0)
 
 
 def slot_scores(
     row: RowState, request: Requests, outputs: PassOutputs, node_index: Array
 ) -> tuple[Array, Array]:
-    """Scores of the slots whose masks are at `node_index` [T].
+    """The scores of the slots whose mask tokens were fed at `node_index` [T].
 
     Returns:
-      float32 [M], -1 for slots that are not in the pool; and bool [M], which are above the slot threshold.
+      the scores, float32 [M], -1 for slots that are not in the pool; and whether they are above the slot
+      threshold, bool [M].
     """
     slots = jnp.arange(row.pool.shape[0])
     first = node_index[jnp.minimum(slots * request.slot_size, node_index.shape[0] - 1)]
@@ -86,7 +92,7 @@ def slot_scores(
 
 
 def _whole_scores(slots: Array, request: Requests, outputs: PassOutputs, node_index: Array) -> Array:
-    """float32 [M], the score "mean" or "entropy" of slots [M] whose masks are at `node_index` [T]."""
+    """float32 [M]: the "mean" or "entropy" scores of slots [M] whose mask tokens are at `node_index` [T]."""
     slot_of = jnp.arange(node_index.shape[0]) // request.slot_size
 
     def mean(x: Array) -> Array:

@@ -1,14 +1,15 @@
-"""The rules of plan and infill for one row: where the answer to what it fed takes it.
+"""The state transition of one row after a forward pass: the rules of plan, verify and infill.
 
-Everything here is a pure function of one row, to be vmapped over a batch; where a rule is about one slot
-it is vmapped over the slots in turn. Written to the recordings of the authors' code (arXiv 2512.13586,
-section 3.3); `fixed` and `release` semantics differ where a comment says so.
+Every function here is pure and takes one row; the batch is a vmap. A rule about one slot is vmapped over the
+slots. The rules follow the recordings of the authors' code (arXiv 2512.13586, section 3.3); comments mark
+where `fixed` and `release` semantics differ.
 
-A pass that also fed the masks of what comes next (inputs.py) carries that out at once. Slots that are
-infilled go each at its own pace, which comes to the same as the authors' rounds: what a slot accepts
-depends on it alone, and of the slots with an EOS the first counts, whichever is found first.
+If a pass also fed the right speculative tokens (inputs.py), the next phase is executed at once. Infilled
+slots advance independently. The result equals that of the authors' rounds: the tokens that a slot accepts
+depend on that slot only, and among the slots with an EOS the first in the text counts, whichever is found
+first.
 
-M slots and T tokens are those of a block as padded, Q the tokens fed.
+M is the padded number of slots per block, T the padded block length, Q the number of tokens fed.
 """
 
 import functools
@@ -26,13 +27,13 @@ Array = jax.Array
 
 
 class Outcome(struct.PyTreeNode):
-    """What a pass came to.
+    """The result of a pass for one row, besides its new RowState.
 
     Attributes:
       committed: bool [T], tokens of the block to commit.
-      keep: bool [Q], tokens fed whose keys and values are kept.
-      accepted: int32 [M], how many tokens of each slot are now accepted.
-      rounds: int32, refills that an infill took which is now whole.
+      keep: bool [Q], fed tokens whose keys and values are written to the cache.
+      accepted: int32 [M], the number of leading tokens of each slot that are now accepted.
+      rounds: int32, the refills that the infill took; only read when it is complete.
     """
 
     committed: Array
@@ -42,7 +43,7 @@ class Outcome(struct.PyTreeNode):
 
 
 def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -> Array:
-    """int32 [M]: how many leading tokens of each slot are good, for good bool [T]."""
+    """int32 [M]: the number of leading tokens of each slot for which `good` bool [T] is set."""
 
     def run_of_slot(m: Array) -> Array:
         return jnp.min(jnp.where((at.slot == m) & ~good, at.offset, request.slot_size))
@@ -50,22 +51,23 @@ def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -
     return jax.vmap(run_of_slot)(jnp.arange(num_slots))
 
 
-# The phases. Each takes one row and returns it advanced, with what comes of the pass.
+# The phases. Each takes one row and returns its next state and the Outcome of the pass.
 
 
 @jax.named_scope("plan")
 def plan(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
-    """Chooses slots among those fed as masks."""
+    """Chooses slots among those fed as mask tokens. Nothing is committed or cached."""
     del eos_id
-    return _choose(row, request, outputs, outputs.node_index[Groups.of(row).plan]), _nothing(row, outputs)
+    return _choose(row, request, outputs, outputs.node_index[Groups.of(row).plan]), _no_outcome(row, outputs)
 
 
 @jax.named_scope("verify")
 def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
-    """Commits the chosen slots that the longest passing prefix of their drafts covers.
+    """Commits the chosen slots that are covered by the longest passing prefix of their concatenated drafts.
 
-    If it covers none, every chosen slot is to be infilled on its own from its own passing prefix. Drafts that
-    are settled all pass.
+    If the prefix covers no whole slot, the row goes to INFILL: every chosen slot is then infilled on its own,
+    from its own passing prefix. If an EOS is in the prefix, the tokens up to the first EOS are committed
+    instead. Settled drafts (see RowState) all pass.
     """
     at, groups = geometry(row, request), Groups.of(row)
     drafted = at.inside & row.chosen[at.slot]
@@ -76,18 +78,18 @@ def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
 
     eos = prefix & (row.draft == eos_id)
     has_eos = eos.any()
-    at_eos = jnp.argmax(eos)  # its index in the block
+    at_eos = jnp.argmax(eos)  # index of the first EOS in the block
     eos_slot = at.slot[at_eos]
     slots = jnp.arange(row.pool.shape[0])
 
     num_whole = jnp.sum(prefix) // request.slot_size
     whole = row.chosen & (jnp.cumsum(row.chosen) <= num_whole)
     committed = jnp.where(has_eos, drafted & (at.index <= at_eos), drafted & whole[at.slot])
-    left = jnp.where(has_eos, row.pool & ~row.chosen & (slots < eos_slot), row.pool & ~whole)
+    remaining = jnp.where(has_eos, row.pool & ~row.chosen & (slots < eos_slot), row.pool & ~whole)
     all_whole = num_whole == jnp.sum(row.chosen)
     group = jnp.where(all_whole, groups.plan, groups.prefix + num_whole - 1)
-    guessed = ~has_eos & (all_whole | (num_whole <= groups.prefixes))
-    done = _go_on(row, request, outputs, left, has_eos, jnp.where(guessed, group, -1))
+    predicted = ~has_eos & (all_whole | (num_whole <= groups.prefixes))
+    done = _after_commit(row, request, outputs, remaining, has_eos, jnp.where(predicted, group, -1))
 
     accepted = leading_runs(passes, at, request, slots.shape[0])
     first = first_chosen(row)
@@ -99,9 +101,9 @@ def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
     kept = jnp.where(iterate, drafted & (at.offset < cached[at.slot]), committed)
     outcome = Outcome(
         committed=committed & ~iterate,
-        keep=_spread(kept, outputs.node_index[groups.JOINT], outputs),
+        keep=_by_fed_token(kept, outputs.node_index[groups.JOINT], outputs),
         accepted=accepted,
-        # None, unless these are the drafts of an infill.
+        # 0, unless these are the settled drafts of an infill.
         rounds=jnp.int32(0) if row.settled is None else jnp.max(row.rounds),
     )
     return _select(iterate, infill, done), outcome
@@ -109,80 +111,85 @@ def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
 
 @jax.named_scope("infill")
 def infill(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
-    """Lets the accepted prefix of every rechecked slot grow by at least one token; commits when all are
-    whole, or has them verified as settled drafts where keys and values are to be recomputed."""
+    """Extends the accepted prefix of every slot whose drafts were fed, by at least one token.
+
+    When all slots are complete, commits them. Where their keys and values are to be recomputed, the row goes
+    to VERIFY instead, with their tokens as settled drafts.
+    """
     at, groups = geometry(row, request), Groups.of(row)
     slots, size = jnp.arange(row.pool.shape[0]), request.slot_size
-    mine = at.inside & row.open[at.slot]
+    in_open_slot = at.inside & row.open[at.slot]
     forced = at.offset <= row.accepted[at.slot]
     run = leading_runs(forced | outputs.passes, at, request, slots.shape[0])
     accepted = jnp.where(row.drafted & (row.accepted < size), run, row.accepted)
 
-    # The first slot with an accepted EOS counts as whole, and the slots after it leave.
-    eos = mine & (at.offset < accepted[at.slot]) & (row.draft == eos_id)
+    # The first slot with an accepted EOS counts as complete, and the slots after it are dropped.
+    eos = in_open_slot & (at.offset < accepted[at.slot]) & (row.draft == eos_id)
     has_eos = eos.any()
     at_eos = jnp.argmax(eos)
     eos_slot = jnp.where(has_eos, at.slot[at_eos], slots.shape[0])
-    still = row.open & (slots <= eos_slot)
-    complete = jnp.all(~still | (accepted == size) | (slots == eos_slot))
-    committed = at.inside & still[at.slot] & ~(has_eos & (at.index > at_eos))
+    still_open = row.open & (slots <= eos_slot)
+    complete = jnp.all(~still_open | (accepted == size) | (slots == eos_slot))
+    committed = at.inside & still_open[at.slot] & ~(has_eos & (at.index > at_eos))
 
-    # `release` mistakes the row number among the chosen slots for the index in the pool, and so loses
-    # slots before the EOS that were never generated (quirk 8 of the recordings).
+    # `release` uses the row number among the chosen slots as an index into the pool, and so drops slots
+    # before the EOS that were never generated (quirk 8 of the recordings).
     eos_rank = jnp.sum(row.chosen & (slots < eos_slot))
     before_eos = jnp.where(request.release, jnp.cumsum(row.pool) <= eos_rank, slots < eos_slot)
-    left = row.pool & ~row.chosen & (~has_eos | before_eos)
-    done = _go_on(row, request, outputs, left, has_eos, jnp.where(has_eos, -1, groups.plan))
+    remaining = row.pool & ~row.chosen & (~has_eos | before_eos)
+    done = _after_commit(row, request, outputs, remaining, has_eos, jnp.where(has_eos, -1, groups.plan))
 
     whole = jnp.where(slots == eos_slot, size, accepted)
-    going = row.replace(open=still, accepted=whole, cached=accepted)
-    going = _refilled(going, request, outputs, jnp.where(row.drafted, accepted - row.accepted, 0))
+    unfinished = row.replace(open=still_open, accepted=whole, cached=accepted)
+    unfinished = _refilled(unfinished, request, outputs, jnp.where(row.drafted, accepted - row.accepted, 0))
     outcome = Outcome(
         committed=committed & complete,
-        keep=_spread(mine & (at.offset < accepted[at.slot]), outputs.node_index[groups.ALONE], outputs),
+        keep=_by_fed_token(
+            in_open_slot & (at.offset < accepted[at.slot]), outputs.node_index[groups.ALONE], outputs
+        ),
         accepted=accepted,
-        rounds=jnp.max(jnp.where(still, row.rounds, 0)),
+        rounds=jnp.max(jnp.where(still_open, row.rounds, 0)),
     )
     if request.recompute is not None:
-        # For one slot a joint pass would give what there is.
-        again = complete & request.recompute & (jnp.sum(still) > 1)
+        # For a single slot a joint pass would give the keys and values that are cached already.
+        recompute = complete & request.recompute & (jnp.sum(still_open) > 1)
         settled = row.replace(
             phase=jnp.int32(Phase.VERIFY),
-            pool=left | row.chosen,
-            open=jnp.zeros_like(still),
-            drafted=jnp.zeros_like(still),
-            rounds=jnp.where(still, row.rounds, 0),
+            pool=remaining | row.chosen,
+            open=jnp.zeros_like(still_open),
+            drafted=jnp.zeros_like(still_open),
+            rounds=jnp.where(still_open, row.rounds, 0),
             settled=jnp.ones((), bool),
         )
-        done = _select(again, settled, done)
-        outcome = outcome.replace(committed=outcome.committed & ~again)
-    return _select(complete, done, going), outcome
+        done = _select(recompute, settled, done)
+        outcome = outcome.replace(committed=outcome.committed & ~recompute)
+    return _select(complete, done, unfinished), outcome
 
 
 def rest(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
-    """A finished row stays as it is."""
+    """Leaves a finished row unchanged."""
     del request, eos_id
-    return row, _nothing(row, outputs)
+    return row, _no_outcome(row, outputs)
 
 
 def carry_out(
     row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
 ) -> tuple[RowState, Outcome]:
-    """Carries one row through the phase its forward pass was for."""
+    """The next state of a row, and the Outcome, after the forward pass of its phase."""
     after, outcome = jax.lax.switch(row.phase, [plan, verify, infill, rest], row, request, outputs, eos_id)
     return after.replace(forwards=row.forwards + (row.phase != Phase.DONE)), outcome
 
 
 def _choose(row: RowState, request: Requests, outputs: PassOutputs, node_index: Array) -> RowState:
-    """A row that reads its plan off the masks at `node_index` [T].
+    """The row after a plan whose mask tokens were fed at `node_index` [T]: its next phase is VERIFY.
 
-    The slots drafted with confidence are to be verified, or, where none is, the most confident one.
+    Chooses the slots whose score is above the slot threshold, or the best slot if there are none.
     """
     slots = jnp.arange(row.pool.shape[0])
     confidence, confident = slot_scores(row, request, outputs, node_index)
     if request.replay is not None:
         confident = row.pool & request.replay.planned[row.iterations]
-    best = slots == jnp.argmax(confidence)  # the earliest of equals
+    best = slots == jnp.argmax(confidence)  # the earliest of equally good slots
     return row.replace(
         phase=jnp.int32(Phase.VERIFY),
         chosen=jnp.where(confident.any(), confident, best),
@@ -192,25 +199,28 @@ def _choose(row: RowState, request: Requests, outputs: PassOutputs, node_index: 
     )
 
 
-def _go_on(
-    row: RowState, request: Requests, outputs: PassOutputs, left: Array, eos: Array, group: Array
+def _after_commit(
+    row: RowState, request: Requests, outputs: PassOutputs, remaining: Array, eos: Array, group: Array
 ) -> RowState:
-    """The row after a commit: on to the next plan, the next block, or the end.
+    """The row after a commit: at the next plan, possibly of the next block, or done.
+
+    If the mask tokens of that plan were fed speculatively, the plan is executed at once.
 
     Args:
-      left: bool [M], the block's slots yet to be decoded.
-      eos: bool, whether one was committed.
-      group: int32, where the next plan was fed ahead, if it was; -1 where that was for something else.
+      remaining: bool [M], slots of the block that are not decoded yet.
+      eos: bool, whether an EOS was committed.
+      group: int32, the group in which this plan would have been fed speculatively; -1 if no group matches
+        the outcome of the pass.
     """
     if request.replay is not None:
         ends = row.iterations + 1 >= request.replay.length
-        left, eos = left & ~ends, eos | ends
+        remaining, eos = remaining & ~ends, eos | ends
     eos = row.eos_found | eos
-    block, pool, more = next_plan(row, request, left, eos)
+    block, pool, has_next = next_plan(row, request, remaining, eos)
     none = jnp.zeros_like(row.open)
     row = row.replace(
-        phase=jnp.where(more, Phase.PLAN, Phase.DONE).astype(jnp.int32),
-        block=jnp.where(more, block, row.block),
+        phase=jnp.where(has_next, Phase.PLAN, Phase.DONE).astype(jnp.int32),
+        block=jnp.where(has_next, block, row.block),
         pool=pool,
         open=none,
         drafted=none,
@@ -220,19 +230,19 @@ def _go_on(
     )
     node_index = outputs.node_index[group]
     fed = (group >= 0) & jnp.any(node_index < outputs.draft.shape[0])
-    return _select(more & fed, _choose(row, request, outputs, node_index), row)
+    return _select(has_next & fed, _choose(row, request, outputs, node_index), row)
 
 
-def _refilled(row: RowState, request: Requests, outputs: PassOutputs, more: Array) -> RowState:
-    """A row being infilled, with new drafts in the slots whose refill was fed.
+def _refilled(row: RowState, request: Requests, outputs: PassOutputs, gained: Array) -> RowState:
+    """A row in INFILL, with new drafts in the slots whose refill was part of the pass.
 
     Args:
-      more: int32 [M], how many more tokens of each slot were accepted by the pass that fed it.
+      gained: int32 [M], the number of tokens of each slot that this pass accepted.
     """
     at, groups = geometry(row, request), Groups.of(row)
-    more = jnp.where(more <= groups.lengths, more, -1)[at.slot]
+    gained = jnp.where(gained <= groups.lengths, gained, -1)[at.slot]
     node_index = jnp.where(
-        more >= 0, outputs.node_index[groups.refill + more, at.index], outputs.draft.shape[0]
+        gained >= 0, outputs.node_index[groups.refill + gained, at.index], outputs.draft.shape[0]
     )
     fed = at.inside & (node_index < outputs.draft.shape[0]) & (at.offset >= row.accepted[at.slot])
     slots = jnp.arange(row.open.shape[0])
@@ -244,12 +254,12 @@ def _refilled(row: RowState, request: Requests, outputs: PassOutputs, more: Arra
     )
 
 
-def _spread(kept: Array, node_index: Array, outputs: PassOutputs) -> Array:
-    """bool [Q] from bool [T]."""
-    return jnp.zeros(outputs.draft.shape, bool).at[node_index].set(kept, mode="drop")
+def _by_fed_token(flags: Array, node_index: Array, outputs: PassOutputs) -> Array:
+    """`flags` bool [T], one per token of the block, as bool [Q] over the fed tokens at `node_index` [T]."""
+    return jnp.zeros(outputs.draft.shape, bool).at[node_index].set(flags, mode="drop")
 
 
-def _nothing(row: RowState, outputs: PassOutputs) -> Outcome:
+def _no_outcome(row: RowState, outputs: PassOutputs) -> Outcome:
     none = jnp.zeros(outputs.draft.shape, bool)
     return Outcome(jnp.zeros(row.draft.shape, bool), none, jnp.zeros_like(row.accepted), jnp.int32(0))
 

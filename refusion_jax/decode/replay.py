@@ -1,8 +1,8 @@
-"""Courses of decoding read from results of `sample`, for a decoder to follow whatever its logits say.
+"""Recorded decodes ("courses"), read from results of `sample`. A decoder repeats them whatever its logits.
 
-With random weights nothing is accepted that a trained model would accept. A course recorded from a trained
-model makes a model of any size and any weights run the same plans, refills and commits, so that what they
-cost can be measured. EOS is not replayed as a token: a course ends where its record does.
+A model with random weights does not accept the drafts that a trained model accepts. Repeating the course of a
+trained model makes a model of any size, with any weights, execute the same plans, refills and commits, so
+that their cost can be measured. EOS is not replayed as a token: a course ends where its recording ends.
 """
 
 import json
@@ -21,10 +21,10 @@ KEYS = ("start", "planned", "branch", "accepted", "committed")
 
 
 def read_courses(path: Path) -> list[Course]:
-    """The traces in a file of results, one JSON object a line.
+    """The traces in a file of results, one JSON object per line.
 
     Raises:
-      BadInput: it cannot be read, or a line has no trace as `sample` writes it.
+      BadInput: the file cannot be read, a line has no trace in the format of `sample`, or a trace is empty.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -44,11 +44,11 @@ def read_courses(path: Path) -> list[Course]:
 
 
 def replay(courses: Sequence[Course], config: DecodeConfig, shape: Shape) -> Replay:
-    """The courses as rows of a batch, repeated from the first until there are `shape.rows`.
+    """The courses as rows of a batch, repeated in order until there are `shape.rows`.
 
     Args:
-      courses: recorded with the slot size and the block length of `config`.
-      config: of every row.
+      courses: recorded with the slot size and block length of `config`.
+      config: the settings of every row.
       shape: the padded sizes.
 
     Raises:
@@ -72,16 +72,17 @@ def replay(courses: Sequence[Course], config: DecodeConfig, shape: Shape) -> Rep
 
 
 def _runs(step: Mapping[str, Any], config: DecodeConfig) -> Iterator[tuple[int, list[int]]]:
-    """(slot, tokens accepted when verified and after each refill) of the slots of a plan."""
+    """Per slot of a plan: (slot, [tokens accepted by the verification, then after each refill])."""
     committed, size = set(step["committed"]), config.slot_size
     for place, runs in zip(step["planned"], step["accepted"], strict=True):
         slot, offset = divmod(place - step["start"], size)
-        whole = committed & set(range(place, place + size))
+        committed_here = committed & set(range(place, place + size))
         if offset or not runs or max(runs) > size or place - step["start"] >= config.block_len:
             raise BadInput(
                 f"--replay: no slot of {size} tokens in a block of {config.block_len}: {quoted(step)}"
             )
-        # A slot that ended with EOS, or left because of one, counts as whole: there is no EOS to find.
-        if whole or step["branch"] == "iterative":
+        # A slot that ended with EOS, or was dropped because of one, is replayed as complete, because a replay
+        # has no EOS to find.
+        if committed_here or step["branch"] == "iterative":
             runs = [*runs[:-1], size]
         yield slot, runs

@@ -1,6 +1,6 @@
-"""Where a row of a batch stands in its decoding, and how its block lies in the text.
+"""The decoding state of one row of a batch, and the layout of its current block in the text.
 
-M slots and T tokens are those of a block as padded.
+M is the padded number of slots per block, T the padded block length.
 """
 
 from enum import IntEnum
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class Phase(IntEnum):
-    """What the next forward pass of a row is for."""
+    """The purpose of a row's next forward pass; see loop.py."""
 
     PLAN = 0
     VERIFY = 1
@@ -24,26 +24,26 @@ class Phase(IntEnum):
 
 
 class RowState(struct.PyTreeNode):
-    """Where a row stands in its course; every field has a leading batch axis outside `vmap`.
+    """The decoding state of a row. Outside `vmap` every field has a leading batch axis.
 
     Attributes:
-      phase: int32.
-      block: int32, the block being decoded.
-      pool: bool [M], slots of the block not yet decoded.
-      chosen: bool [M], slots picked by the last plan.
-      open: bool [M], chosen slots being infilled; those after a slot with EOS have left.
-      confidence: float32 [M], of the last plan, -1 for slots not in the pool.
-      draft: int32 [T], the block's tokens in play.
-      accepted: int32 [M], how many leading tokens of each open slot are accepted.
-      cached: int32 [M], how many of those have their keys and values in the cache, for their own slot alone
-        to see until the infill is whole.
-      drafted: bool [M], whether what is not accepted of an open slot is drafted (to be rechecked), or is
-        to be refilled.
+      phase: int32, a Phase.
+      block: int32, the index of the current block.
+      pool: bool [M], slots of the block that are not decoded yet.
+      chosen: bool [M], slots chosen by the last plan.
+      open: bool [M], chosen slots that are being infilled; slots after one with an EOS are dropped.
+      confidence: float32 [M], slot scores of the last plan; -1 for slots not in the pool.
+      draft: int32 [T], the current drafts of the block's tokens.
+      accepted: int32 [M], the number of leading tokens of each open slot that are accepted.
+      cached: int32 [M], the number of those whose keys and values are in the cache. Until the infill is
+        complete, only their own slot may see them.
+      drafted: bool [M], whether the tokens of an open slot that are not accepted are drafted, so that the
+        next pass verifies them; False if they have to be refilled first.
       rounds: int32 [M], refills of each open slot since the last plan.
-      settled: bool, whether the drafts to verify are those of an infill, accepted already: what is wanted is
-        keys and values. None where no row recomputes them.
-      eos_found: bool, no further block will be decoded.
-      forwards, iterations: int32, passes made, plans carried out.
+      settled: bool, whether the drafts to verify come from a complete infill and are accepted already, so
+        that the pass only recomputes keys and values. None where no request of the shape recomputes them.
+      eos_found: bool, whether an EOS is committed, after which no further block is decoded.
+      forwards, iterations: int32, forward passes made and plans executed.
     """
 
     phase: Array
@@ -64,7 +64,7 @@ class RowState(struct.PyTreeNode):
 
     @classmethod
     def start(cls, request: Requests, num_slots: int, block: int) -> "RowState":
-        """A row before its first plan; a request without blocks is done."""
+        """The state of a row before its first plan. A request without blocks is done."""
         none, number = jnp.zeros(num_slots, bool), jnp.int32(0)
         numbers = jnp.zeros(num_slots, jnp.int32)
         return cls(
@@ -87,16 +87,25 @@ class RowState(struct.PyTreeNode):
 
 
 class Geometry(struct.PyTreeNode):
-    """Where the T tokens of a row's current block lie: all int32 or bool [T]."""
+    """The layout of a row's current block. Arrays are [T], int32 unless stated otherwise.
 
-    index: Array  # within the block
-    inside: Array  # False for the padding of a block shorter than T
-    slot: Array  # which slot of the block
-    offset: Array  # within the slot
-    position: Array  # in the text, prompt included
+    Attributes:
+      index: the index of the token in the block.
+      inside: bool, False for the padding of a block shorter than T.
+      slot: the index of the token's slot in the block.
+      offset: the index of the token in its slot.
+      position: the position in the text, counted from the start of the prompt.
+    """
+
+    index: Array
+    inside: Array
+    slot: Array
+    offset: Array
+    position: Array
 
 
 def geometry(row: RowState, request: Requests) -> Geometry:
+    """The layout of a row's current block."""
     index = jnp.arange(row.draft.shape[0])
     slot, offset = jnp.divmod(index, request.slot_size)
     position = request.prompt_len + row.block * request.block_len + index
@@ -104,38 +113,42 @@ def geometry(row: RowState, request: Requests) -> Geometry:
 
 
 def all_slots(request: Requests, num_slots: int) -> Array:
-    """bool [M]: the slots of a whole block."""
+    """bool [M]: the slots that a block of the request has; False for padding."""
     return jnp.arange(num_slots) * request.slot_size < request.block_len
 
 
-def next_plan(row: RowState, request: Requests, left: Array, eos_found: Array) -> tuple[Array, Array, Array]:
-    """What is planned once the block's slots `left` [M] remain.
+def next_plan(
+    row: RowState, request: Requests, remaining: Array, eos_found: Array
+) -> tuple[Array, Array, Array]:
+    """The next plan of a row whose current block has the undecoded slots `remaining` bool [M].
+
+    That is a plan of the next block once the current one is decoded. After the last block, or a block with
+    an EOS, there is no next plan.
 
     Returns:
-      the block (int32) and its pool (bool [M]) to plan next, and whether (bool) there is one: the next
-      block's when this one is done, none after the last block or an EOS.
+      the block to plan (int32), its pool (bool [M]), and whether there is a next plan (bool).
     """
-    block_done = ~left.any()
+    block_done = ~remaining.any()
     last = eos_found | (row.block + 1 >= request.num_blocks)
     enter = block_done & ~last
-    pool = jnp.where(enter, all_slots(request, left.shape[0]), left)
+    pool = jnp.where(enter, all_slots(request, remaining.shape[0]), remaining)
     return row.block + enter, pool, ~(block_done & last)
 
 
 def first_chosen(row: RowState) -> Array:
-    """bool [M]: the first slot chosen, the one whose drafts are verified having seen nothing but itself."""
+    """bool [M]: the first chosen slot, the only one whose drafts see no other slot's drafts in VERIFY."""
     return row.chosen & (jnp.cumsum(row.chosen) == 1)
 
 
 def own_entries(row: RowState, request: Requests, length: int) -> tuple[Array, Array]:
-    """The entries of the cache that one slot alone may see: accepted while it is infilled.
+    """The cache entries that only their own slot may see: tokens accepted while the slot is infilled.
 
     Args:
-      length: S.
+      length: S, the cache length.
 
     Returns:
-      bool [S], which entries those are, and int32 [S], the slot each position of the text lies in if it
-      is in the current block.
+      those entries, bool [S]; and the slot of each position, int32 [S], meaningful for positions in the
+      current block only.
     """
     index = jnp.arange(length) - (request.prompt_len + row.block * request.block_len)
     slot, offset = jnp.divmod(index, request.slot_size)

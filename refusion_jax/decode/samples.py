@@ -1,4 +1,4 @@
-"""What decoding gives back, whatever the method."""
+"""The result of decoding, the same for all methods."""
 
 import functools
 from typing import Any
@@ -11,15 +11,15 @@ Array = jax.Array
 
 
 class Samples(struct.PyTreeNode):
-    """The answers of a batch.
+    """The decoded responses of a batch. G is the padded response length.
 
     Attributes:
-      raw_ids: int32 [B, G], all committed response tokens in text order, holes closed up, then zeros.
-      num_raw: int32 [B], how many those are.
-      num_ids: int32 [B], how many stand before the first EOS: `raw_ids[b, :num_ids[b]]` is the answer.
+      raw_ids: int32 [B, G], all committed response tokens in text order, without gaps, then zeros.
+      num_raw: int32 [B], the number of committed response tokens.
+      num_ids: int32 [B], the number of tokens before the first EOS: `raw_ids[b, :num_ids[b]]` is the answer.
       num_forwards: int32 [B], forward passes in which the row had tokens to compute.
-      num_iterations: int32 [B], plans carried out (tokens, when decoding left to right).
-      trace: a decode.Trace where one was asked for.
+      num_iterations: int32 [B], plans executed; for AR tokens decoded, for MDM and BD3 forward passes.
+      trace: a `decode.trace.Trace` if the shape asks for one, otherwise None.
     """
 
     raw_ids: Array
@@ -34,14 +34,14 @@ class Samples(struct.PyTreeNode):
 def in_text_order(
     tokens: Array, committed: Array, prompt_len: Array, eos_id: Array, *, gen: int
 ) -> tuple[Array, Array, Array]:
-    """raw_ids, num_raw and num_ids of Samples.
+    """The fields raw_ids, num_raw and num_ids of Samples.
 
     Args:
       tokens: int32 [B, S], by position.
-      committed: bool [B, S], which of them are there; those of the prompt do not count.
+      committed: bool [B, S], the tokens to return; entries at prompt positions are ignored.
       prompt_len: int32 [B].
-      eos_id: int32.
-      gen: G.
+      eos_id: int32 scalar.
+      gen: G, the padded response length.
     """
 
     def one(tokens: Array, committed: Array, prompt_len: Array) -> tuple[Array, Array, Array]:

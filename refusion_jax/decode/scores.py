@@ -1,6 +1,6 @@
-"""What is read off the logits: a draft for each token fed, and probabilities, in float32.
+"""From logits to a draft and its probability for each token fed, in float32.
 
-N is the number of tokens fed, in any layout.
+N is the number of tokens fed, in any layout; V the vocabulary size.
 """
 
 import jax
@@ -11,12 +11,13 @@ Array = jax.Array
 
 
 class DraftSampling(struct.PyTreeNode):
-    """How each of N tokens is drafted, each [N].
+    """How the draft at each of N tokens is sampled; arrays [N].
 
     Attributes:
-      temperature: float32; 0 is the argmax.
-      seed: uint32, of the request.
-      iteration, place: int32, of the plan and of the token in the response.
+      temperature: float32; 0 takes the argmax.
+      seed: uint32, the seed of the request.
+      iteration: int32, the index of the plan.
+      place: int32, the index of the token in the response.
     """
 
     temperature: Array
@@ -26,13 +27,13 @@ class DraftSampling(struct.PyTreeNode):
 
 
 class Scores(struct.PyTreeNode):
-    """Of each of N tokens fed.
+    """The scores of N tokens fed.
 
     Attributes:
-      draft: int32 [N], the token that its logits name.
-      confidence: float32 [N], the probability of that.
-      of_target: float32 [N], the probability of the token that follows it.
-      entropy: float32 [N], in nats, of its softmax; None where it was not asked for.
+      draft: int32 [N], the token drafted from the logits.
+      confidence: float32 [N], the softmax probability of the draft, at temperature 1.
+      of_target: float32 [N], the softmax probability of the target token.
+      entropy: float32 [N], the entropy of the softmax in nats; None if not asked for.
     """
 
     draft: Array
@@ -42,32 +43,32 @@ class Scores(struct.PyTreeNode):
 
 
 def score(logits: Array, target: Array, sampling: DraftSampling, entropy: bool = False) -> Scores:
-    """Scores of N tokens.
+    """The scores of N tokens.
 
     Args:
-      logits: [N, V], of any float dtype; what is computed of them is float32.
-      target: int32 [N], the token that follows each.
-      sampling: how they are drafted.
-      entropy: whether that is asked for.
+      logits: [N, V], of any float dtype; computed with in float32.
+      target: int32 [N], the token after each of them, whose probability is wanted.
+      sampling: how drafts are sampled.
+      entropy: whether to compute the entropy.
     """
     exact = logits.astype(jnp.float32)
     normaliser = jax.nn.logsumexp(exact, axis=-1)
 
-    def probability(of: Array) -> Array:
-        chosen = jnp.take_along_axis(logits, of[:, None], axis=-1)[:, 0].astype(jnp.float32)
+    def probability(token: Array) -> Array:
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0].astype(jnp.float32)
         return jnp.exp(chosen - normaliser)
 
     drafted = draft(exact, sampling)
-    spread = None
+    entropies = None
     if entropy:
-        spread = jnp.sum(jax.scipy.special.entr(jnp.exp(exact - normaliser[:, None])), axis=-1)
-    return Scores(drafted, probability(drafted), probability(target), spread)
+        entropies = jnp.sum(jax.scipy.special.entr(jnp.exp(exact - normaliser[:, None])), axis=-1)
+    return Scores(drafted, probability(drafted), probability(target), entropies)
 
 
 def draft(logits: Array, sampling: DraftSampling) -> Array:
     """int32 [N]: the argmax of logits [N, V], or a Gumbel-max sample where the temperature is above 0.
 
-    The noise is keyed by (seed, iteration, place in the response): it depends on the request alone.
+    The noise is keyed by (seed, iteration, place), so it depends on nothing but the request.
     """
 
     def noise(sampling: DraftSampling) -> Array:

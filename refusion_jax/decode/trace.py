@@ -1,4 +1,4 @@
-"""What each plan of a decode came to, recorded as it happens."""
+"""The trace of a decode: the result of each plan, recorded inside the loop."""
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,19 @@ Array = jax.Array
 
 
 class Trace(struct.PyTreeNode):
-    """What each plan came to, indexed by iteration I: [B, I] or [B, I, M or T].
+    """The result of each plan. Arrays are [B, I, ...], with I the number of plans there is room for.
 
     Attributes:
-      block: int32, the block.
-      planned: bool [M], the slots chosen.
-      confidence: float32 [M], the score of every slot in the pool, -1 elsewhere.
-      iterative: bool, whether the slots were infilled one by one (False: committed as verified).
+      block: int32, the index of the block.
+      planned: bool [M], the chosen slots.
+      confidence: float32 [M], the score of each slot in the pool; -1 for the others.
+      iterative: bool, True if the slots were infilled (the iterative branch), False if they were committed by
+        the joint verification (the prefix branch).
       rounds: int32, refills that the infill took.
-      accepted: int32 [T]; entry m * slot_size + r is how many tokens of slot m were accepted when verified
-        (r = 0) or after the r-th refill: what batch.Replay follows.
-      committed: bool [T], the block's tokens committed, ascending.
-      forwards: int32, passes made by then.
+      accepted: int32 [T]; entry m * slot_size + r is the number of leading tokens of slot m that were
+        accepted by the joint verification (r = 0) or after the r-th refill. `batch.Replay` repeats these.
+      committed: bool [T], the committed tokens of the block, by index in the block.
+      forwards: int32, forward passes made up to and including the commit.
     """
 
     block: Array
@@ -38,7 +39,7 @@ class Trace(struct.PyTreeNode):
 
     @classmethod
     def blank(cls, shape: Shape) -> "Trace":
-        """Room for `shape.iterations` entries a row."""
+        """An empty trace with room for `shape.iterations` plans per row."""
 
         def zeros(dtype, *sizes: int) -> Array:
             return jnp.zeros((shape.rows, shape.iterations, *sizes), dtype)
@@ -57,8 +58,13 @@ class Trace(struct.PyTreeNode):
 
 
 def record(trace: Trace, before: RowState, after: RowState, outcome: Outcome, requests: Requests) -> Trace:
-    """Adds an entry to the rows that have just carried out a plan; what was accepted is noted in any case."""
-    number = before.iterations[:, None]
+    """The trace after a pass: `accepted` is updated, and rows whose plan ended with this pass get an entry.
+
+    Args:
+      before, after: the rows [B] before and after the pass.
+      outcome: [B], the result of the pass.
+    """
+    iteration = before.iterations[:, None]
 
     def note(accepted: Array, before: RowState, request: Requests, outcome: Outcome) -> Array:
         judged = jnp.where(before.phase == Phase.VERIFY, before.chosen, before.open & before.drafted)
@@ -84,7 +90,7 @@ def record(trace: Trace, before: RowState, after: RowState, outcome: Outcome, re
     )
     finished = (after.iterations > before.iterations)[:, None]
     entries = jax.tree.map(
-        lambda buffer, new: scatter_rows(buffer, number, new[:, None], finished),
+        lambda buffer, new: scatter_rows(buffer, iteration, new[:, None], finished),
         trace.replace(accepted=None),
         entry,
     )

@@ -1,4 +1,4 @@
-"""Decoders of the baselines, behind the same interface as `refusion_jax.decode`.
+"""The decoders of the baselines, with the same interface as the slot decoder (`decode.decoder.Decoder`).
 
-Imports `decode` and `model`.
+May import `decode` and `model`.
 """

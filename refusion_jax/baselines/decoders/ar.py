@@ -1,4 +1,7 @@
-"""Left-to-right decoding of the same model through the same cache: the baseline of the paper's claims."""
+"""Autoregressive decoding (AR) of the same model with the same cache: the paper's speed baseline.
+
+Letters as in model/transformer.py; P is the padded prompt length, S the cache length.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -17,7 +20,12 @@ Array = jax.Array
 
 
 class ARRequests(struct.PyTreeNode):
-    """A batch of requests as arrays [B]; a row of padding has gen_length 0. Fields as in ARConfig."""
+    """A batch of requests. Fields are arrays [B], named as in ARConfig; padding rows have gen_length 0.
+
+    Attributes:
+      prompt_len: int32, prompt tokens.
+      from_mask: bool, first_token "mask" instead of "next".
+    """
 
     prompt_len: Array
     gen_length: Array
@@ -29,6 +37,7 @@ class ARRequests(struct.PyTreeNode):
     def batch(
         cls, prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig], shape: Shape
     ) -> "ARRequests":
+        """The requests of these prompts as NumPy arrays, padded to `shape.rows`."""
         rows = shape.rows
         return cls(
             prompt_len=padded_column([len(p) for p in prompts], rows, jnp.int32),
@@ -40,14 +49,14 @@ class ARRequests(struct.PyTreeNode):
 
 
 class ARState(struct.PyTreeNode):
-    """What the loop carries.
+    """The loop state; see `decode.decoder.State`.
 
     Attributes:
       cache: keys and values of the tokens fed.
-      tokens: int32 [B, S], prompt and response by position.
+      tokens: int32 [B, S], prompt and response, by position.
       count: int32 [B], response tokens so far; each took one forward pass.
-      done: bool [B].
-      requests: what each row asks for.
+      done: bool [B], rows with nothing left to decode.
+      requests: the request of each row.
     """
 
     cache: KVCache
@@ -58,24 +67,24 @@ class ARState(struct.PyTreeNode):
     trace: ClassVar[None] = None
 
     def committed(self, eos_id: Array) -> Array:
-        """bool [B, S]."""
-        del eos_id  # decoding ends there
+        """bool [B, S]: the response tokens so far."""
+        del eos_id  # no token is decoded after an EOS
         position, prompt_len = jnp.arange(self.tokens.shape[1]), self.requests.prompt_len[:, None]
         return (position >= prompt_len) & (position < prompt_len + self.count[:, None])
 
     @property
     def forwards(self) -> Array:
-        """int32 [B]."""
+        """int32 [B]: forward passes made."""
         return self.count
 
     @property
     def iterations(self) -> Array:
-        """int32 [B]."""
+        """int32 [B]: tokens decoded."""
         return self.count
 
 
 def start(model, prompts: Array, requests: ARRequests, shape: Shape) -> ARState:
-    """The state before the first pass; rows that ask for nothing are done."""
+    """The state before the first pass, for prompts int32 [B, P]. Rows that request no tokens are done."""
     B, P = prompts.shape
     by_layer = model.cache_by_layer
     return ARState(
@@ -88,7 +97,10 @@ def start(model, prompts: Array, requests: ARRequests, shape: Shape) -> ARState:
 
 
 def first_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shape: Shape) -> ARState:
-    """Feeds the prompts with a mask query at the end, and reads the first token off one or the other."""
+    """Prefills the prompts, each followed by one mask token, and appends the first response token.
+
+    Its logits are those of the last prompt token or of the mask token, as the request asks.
+    """
     B, P, requests = state.tokens.shape[0], shape.prompt, state.requests
     places = jnp.broadcast_to(jnp.arange(P), (B, P))
     real = places < requests.prompt_len[:, None]
@@ -109,7 +121,7 @@ def first_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, sha
 
 
 def next_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shape: Shape) -> ARState:
-    """Feeds the last token of each row and appends the next."""
+    """Feeds the last token of each row and appends the next token."""
     del mask_id, shape
     positions = (state.requests.prompt_len + state.count - 1)[:, None]
     token = jnp.take_along_axis(state.tokens, positions, axis=1)
@@ -121,7 +133,7 @@ def next_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shap
 
 
 def append(state: ARState, logits: Array, eos_id: Array) -> ARState:
-    """Adds the token that logits [B, V] name to the rows that go on."""
+    """Appends a token drafted from logits [B, V] to each row that is not done."""
     requests = state.requests
     sampling = DraftSampling(
         temperature=requests.temperature,
@@ -143,7 +155,8 @@ def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig]) -
     """The smallest shape that holds these requests as one batch.
 
     Raises:
-      BadInput: a prompt that cannot be continued.
+      BadInput: there is no prompt, not one config per prompt, or a prompt that cannot be continued (see
+        `ARConfig.check_prompt`).
     """
     check_pairs(prompts, configs)
     for prompt, config in zip(prompts, configs, strict=True):

@@ -1,14 +1,14 @@
-"""Block diffusion (BD3-LM, arXiv 2503.09573): diffusion within a block, left to right from block to block.
+"""Block diffusion (BD3-LM, arXiv 2503.09573): blocks are decoded left to right, by diffusion within a block.
 
-A token of the response sees the prompt, all blocks before its own, and the whole of its own; the prompt is
-causal. So keys and values of finished blocks never change, and the cache is exact. Those of a block are
-computed once it is finished, in the pass that drafts the next block for the first time: the finished block
-rides along and does not see the next one. A block costs no pass but those that fill it.
+A response token sees the prompt, all earlier blocks and the whole of its own block; attention within the
+prompt is causal. So the keys and values of finished blocks never change, and the cache is exact. The keys and
+values of a block are computed once it is finished, in the first pass that drafts the next block: that pass
+also feeds the finished block, which does not see the next one. So a block costs only the passes that fill it.
 
-A pass commits by the rule of MDM (`blocks.surest`). The mask is never drafted; decoding ends after the first
-block with an EOS, and tokens after that EOS are not given out.
+A pass commits tokens by the rule of MDM (`blocks.surest`). The mask token is never drafted. Decoding ends
+after the first block with an EOS, and tokens after that EOS are not returned.
 
-P, S and T are prompt, text and block as padded; other letters as in model.py.
+P, S and T are the padded lengths of prompt, text and block; other letters as in model/transformer.py.
 """
 
 import jax
@@ -25,7 +25,7 @@ Array = jax.Array
 
 
 def first_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
-    """The first pass, over the prompts and the first blocks."""
+    """The first pass: prefills the prompts and drafts the first blocks."""
     fed = prompt_inputs(state, mask_id, shape)
     passed = padded_pass(model, params, fed)
     of_prompt = fed.active & (fed.positions < state.requests.prompt_len[:, None])
@@ -34,7 +34,7 @@ def first_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, 
 
 
 def prompt_inputs(state: BlockState, mask_id: Array, shape: Shape) -> BlockInputs:
-    """The prompts in P places, and the first blocks in T."""
+    """The inputs of the first pass: the prompts in P entries, then the first blocks in T entries."""
     (B, _), P, T = state.tokens.shape, shape.prompt, shape.block
     prompt_len, block_len = state.requests.prompt_len[:, None], state.requests.block_len[:, None]
     place = jnp.arange(P + T)
@@ -48,7 +48,8 @@ def prompt_inputs(state: BlockState, mask_id: Array, shape: Shape) -> BlockInput
 
 
 def block_inputs(state: BlockState, mask_id: Array, length: int) -> BlockInputs:
-    """The current block of every row, and behind it, where that begins, the finished block before it.
+    """The inputs of a later pass: every row's current block, followed by the finished block before it if this
+    is the first pass over the current one.
 
     Args:
       length: T.
@@ -72,13 +73,13 @@ def block_inputs(state: BlockState, mask_id: Array, length: int) -> BlockInputs:
 
 
 def next_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
-    """A pass over the block of each row; finished blocks are kept."""
+    """A pass over the block of each row; the keys and values of finished blocks are cached."""
     fed = block_inputs(state, mask_id, shape.block)
     most = fed.tokens.size
     sizes = pass_sizes(most, max(SMALLEST_PASS, most // 8))
     passed = sized_pass(model, params, state.cache, fed, sizes, keep=True)
-    before = fed.active & (fed.positions < state.block_start[:, None])
-    state = state.replace(cache=passed.commit(state.cache, fed.positions, before))
+    is_finished = fed.active & (fed.positions < state.block_start[:, None])
+    state = state.replace(cache=passed.commit(state.cache, fed.positions, is_finished))
     return read_block(model, params, state, passed.states, mask_id, eos_id)
 
 

@@ -1,9 +1,9 @@
-"""What decoders that unmask a response block by block share: requests, state, and what a pass commits.
+"""Shared by the decoders that unmask a response block by block (MDM, BD3): requests, state, commit rule.
 
-The response begins as masks. Its blocks are filled left to right; every pass of a row drafts the masked
-tokens of its current block and commits the surest of them, until none is left.
+The response starts as mask tokens. Its blocks are filled left to right. Each pass of a row drafts the masked
+tokens of its current block and commits the most confident of them, until the block has no mask token left.
 
-T tokens are those of a block as padded.
+T is the padded block length, P the padded prompt length, S that of the text, Q the number of tokens fed.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,12 @@ Array = jax.Array
 
 
 class BlockRequests(struct.PyTreeNode):
-    """A batch of requests as arrays [B]; a row of padding has no blocks. Fields as in a method's config."""
+    """A batch of requests. Fields are arrays [B], named as in BlockConfig; padding rows have no blocks.
+
+    Attributes:
+      FIELDS: the dtypes of the fields that are taken from the config.
+      prompt_len: int32, prompt tokens.
+    """
 
     FIELDS: ClassVar[dict[str, Any]] = {
         "block_len": jnp.int32,
@@ -43,6 +48,7 @@ class BlockRequests(struct.PyTreeNode):
 
     @classmethod
     def batch(cls, prompts: Sequence[Sequence[int]], configs: Sequence[BlockConfig], shape: Shape) -> Self:
+        """The requests of these prompts as NumPy arrays, padded to `shape.rows`."""
         rows = shape.rows
         fields = {
             name: padded_column([getattr(c, name) for c in configs], rows, dtype)
@@ -52,17 +58,18 @@ class BlockRequests(struct.PyTreeNode):
 
 
 class BlockState(struct.PyTreeNode):
-    """What the loop carries.
+    """The loop state; see `decode.decoder.State`.
 
     Attributes:
-      cache: keys and values; what they are of is the method's.
-      tokens: int32 [B, S], prompt and committed tokens by position.
-      committed_in: int32 [B, S], the pass in which a response token was committed, from 1; 0 for all others.
-      block: int32 [B], the block being filled.
-      begins: bool [B], the next pass is the first over its block.
-      forwards: int32 [B], passes made.
-      done: bool [B].
-      requests: what each row asks for.
+      cache: keys and values; the method decides of which tokens.
+      tokens: int32 [B, S], prompt and committed tokens, by position.
+      committed_in: int32 [B, S], the number of the pass that committed a response token, counted from 1; 0
+        for tokens that are not committed and for the prompt.
+      block: int32 [B], the index of the current block.
+      begins: bool [B], whether the next pass is the first over the current block.
+      forwards: int32 [B], forward passes made.
+      done: bool [B], rows with nothing left to decode.
+      requests: the request of each row.
     """
 
     cache: KVCache
@@ -76,21 +83,25 @@ class BlockState(struct.PyTreeNode):
     trace: ClassVar[None] = None
 
     def committed(self, eos_id: Array) -> Array:
-        """bool [B, S], up to and including the first EOS of each row."""
-        there = self.committed_in > 0
-        eos = there & (self.tokens == eos_id)
-        return there & (jnp.cumsum(eos, axis=1) - eos == 0)
+        """bool [B, S]: the committed tokens up to and including the first EOS of each row."""
+        is_committed = self.committed_in > 0
+        eos = is_committed & (self.tokens == eos_id)
+        return is_committed & (jnp.cumsum(eos, axis=1) - eos == 0)
 
     @property
     def iterations(self) -> Array:
-        """int32 [B]."""
+        """int32 [B]: forward passes made; these methods have no plans."""
         return self.forwards
 
     @classmethod
     def start(
         cls, model, prompts: Array, requests: BlockRequests, shape: Shape, *, cached: bool = True
     ) -> Self:
-        """The state before the first pass, with or without a cache; rows without blocks are done."""
+        """The state before the first pass, for prompts int32 [B, P]. Rows without blocks are done.
+
+        Args:
+          cached: False gives the cache length 0, for a method that keeps no keys and values.
+        """
         B, S = prompts.shape[0], shape.prompt + shape.gen
         none = jnp.zeros(B, jnp.int32)
         done = requests.num_blocks == 0
@@ -113,34 +124,39 @@ class BlockState(struct.PyTreeNode):
         return self.requests.prompt_len + self.block * self.requests.block_len
 
     def fed_tokens(self, positions: Array, mask_id: Array) -> Array:
-        """int32 [B, Q]: the tokens at positions [B, Q], masks where the response has none yet."""
-        there = jnp.take_along_axis(self.committed_in, positions, axis=1, mode="clip") > 0
-        there |= positions < self.requests.prompt_len[:, None]
-        return jnp.where(there, jnp.take_along_axis(self.tokens, positions, axis=1, mode="clip"), mask_id)
+        """int32 [B, Q]: the tokens at positions [B, Q]; the mask token where none is committed."""
+        is_known = jnp.take_along_axis(self.committed_in, positions, axis=1, mode="clip") > 0
+        is_known |= positions < self.requests.prompt_len[:, None]
+        return jnp.where(is_known, jnp.take_along_axis(self.tokens, positions, axis=1, mode="clip"), mask_id)
 
 
 def surest(masked: Array, confidence: Array, count: Array, threshold: Array) -> Array:
-    """Which tokens of one row's block a pass commits.
+    """The tokens of one row's block that a pass commits: the `count` most confident, and all above a threshold.
 
     Args:
-      masked: bool [T], those there are to choose from.
+      masked: bool [T], the tokens to choose from.
       confidence: float32 [T].
-      count: int32, how many are committed whatever their confidence; of equally sure ones the earliest.
-      threshold: float32, above which a token is committed in any case.
+      count: int32, the number of tokens to commit whatever their confidence; among equally confident tokens
+        the earliest.
+      threshold: float32, confidence above which a token is committed in any case.
 
     Returns:
       bool [T].
     """
-    place = jnp.arange(masked.shape[0])
-    earlier = place[:, None] > place
-    before = (confidence > confidence[:, None]) | ((confidence == confidence[:, None]) & earlier)
-    rank = jnp.sum(before & masked, axis=1)
+    index = jnp.arange(masked.shape[0])
+    earlier = index[:, None] > index
+    ranks_before = (confidence > confidence[:, None]) | ((confidence == confidence[:, None]) & earlier)
+    rank = jnp.sum(ranks_before & masked, axis=1)
     return masked & ((rank < count) | (confidence > threshold))
 
 
 def drafts(logits: Array, mask_id: Array, sampling: DraftSampling) -> tuple[Array, Array]:
-    """int32 and float32 [N]: the token that each of logits [N, V] names, never the mask, and its probability
-    among the tokens that are not the mask."""
+    """Drafts from logits [N, V], with the mask token excluded.
+
+    Returns:
+      the drafted tokens, int32 [N]; and their softmax probabilities over all tokens but the mask token,
+      float32 [N].
+    """
     exact = jnp.where(jnp.arange(logits.shape[1]) == mask_id, -jnp.inf, logits.astype(jnp.float32))
     token = draft(exact, sampling)
     of_token = jnp.take_along_axis(exact, token[:, None], axis=1)[:, 0]
@@ -148,7 +164,9 @@ def drafts(logits: Array, mask_id: Array, sampling: DraftSampling) -> tuple[Arra
 
 
 def commit(state: BlockState, logits: Array, mask_id: Array, eos_id: Array) -> BlockState:
-    """Every row after a pass: the surest tokens of its block committed, and where it goes from there.
+    """The state after a pass: commits the most confident tokens of each row's block (`surest`).
+
+    A row whose block is full goes to the next block, or is done after the last block or a block with an EOS.
 
     Args:
       logits: [B, T, V], of the tokens of each row's current block.
@@ -188,7 +206,11 @@ def commit(state: BlockState, logits: Array, mask_id: Array, eos_id: Array) -> B
 
 
 def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[BlockConfig]) -> Shape:
-    """The smallest shape that holds these requests as one batch."""
+    """The smallest shape that holds these requests as one batch.
+
+    Raises:
+      BadInput: there is no prompt, or not one config per prompt.
+    """
     check_pairs(prompts, configs)
     return Shape(
         rows=len(prompts),

@@ -1,4 +1,4 @@
-"""Settings of the baselines' decoders. Imports no JAX, so that `--help` is fast."""
+"""Settings of the decoders of the baselines. Imports no JAX, so that `--help` is fast."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ NONE, PREFIX, DUAL = range(3)
 
 @dataclasses.dataclass(frozen=True)
 class ARConfig:
-    """How one prompt is continued left to right.
+    """Settings of autoregressive decoding for one prompt.
 
     Attributes:
-      mask_id, eos_id: of the tokenizer.
-      gen_length: most response tokens, EOS included.
-      temperature: 0 is greedy.
+      mask_id, eos_id: token ids of the mask token and of EOS.
+      gen_length: the most response tokens, EOS included.
+      temperature: of the sampled tokens (Gumbel-max); 0 is greedy.
       seed: of the samples where temperature is above 0.
-      first_token: where the first response token is read: "next", off the last prompt token, as AR
-        models are trained, or "mask", off one mask fed after the prompt, as ReFusion models are (no
-        prompt token was ever trained to predict what follows it).
+      first_token: the logits from which the first response token is read. "next": those of the last prompt
+        token, as AR models are trained. "mask": those of one mask token fed after the prompt, as ReFusion
+        models are trained (in their training no prompt token predicts the token after it).
 
     Raises:
-      BadInput: a setting that cannot be decoded.
+      BadInput: a setting is out of range; the message names it.
     """
 
     mask_id: int
@@ -50,25 +50,26 @@ class ARConfig:
             )
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Raises BadInput for an empty prompt where the first token is read off its last."""
+        """Raises BadInput if the prompt is empty and `first_token` is "next", which needs a prompt token."""
         if self.first_token == "next" and not len(prompt):
             raise BadInput("first_token must be 'mask' for an empty prompt, found 'next'")
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """How one prompt is answered block by block; a method adds how long its blocks are.
+    """Settings shared by MDM and BD3 for one prompt; each method adds the length of its blocks.
 
     Attributes:
-      mask_id, eos_id: of the tokenizer.
-      gen_length: most response tokens, EOS included.
-      tokens_per_step: of the masked tokens of a block every pass commits so many, the surest.
-      token_threshold: and besides them every one drafted with a probability above this; from 1 on none.
-      temperature: of the drafts (Gumbel-max); 0 is greedy. Their probability is that at temperature 1.
+      mask_id, eos_id: token ids of the mask token and of EOS.
+      gen_length: the most response tokens, EOS included.
+      tokens_per_step: masked tokens of the block that every pass commits, the most confident ones.
+      token_threshold: a pass also commits every token drafted with a probability above this; with 1 or more
+        there are none.
+      temperature: of the drafts (Gumbel-max); 0 is greedy. Their probabilities are those at temperature 1.
       seed: of the drafts where temperature is above 0.
 
     Raises:
-      BadInput: a setting that cannot be decoded.
+      BadInput: a setting is out of range, or gen_length does not divide into blocks; the message names it.
     """
 
     mask_id: int
@@ -85,24 +86,27 @@ class BlockConfig:
         check_finite("token_threshold", self.token_threshold)
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Any prompt can be continued, an empty one too."""
+        """Accepts every prompt; these methods can continue an empty one too."""
 
-    def check_blocks(self, of: str, parts: int, block_len: int) -> None:
-        """Raises BadInput unless gen_length divides into `parts` (which the setting `of` says) and blocks of
-        `block_len` are not too long."""
+    def check_blocks(self, setting: str, parts: int, block_len: int) -> None:
+        """Raises BadInput unless gen_length is a multiple of `parts` and `block_len` is not too long.
+
+        Args:
+          setting: the name of the setting whose value is `parts`.
+        """
         if self.gen_length % parts:
-            raise BadInput(f"gen_length must be a multiple of {of} = {parts}, found {self.gen_length}")
+            raise BadInput(f"gen_length must be a multiple of {setting} = {parts}, found {self.gen_length}")
         if block_len > MOST_BLOCK_TOKENS:
             raise BadInput(f"blocks must be at most {MOST_BLOCK_TOKENS} tokens long, found {block_len}")
 
 
 @dataclasses.dataclass(frozen=True)
 class MDMConfig(BlockConfig):
-    """How one prompt is answered; other attributes and errors as in BlockConfig.
+    """Settings of MDM decoding for one prompt; other attributes and errors as in BlockConfig.
 
     Attributes:
-      num_blocks: blocks that are filled left to right; gen_length is a multiple.
-      cache: one of CACHES, see above.
+      num_blocks: blocks per response, filled left to right; gen_length must be a multiple.
+      cache: one of CACHES, described in mdm.py.
     """
 
     num_blocks: int = 1
@@ -117,21 +121,21 @@ class MDMConfig(BlockConfig):
 
     @property
     def block_len(self) -> int:
-        """Tokens a block."""
+        """Tokens per block."""
         return self.gen_length // self.num_blocks
 
     @property
     def cache_kind(self) -> int:
-        """NONE, PREFIX or DUAL."""
+        """`cache` as a number: NONE, PREFIX or DUAL."""
         return CACHES.index(self.cache)
 
 
 @dataclasses.dataclass(frozen=True)
 class BD3Config(BlockConfig):
-    """How one prompt is answered; other attributes and errors as in BlockConfig.
+    """Settings of BD3 decoding for one prompt; other attributes and errors as in BlockConfig.
 
     Attributes:
-      block_len: tokens of a block, as the model was trained; gen_length is a multiple.
+      block_len: tokens per block, as in training; gen_length must be a multiple.
     """
 
     block_len: int = 32
@@ -143,5 +147,5 @@ class BD3Config(BlockConfig):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a response."""
+        """Blocks per response."""
         return self.gen_length // self.block_len

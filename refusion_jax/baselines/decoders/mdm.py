@@ -1,21 +1,25 @@
 """Masked diffusion with bidirectional attention: LLaDA (arXiv 2502.09992) and Fast-dLLM (arXiv 2505.22618).
 
-Every token of prompt and response sees every other, so that none has keys and values that stay right when
-another is committed. How a pass gets those of the tokens outside the current block is the setting `cache`:
+Every token of prompt and response sees every other token, so each commit changes the exact keys and values of
+all tokens. The setting `cache` says where a pass takes the keys and values of tokens outside the current
+block from:
 
-  none     every pass feeds prompt and response, committed tokens and masks
-  prefix   so does the first pass over a block, and keeps what stands before the block; later ones feed the
-           block and all masks after it
-  dual     so does the first pass over a block, and keeps all; later ones feed the block alone
+  none     Every pass feeds prompt and response, with mask tokens where nothing is committed.
+  prefix   The first pass over a block does so too, and caches the keys and values before the block. Later
+           passes feed the block and the mask tokens after it.
+  dual     The first pass over a block does so too, and caches all keys and values. Later passes feed the
+           block only.
 
-What is kept is that of a block's first pass until the next block begins: an approximation, the papers'.
+Cached keys and values stay those of the block's first pass until the next block begins. This approximation is
+Fast-dLLM's.
 
-Where they are silent or differ: the mask is never drafted, and no part of a probability (they take the
-argmax and the softmax over all tokens); a probability has to be above the threshold, not equal to it;
-`tokens_per_step` is a number of tokens, not of steps; decoding ends after the first block with an EOS, where
-they fill all blocks; tokens after the first EOS are not given out.
+The decoder differs from the papers, or settles a point that they leave open, as follows. The mask token is
+never drafted and is excluded from the softmax (the papers take argmax and softmax over all tokens). A
+probability must be above the threshold; equal is not enough. `tokens_per_step` is a number of tokens, not of
+steps. Decoding ends after the first block with an EOS (the papers fill all blocks). Tokens after the first
+EOS are not returned.
 
-S is the prompt and the response as padded, T the block; other letters as in model.py.
+S is the padded length of prompt and response, T that of a block; other letters as in model/transformer.py.
 """
 
 import dataclasses
@@ -38,7 +42,7 @@ Array = jax.Array
 
 
 class MDMRequests(BlockRequests):
-    """Fields as in MDMConfig."""
+    """A batch of requests. Fields as in BlockRequests, and `cache_kind` int32 [B] as in MDMConfig."""
 
     FIELDS: ClassVar[dict[str, Any]] = BlockRequests.FIELDS | {"cache_kind": jnp.int32}
 
@@ -46,33 +50,33 @@ class MDMRequests(BlockRequests):
 
 
 def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[MDMConfig]) -> Shape:
-    """The smallest shape that holds these requests as one batch."""
-    asked = {c.cache for c in configs}
-    caches = tuple(cache for cache in CACHES if cache in asked)
+    """The smallest shape that holds these requests as one batch; errors as in `blocks.exact_shape`."""
+    asked_caches = {c.cache for c in configs}
+    caches = tuple(cache for cache in CACHES if cache in asked_caches)
     return dataclasses.replace(blocks.exact_shape(prompts, configs), caches=caches)
 
 
 def start(model, prompts: Array, requests: MDMRequests, shape: Shape) -> BlockState:
-    """The state before the first pass."""
-    return BlockState.start(model, prompts, requests, shape, cached=any_kept(shape))
+    """The state before the first pass. Without requests that use a cache, its length is 0."""
+    return BlockState.start(model, prompts, requests, shape, cached=any_cached(shape))
 
 
 def first_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
-    """The first pass over all prompts and responses."""
+    """The first pass, over all prompts and responses."""
     fed = block_inputs(state, mask_id, width=state.tokens.shape[1], length=shape.block, cached=False)
     passed = padded_pass(model, params, fed)
-    if any_kept(shape):
+    if any_cached(shape):
         keep = fed.active & (state.requests.cache_kind != NONE)[:, None]
         state = state.replace(cache=passed.commit(state.cache, fed.positions, keep))
     return read_block(model, params, state, passed.states, mask_id, eos_id)
 
 
 def passes(
-    model, params, carry: Carry, go_on: Callable, mask_id: Array, eos_id: Array, shape: Shape
+    model, params, carry: Carry, should_continue: Callable, mask_id: Array, eos_id: Array, shape: Shape
 ) -> Carry:
-    """`Decoder.passes`: passes that may begin a block are apart from those that do not.
+    """`Decoder.passes`: an outer loop over passes that write the cache, an inner loop over those that do not.
 
-    The latter only read the cache, so that it stays where it is.
+    Passes that begin no block only read the cache. In a loop of their own they leave it in place in memory.
     """
 
     def within_blocks(carry: Carry) -> Carry:
@@ -81,80 +85,89 @@ def passes(
         return read_block(model, params, state, states, mask_id, eos_id), made + 1
 
     def body(carry: Carry) -> Carry:
-        """One pass in which rows may begin a block and keep what they feed, then all in which none does."""
+        """One pass in which rows may begin a block and write the cache, then passes in which none does."""
         state, made = carry
         state, states = pass_beginning(model, params, state, mask_id, shape)
         carry = read_block(model, params, state, states, mask_id, eos_id), made + 1
         return jax.lax.while_loop(
-            lambda carry: go_on(carry) & ~jnp.any(keeps(carry[0])), within_blocks, carry
+            lambda carry: should_continue(carry) & ~jnp.any(writes_cache(carry[0])), within_blocks, carry
         )
 
-    return jax.lax.while_loop(go_on, body if any_kept(shape) else within_blocks, carry)
+    return jax.lax.while_loop(should_continue, body if any_cached(shape) else within_blocks, carry)
 
 
-def any_kept(shape: Shape) -> bool:
-    """Whether any request wants keys and values kept."""
+def any_cached(shape: Shape) -> bool:
+    """Whether some request uses a cache."""
     return shape.caches != (CACHES[NONE],)
 
 
-def keeps(state: BlockState) -> Array:
-    """bool [B]: the next pass of a row keeps keys and values of what it feeds."""
+def writes_cache(state: BlockState) -> Array:
+    """bool [B]: rows whose next pass writes keys and values to the cache."""
     return state.begins & (state.requests.cache_kind != NONE)
 
 
 def block_inputs(state: BlockState, mask_id: Array, width: int, length: int, cached: bool) -> BlockInputs:
-    """What every row feeds, in `width` places: all of its text, or from its block on, or its block.
+    """The inputs of a pass, padded to `width` tokens per row: the positions of `interval`.
 
     Args:
+      width: Q, the most tokens that a row feeds.
       length: T.
-      cached: whether there is a cache to see. A row sees what is in it beside the tokens it feeds.
+      cached: whether there is a cache. A row then sees the cache entries at positions that it does not feed.
     """
-    first, past = interval(state)
+    first, end = interval(state)
     place = jnp.arange(width)
     positions = first[:, None] + place
-    active = positions < past[:, None]
+    active = positions < end[:, None]
     mask = active
     if cached:
         position = jnp.arange(state.tokens.shape[1])
-        fed = (position >= first[:, None]) & (position < past[:, None])
+        fed = (position >= first[:, None]) & (position < end[:, None])
         mask = jnp.concatenate([state.cache.filled & ~fed, active], axis=1)
     in_block = (state.block_start - first)[:, None] + jnp.arange(length)
     return BlockInputs(state.fed_tokens(positions, mask_id), positions, active, mask[:, None], in_block)
 
 
 def interval(state: BlockState) -> tuple[Array, Array]:
-    """int32 [B] each: the first position that a row feeds, and the one after its last; equal for none."""
+    """The positions that each row feeds in its next pass: all of its text, from its block on, or its block.
+
+    Returns:
+      the first position and the one after the last, int32 [B] each; equal for rows that feed nothing.
+    """
     requests = state.requests
     everything = state.begins | (requests.cache_kind == NONE)
     block_only = ~everything & (requests.cache_kind == DUAL)
-    end = requests.prompt_len + requests.num_blocks * requests.block_len
+    text_end = requests.prompt_len + requests.num_blocks * requests.block_len
     first = jnp.where(everything, 0, state.block_start)
-    past = jnp.where(block_only, state.block_start + requests.block_len, end)
-    return first, jnp.where(state.done, first, past)
+    end = jnp.where(block_only, state.block_start + requests.block_len, text_end)
+    return first, jnp.where(state.done, first, end)
 
 
 def pass_beginning(
     model, params, state: BlockState, mask_id: Array, shape: Shape
 ) -> tuple[BlockState, Array]:
-    """A pass of all rows in which some begin a block; the state with what they keep, and states [B, T, D]."""
+    """A pass in which some rows begin a block and write the cache.
+
+    Returns:
+      the state with the new cache; and the final hidden states of each row's block, [B, T, D].
+    """
     B, S = state.tokens.shape
-    # Rows begin a block together, or few at a time; one row feeds all of its text.
+    # Either all rows begin a block at once, or few do. A single row feeds all of its text.
     sizes = quarters(S) if B == 1 else pass_sizes(B * S, least(B * S, 16))
     fed = block_inputs(state, mask_id, S, shape.block, cached=True)
     passed = sized_pass(model, params, state.cache, fed, sizes, keep=True)
-    keep = fed.active & keeps(state)[:, None]
+    keep = fed.active & writes_cache(state)[:, None]
     return state.replace(cache=passed.commit(state.cache, fed.positions, keep)), passed.states
 
 
 def pass_within(model, params, state: BlockState, mask_id: Array, shape: Shape) -> Array:
-    """A pass of all rows of which nothing is kept; states [B, T, D]."""
+    """A pass that does not write the cache; returns the final hidden states of each block, [B, T, D]."""
     (B, S), T = state.tokens.shape, shape.block
 
     def pass_of(width: int, sizes: list[int], cached: bool = True) -> Array:
         fed = block_inputs(state, mask_id, width, T, cached)
         return sized_pass(model, params, state.cache if cached else None, fed, sizes, keep=False).states
 
-    if not any_kept(shape):
+    if not any_cached(shape):
         return pass_of(S, quarters(B * S), cached=False)
 
     def narrow() -> Array:
@@ -165,12 +178,12 @@ def pass_within(model, params, state: BlockState, mask_id: Array, shape: Shape) 
 
     if shape.caches == (CACHES[DUAL],):
         return narrow()
-    first, past = interval(state)
-    return jax.lax.cond(jnp.all(past - first <= T), narrow, wide)
+    first, end = interval(state)
+    return jax.lax.cond(jnp.all(end - first <= T), narrow, wide)
 
 
 def least(most: int, parts: int) -> int:
-    """The fewest tokens to compile a pass for, where the most are `most`."""
+    """The smallest number of tokens to compile a pass for, if the largest is `most`."""
     return max(SMALLEST_PASS, most // parts)
 
 

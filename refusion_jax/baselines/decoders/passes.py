@@ -1,6 +1,7 @@
-"""One forward pass over what the rows of a batch feed, and the states of their blocks.
+"""One forward pass over the tokens that the rows of a batch feed, and the hidden states of their blocks.
 
-Like forward.py, for methods that read their blocks' tokens alone. B, Q, S, T as there.
+The counterpart of decode/forward.py for methods that need logits of the current block only. B rows, Q tokens
+fed per row, S cache length, T block length, all padded; D is the model's width.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from refusion_jax.baselines.decoders.blocks import BlockState, commit
-from refusion_jax.decode.forward import ragged_layout, widened, write_fed
+from refusion_jax.decode.forward import padded_to, ragged_layout, write_fed
 from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.model.attention import LayerKV
 from refusion_jax.model.layers import Ragged
@@ -19,14 +20,14 @@ Array = jax.Array
 
 
 class BlockInputs(NamedTuple):
-    """What each row feeds, from its first place on without gaps.
+    """The tokens that each row feeds.
 
     Attributes:
       tokens, positions: int32 [B, Q].
-      active: bool [B, Q], the places that are fed.
-      mask: bool [B, Q or 1, S + Q], what each may see of the cache and of the tokens fed; without a cache
-        [B, Q or 1, Q].
-      block: int32 [B, T], the places of the current block's tokens; any for a token that is none.
+      active: bool [B, Q], the entries that hold a token.
+      mask: bool [B, Q or 1, S + Q], the cache entries and the fed tokens that each token sees; without a
+        cache [B, Q or 1, Q].
+      block: int32 [B, T], the entries of the current block's tokens; arbitrary for the padding of a block.
     """
 
     tokens: Array
@@ -37,12 +38,12 @@ class BlockInputs(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """What a pass gives.
+    """The result of a pass.
 
     Attributes:
-      states: [B, T, D], final states of the current block's tokens.
-      fresh: keys and values of the tokens fed, as in forward.Forwarded; None where they were not asked for.
-      ragged: how the tokens were laid out, if not by row.
+      states: [B, T, D], the final hidden states of the current block's tokens.
+      fresh: keys and values of the tokens fed, as in decode.forward.Forwarded; None if not asked for.
+      ragged: the layout of tokens one row after the other, or None for the layout [B, Q].
     """
 
     states: Array
@@ -50,12 +51,12 @@ class Passed(NamedTuple):
     ragged: Ragged | None
 
     def commit(self, cache: KVCache, positions: Array, keep: Array) -> KVCache:
-        """The cache with some of the fresh keys and values to be seen; positions and keep [B, Q]."""
+        """The cache with the fresh keys and values where `keep` bool [B, Q] is set, at positions [B, Q]."""
         return write_fed(cache, self.fresh, self.ragged, positions, keep).fill(positions, keep)
 
 
 def padded_pass(model, params, fed: BlockInputs) -> Passed:
-    """A pass over all Q places of every row, without a cache: the first of a batch."""
+    """A pass over all Q entries of every row, without a cache: the first pass of a batch."""
     x, fresh = model.apply({"params": params}, fed.tokens, fed.positions, None, fed.mask, method="hidden")
     return Passed(jnp.take_along_axis(x, fed.block[:, :, None], axis=1, mode="clip"), fresh, None)
 
@@ -63,12 +64,14 @@ def padded_pass(model, params, fed: BlockInputs) -> Passed:
 def sized_pass(
     model, params, cache: KVCache | None, fed: BlockInputs, sizes: Sequence[int], *, keep: bool
 ) -> Passed:
-    """A pass no larger than it has to be; of several rows what is fed is laid out one after the other.
+    """A pass at the smallest compiled size that holds the tokens fed.
+
+    The tokens of several rows are laid out one after the other (Ragged).
 
     Args:
-      cache: what `fed.mask` begins with, or None.
-      sizes: numbers of tokens to compile for, ascending, the last B x Q.
-      keep: whether keys and values are asked for.
+      cache: the cache that the first S columns of `fed.mask` refer to, or None.
+      sizes: the numbers of tokens to compile for, ascending; the last is B * Q.
+      keep: whether to return keys and values.
     """
     B = fed.tokens.shape[0]
     ragged, flat, layers = None, (fed.tokens, fed.positions), None if cache is None else cache.layers
@@ -95,20 +98,20 @@ def sized_pass(
             states = x[0].at[at].get(mode="clip")
             if not keep:
                 return states, None
-            return states, jax.tree.map(lambda x: widened(x, 2, sizes[-1]), fresh)
+            return states, jax.tree.map(lambda x: padded_to(x, 2, sizes[-1]), fresh)
 
         return run
 
-    number = jnp.sum(jnp.sum(fed.active) > jnp.asarray(sizes[:-1], jnp.int32))
-    states, fresh = jax.lax.switch(number, [pass_of(size) for size in sizes])
+    size_index = jnp.sum(jnp.sum(fed.active) > jnp.asarray(sizes[:-1], jnp.int32))
+    states, fresh = jax.lax.switch(size_index, [pass_of(size) for size in sizes])
     return Passed(states, fresh, ragged)
 
 
 def quarters(most: int) -> list[int]:
-    """A quarter, a half, three quarters and all of `most` tokens, rounded up."""
+    """Pass sizes, ascending: a quarter, a half, three quarters and all of `most` tokens, rounded up."""
     return sorted({-(-most * part // 4) for part in (1, 2, 3, 4)})
 
 
 def read_block(model, params, state: BlockState, states: Array, mask_id: Array, eos_id: Array) -> BlockState:
-    """Every row after a pass that gave its block the final states [B, T, D]."""
+    """The state after a pass with the final hidden states [B, T, D]: unembeds them and commits tokens."""
     return commit(state, model.apply({"params": params}, states, method="unembed"), mask_id, eos_id)
