@@ -13,7 +13,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 # Names of the arrays of a batch, all int32: tokens [B, T]; prompt_len, total_len (prompt and response) and
-# example_id [B], or [B, E] where rows hold up to E examples. Unused places have a total_len of 0.
+# example_id [B], or [B, E] where rows hold up to E examples. Unused entries have total_len 0.
 Batch = Mapping[str, Array]
 
 

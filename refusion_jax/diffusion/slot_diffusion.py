@@ -144,7 +144,7 @@ def draw(key: Array, example_id: Array, response_len: Array, max_slots: int, con
     Args:
       key: the key of this training step, `fold_in(seed_key, step)`.
       example_id: int32 [B, E], id of each example.
-      response_len: int32 [B, E], A; 0 at unused places.
+      response_len: int32 [B, E], A; 0 for unused entries.
       max_slots: M, at least the sum of ceil(A / min(slot_sizes)) over the examples of any row.
       config: the noise.
     """
@@ -186,7 +186,7 @@ def rearrange(
     Args:
       tokens: int32 [B, T], the examples of each row (prompt, then response) and padding.
       prompt_len: int32 [B, E], P.
-      total_len: int32 [B, E], P + A; 0 at unused places.
+      total_len: int32 [B, E], P + A; 0 for unused entries.
       draw: the random choices to apply.
       mask_id: id of the mask token.
       config: the normalisation that the weights follow.

@@ -37,7 +37,7 @@ def train_flops(config: ModelConfig, lengths: Array, pairs: Array) -> Array:
 
     Args:
       config: the model's shape.
-      lengths: [B] or [B, E], l: number of input tokens of each example; 0 at unused places.
+      lengths: [B] or [B, E], l: number of input tokens of each example; 0 for unused entries.
       pairs: of the same shape, a: number of (query, key) pairs of each example.
     """
     attention = 12 * config.num_layers * config.num_heads * config.head_dim

@@ -283,11 +283,10 @@ def _state_with(run: RunConfig, optimizer: optax.GradientTransformation, params:
 
 
 def _abstract_batch(run: RunConfig, batch_sharding: NamedSharding) -> Batch:
-    rows, places = run.train.batch_size, run.data.max_examples_per_row
-    shapes = dict.fromkeys(("prompt_len", "total_len", "example_id"), (rows, places))
-    if not run.data.packing:
-        shapes = dict.fromkeys(shapes, (rows,))
-    shapes["tokens"] = (rows, run.data.max_length)
+    rows = (run.train.batch_size,)
+    examples = (*rows, run.data.max_examples_per_row) if run.data.packing else rows
+    shapes = dict.fromkeys(("prompt_len", "total_len", "example_id"), examples)
+    shapes["tokens"] = (*rows, run.data.max_length)
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding)
         for name, shape in shapes.items()

@@ -55,7 +55,7 @@ def draw(
       key: the key of this training step, `fold_in(seed_key, step)`.
       example_id: int32 [B, E], id of each example.
       prompt_len: int32 [B, E], P.
-      total_len: int32 [B, E], P + A; 0 at unused places.
+      total_len: int32 [B, E], P + A; 0 for unused entries.
       length: T, tokens of a row.
       eps: smallest masking probability.
       block_len: number of consecutive response tokens that share a probability; None: all of a response.
