@@ -1,4 +1,4 @@
-"""Command-line flags of decoding, shared by the commands that decode. Imports no JAX: `--help` is fast."""
+"""The command-line flags of the commands that decode. Imports no JAX, so that `--help` is fast."""
 
 import argparse
 from typing import Any
@@ -12,27 +12,27 @@ DTYPES = ("bfloat16", "float32")
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model decodes and how; shared by the commands that decode."""
+    """Adds the flags that choose the model and how it decodes."""
     add = parser.add_argument
     add(
         "--checkpoint",
         metavar="DIR",
         default=str(SMALL),
-        help="model folder: Hugging Face's, or written by train "
+        help="model folder, in Hugging Face format or written by train "
         "(default: the small model that comes with the package)",
     )
-    add("--method", choices=tuple(METHODS), help="decoder (default: what the checkpoint was trained for)")
+    add("--method", choices=tuple(METHODS), help="decoding method (default: that of the training objective)")
     add_setting_flags(parser)
     add(
         "--semantics",
         choices=SEMANTICS,
-        help="of refusion; release: the authors' code to the letter, its slips included (default fixed)",
+        help="refusion: release reproduces the authors' code exactly, its mistakes included (default fixed)",
     )
     add(
         "--first_token",
         choices=FIRST_TOKENS,
-        help="where --method=ar reads the first token: off the last prompt token, or off a mask "
-        "(default: as the checkpoint's objective trained it)",
+        help="ar: read the first response token from the last prompt token (next) or from a mask token after "
+        "the prompt (mask) (default: as the checkpoint's training objective has it)",
     )
     add(
         "--batch_size",
@@ -46,81 +46,87 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=1,
-        help="devices that share each matrix product (default %(default)s)",
+        help="devices that split each matrix product, by tensor parallelism (default %(default)s)",
     )
     add(
         "--dtype",
         choices=DTYPES,
-        help="of weights and computation (default bfloat16, on a CPU float32)",
+        help="dtype of weights and computation (default bfloat16; float32 on a CPU)",
     )
     add(
         "--int8",
         action="store_true",
-        help="int8 weights, a scale for each output channel, for decoding alone",
+        help="quantize the weights to int8, with one scale per output channel; for decoding only",
     )
     add("--raw", action="store_true", help="feed a text prompt as it is, without the chat template")
     add(
         "--enable_thinking",
         choices=("true", "false"),
-        help="told to the chat template (default: not told, and Qwen3's has the model think)",
+        help="passed to the chat template (default: not passed; Qwen3's template then lets the model think)",
     )
     add("--stop", metavar="TEXT", action="append", default=[], help="end the text before TEXT; repeatable")
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of what methods can be told, and --ahead; what is not given is None, the method's default."""
+    """Adds one flag per setting of the methods, and --ahead. A flag that is not given has the value None."""
 
     def add(setting: str, help: str, **how: Any) -> None:
         parser.add_argument(f"--{setting}", help=f"{help} {_default(setting)}", **how)
 
     whole: dict[str, Any] = {"type": int, "metavar": "N"}
     number: dict[str, Any] = {"type": float, "metavar": "X"}
-    add("gen_length", "most response tokens", **whole)
-    add("slot_size", "refusion: tokens of a slot", **whole)
+    add("gen_length", "the most response tokens", **whole)
+    add("slot_size", "refusion: tokens per slot", **whole)
     add(
         "num_blocks",
-        "refusion, mdm: blocks decoded left to right; gen_length is a multiple of num_blocks, for refusion "
-        "of num_blocks x slot_size",
+        "refusion, mdm: blocks decoded left to right; gen_length must be a multiple of num_blocks, for "
+        "refusion of num_blocks x slot_size",
         **whole,
     )
     add(
         "block_len",
-        "bd3: tokens of a block; gen_length is a multiple; where the checkpoint says nothing",
+        "bd3: tokens per block; gen_length must be a multiple; a value in the checkpoint replaces the "
+        "default",
         **whole,
     )
     add(
         "slot_threshold",
-        "refusion: score, a probability, above which a slot is chosen; below 0 always, from 1 never",
+        "refusion: score, from 0 to 1, above which a slot is chosen; below 0 chooses every slot, 1 or more "
+        "none",
         **number,
     )
     add(
         "slot_score",
-        "refusion: what is compared with that: the probability of the draft of the slot's first token, the "
-        "mean of those of all its tokens, or exp of minus their mean entropy",
+        "refusion: score of a slot: the probability of the draft of its first token, the mean probability of "
+        "the drafts of all its tokens, or exp(-H) with H their mean entropy in nats",
         choices=SLOT_SCORES,
     )
-    add("token_threshold", "probability above which a drafted token is accepted; likewise", **number)
-    add("tokens_per_step", "mdm, bd3: tokens that a pass commits however unsure it is of them", **whole)
-    add("cache", "mdm: keys and values that are kept while a block is filled", choices=CACHES)
+    add(
+        "token_threshold",
+        "probability above which a drafted token is accepted; below 0 accepts every token, 1 or more none",
+        **number,
+    )
+    add("tokens_per_step", "mdm, bd3: tokens that a pass commits whatever their probability", **whole)
+    add("cache", "mdm: keys and values that are cached while a block is filled", choices=CACHES)
     add(
         "recompute",
-        "refusion: compute keys and values of slots that were infilled together once more, each token seeing "
-        "all before it",
+        "refusion: compute the keys and values of slots that were infilled together again, each token seeing "
+        "all tokens before it",
         action="store_true",
         default=None,
     )
-    add("temperature", "of the drafts, 0 is greedy", **number)
-    add("seed", "of the drafts when temperature is above 0", **whole)
+    add("temperature", "sampling temperature of the drafts; 0 is greedy", **number)
+    add("seed", "random seed of the drafts when temperature is above 0", **whole)
     parser.add_argument(
         "--ahead",
         **whole,
-        help="refusion: tokens up to which passes of a request are filled with predictions ahead of need; 0 "
-        "feeds one phase a pass, as the authors do (default: what costs the device next to nothing)",
+        help="refusion: number of tokens up to which a request's passes are filled with speculative tokens; "
+        "0 feeds one phase per pass, as the authors do (default: as many as cost the device almost no time)",
     )
 
 
 def _default(setting: str) -> str:
-    """The default of a setting, as --help shows it; by method where they differ."""
+    """The default of a setting as --help shows it; listed per method where methods differ."""
     methods_by_value: dict[Any, list[str]] = {}
     for method in METHODS:
         if setting in (settings := default_settings(method)):
@@ -132,6 +138,6 @@ def _default(setting: str) -> str:
 
 
 def given_settings(flags: argparse.Namespace) -> dict[str, Any]:
-    """The settings that flags were given for."""
+    """The method settings that were given as flags, by name."""
     found = {name: value for name, value in vars(flags).items() if name in SETTINGS}
     return {name: value for name, value in found.items() if value is not None}
