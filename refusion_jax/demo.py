@@ -1,9 +1,9 @@
-"""Shows a model trained on an embedded task: ReFusion against left-to-right decoding of the same weights.
+"""Compares ReFusion with left-to-right decoding (AR) of the same weights, on an embedded task.
 
     python -m refusion_jax.demo --checkpoint=runs/demo
 
-Held-out problems are decoded by both methods; two answers are shown with the order in which their slots
-were filled. The last line is JSON: accuracy, tokens per forward and seconds of both.
+Decodes held-out problems by both methods, and shows two answers with the order in which their slots were
+filled. The last line is JSON: accuracy, tokens per forward pass and seconds of each method.
 """
 
 import json
@@ -26,7 +26,7 @@ from refusion_jax.serving.score import score
 PROBLEMS = 200
 BATCH_SIZE = 50
 COLOURS = ("green", "yellow", "cyan", "magenta", "red", "blue")
-# How the demo decodes: refusion whole answers in one block of four slots.
+# The decoding settings of the demo. ReFusion decodes the whole answer in one block of four slots.
 DECODING = {"refusion": ["--gen_length=32", "--slot_size=8", "--num_blocks=1"], "ar": ["--gen_length=32"]}
 
 
@@ -34,7 +34,7 @@ def trained_task(folder: Path) -> Task:
     """The embedded task that the run in `folder` was trained on.
 
     Raises:
-      BadInput: it was trained on something else, or on several tasks.
+      BadInput: the run was trained on other data, or on several tasks.
     """
     try:
         data = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]
@@ -46,16 +46,16 @@ def trained_task(folder: Path) -> Task:
 
 
 def open_model(folder: Path, method: str) -> Opened:
-    """The checkpoint with the decoding flags of the demo."""
+    """Opens the checkpoint with the demo's settings of a method."""
     return open_by([f"--checkpoint={folder}", f"--method={method}", *DECODING[method]])
 
 
 def show(console: Console, answer: Mapping[str, Any], prompt_len: int) -> None:
-    """An answer's text, each slot in the colour of the plan that filled it, with the plan's number below."""
+    """Prints an answer, each token in the colour of the plan that committed it, the plan's number below."""
     filled_by = {place: i for i, plan in enumerate(answer["trace"]) for place in plan["committed"]}
     order = [filled_by[place] for place in sorted(filled_by)][: len(answer["ids"])]
     text, numbers = Text("  "), Text("  ")
-    for character, i in zip(answer["text"], order, strict=True):  # bytes: one token a character
+    for character, i in zip(answer["text"], order, strict=True):  # byte tokenizer: one token per character
         text.append(character, style=COLOURS[i % len(COLOURS)])
         numbers.append(str((i + 1) % 10), style="dim")
     console.print(Text(answer["query"], style="bold"))
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if method == "refusion":
             tokenizer, answers = opened.tokenizer, scored.answers
-    # The answers that took the most plans show the order best.
+    # The answers with the most plans show the order best.
     for answer in sorted(answers, key=lambda answer: -answer["num_iterations"])[:2]:
         show(console, answer, len(tokenizer.encode(answer["query"])))
     print(json.dumps(figures))

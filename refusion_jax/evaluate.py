@@ -1,11 +1,12 @@
-"""Scores a checkpoint on embedded tasks: exact match on held-out problems, and what decoding cost.
+"""The evaluate command: scores a checkpoint on embedded tasks, by accuracy and by the cost of decoding.
 
     python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction --task_settings='{"fields": 2}' \
         --output=runs/eval
     python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction,arithmetic --output=runs/eval
     python -m refusion_jax.evaluate --checkpoint=DIR --config=configs/small.py --output=runs/eval
 
-write OUTPUT/results.json (the figures and every setting) and OUTPUT/samples.jsonl (one line a problem).
+These write OUTPUT/results.json (the figures and every setting) and OUTPUT/samples.jsonl (one line per
+problem).
 """
 
 import argparse
@@ -32,7 +33,7 @@ from refusion_jax.training.run import RunConfig
 
 
 def require_judged(task: Task, split: str, limit: int) -> None:
-    """Raises BadInput unless `task` can judge `limit` different problems of a split."""
+    """Raises BadInput unless `task` has a verifier and at least `limit` problems in the split."""
     if not task.judged:
         raise BadInput(f"--task={task.name} has no verifier; it is there to be trained on")
     size = task.size(split)
@@ -41,7 +42,7 @@ def require_judged(task: Task, split: str, limit: int) -> None:
 
 
 def asked_tasks(flags: argparse.Namespace) -> list[Task]:
-    """The tasks of --task or --config; raises BadInput unless there is one of the two."""
+    """The tasks of --task or --config. Raises BadInput unless exactly one of the two is given."""
     if (flags.task is None) == (flags.config is None):
         raise BadInput("--task and --config: give one of the two")
     if flags.task is not None:
@@ -52,7 +53,7 @@ def asked_tasks(flags: argparse.Namespace) -> list[Task]:
 
 
 def config_tasks(path: str) -> list[Task]:
-    """The tasks that a configuration file trains on, as it sets them; raises BadInput if it does not."""
+    """The tasks that a configuration file trains on, with its settings. Raises BadInput if there are none."""
     data = config.load(path, [], RunConfig).data
     if data.source != "tasks":
         raise BadInput(f"--config={path}: must train on tasks, found data.source {data.source!r}")
@@ -60,11 +61,11 @@ def config_tasks(path: str) -> list[Task]:
 
 
 def named_tasks(names: str, settings: Mapping[str, Any]) -> list[Task]:
-    """The tasks of --task, names with commas.
+    """The tasks of --task.
 
     Args:
-      names: of one task or several.
-      settings: of the one, or of each of several by its name.
+      names: one task name, or several separated by commas.
+      settings: the settings of the task; with several tasks, a mapping from task name to settings.
 
     Raises:
       BadInput: a task or setting is unknown, or a task is named twice.
@@ -81,7 +82,7 @@ def named_tasks(names: str, settings: Mapping[str, Any]) -> list[Task]:
 
 
 def read_settings(text: str) -> Mapping[str, Any]:
-    """The JSON object of --task_settings."""
+    """The JSON object of --task_settings. Raises BadInput if it is not one."""
     try:
         settings = json.loads(text)
     except ValueError as error:
@@ -92,7 +93,7 @@ def read_settings(text: str) -> Mapping[str, Any]:
 
 
 def write(folder: Path, figures: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> None:
-    """samples.jsonl first, then results.json: where the figures are, the samples are whole."""
+    """Writes samples.jsonl, then results.json. If results.json exists, samples.jsonl is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     write_atomically(folder / "samples.jsonl", lines)
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def results(
     flags: argparse.Namespace, tasks: Sequence[Task], scores: Sequence[Score], opened: Opened
 ) -> dict[str, Any]:
-    """What results.json says: the figures, of several tasks by their names, and how they came about."""
+    """The contents of results.json: the figures (with several tasks, by task name) and every setting."""
     model, defaults = opened.model, opened.defaults
     by_task = {
         task.name: scored.all_figures() | {"task_settings": dataclasses.asdict(task)}

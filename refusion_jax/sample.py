@@ -1,11 +1,11 @@
-"""Decodes prompts from the command line, a file of requests, or a terminal.
+"""The sample command: decodes prompts from flags, from a file of requests, or typed on a terminal.
 
 python -m refusion_jax.sample --prompt="..."
 python -m refusion_jax.sample --checkpoint=DIR --prompt="..."
 python -m refusion_jax.sample --checkpoint=DIR --input=requests.jsonl --output=results.jsonl
 python -m refusion_jax.sample --checkpoint=DIR
 
-Without --checkpoint the small model that comes with the package decodes.
+Without --checkpoint it uses the small model that comes with the package.
 """
 
 import sys
@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; repeatable")
     parser.add_argument("--input", metavar="FILE", help="requests, one JSON object per line")
     parser.add_argument("--output", metavar="FILE", help="results, one JSON object per line (default stdout)")
-    parser.add_argument("--trace", metavar="FILE", help="write the trace of the one --prompt as JSON")
+    parser.add_argument("--trace", metavar="FILE", help="file for the trace of a single --prompt, as JSON")
     flags = parser.parse_args(arguments)
-    from refusion_jax.serving.answer import answer  # imports JAX, which --help does without
+    from refusion_jax.serving.answer import answer  # imports JAX, which --help does not need
 
     return answer(flags)
 

@@ -1,4 +1,4 @@
-"""Requests in, results out: a checkpoint opened by command-line flags, continuous batching, results as JSON.
+"""Serving: opens a checkpoint by command-line flags, decodes requests with continuous batching, writes JSON.
 
-Imports the decoders, and nothing of training.
+May import the decoders, `loader`, `tokenizer` and `data`; imports no training module itself.
 """

@@ -1,4 +1,4 @@
-"""The three uses of `sample`: a file of requests, given prompts, a conversation on the terminal."""
+"""The three modes of `sample`: a file of requests, prompts given by flags, prompts typed on a terminal."""
 
 import argparse
 import contextlib
@@ -22,10 +22,11 @@ from refusion_jax.serving.terminal import live_view
 
 
 def answer(flags: argparse.Namespace) -> int:
-    """Serves what the flags of `sample` ask for; 2 if some request of a file could not be served.
+    """Runs the mode that the flags of `sample` ask for; returns the exit code 0.
 
     Raises:
-      BadInput: flags that do not go together, or a file that cannot be read or written.
+      BadInput: flags contradict each other, a file cannot be read or written, or some request of --input
+        could not be served (the others are).
     """
     if flags.trace and (len(flags.prompt) != 1 or asked_method(flags.checkpoint, flags.method) != "refusion"):
         raise BadInput("--trace needs exactly one --prompt and --method=refusion")
@@ -39,7 +40,12 @@ def answer(flags: argparse.Namespace) -> int:
 
 
 def answer_file(flags: argparse.Namespace) -> int:
-    """Serves every request of --input; 2 if some could not be served."""
+    """Serves every request of --input, in order; a request with a mistake gets an `error` result.
+
+    Raises:
+      BadInput: the file cannot be read, or some request could not be served; raised after the results of all
+        requests are written.
+    """
     check_output("--output", flags.output)
     lines = read_lines(Path(flags.input))
     opened = open_model(flags)
@@ -56,8 +62,8 @@ def answer_file(flags: argparse.Namespace) -> int:
             requests.append(parse(raw, defaults, tokenizer, model.config.vocab_size))
             answers.append(None)
         except BadInput as error:
-            name = raw["id"] if isinstance(raw, dict) and is_id(raw.get("id")) else None
-            answers.append({"id": name, "error": f"{flags.input}:{number}: {error}"})
+            request_id = raw["id"] if isinstance(raw, dict) and is_id(raw.get("id")) else None
+            answers.append({"id": request_id, "error": f"{flags.input}:{number}: {error}"})
 
     served = iter(())
     if requests:
@@ -72,7 +78,11 @@ def answer_file(flags: argparse.Namespace) -> int:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, line) of every line of a file that is not blank."""
+    """(line number, line) of every line of a file that is not blank.
+
+    Raises:
+      BadInput: the file cannot be read or holds no request.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,7 +94,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:
-    """Prints the answer to each --prompt and what it took."""
+    """Prints the answer to each --prompt and its cost; writes --trace."""
     check_output("--trace", flags.trace)
     opened = open_model(flags)
     requests = [text_request(opened, prompt, trace=bool(flags.trace)) for prompt in prompts]
@@ -96,7 +106,7 @@ def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:
 
 
 def converse(flags: argparse.Namespace) -> int:
-    """Answers lines typed on a terminal until it is closed."""
+    """Answers each line typed on the terminal, until end of input or an interrupt."""
     opened = open_model(flags)
     print("Type a prompt and Enter; Ctrl-D ends.", file=sys.stderr)
     while True:
@@ -113,7 +123,7 @@ def converse(flags: argparse.Namespace) -> int:
 
 
 def write_trace(path: Path, opened: Opened, request: Request, prompt: str, answer: dict[str, Any]) -> None:
-    """Writes how an answer came about, for `view`: the prompt, each token's text, and every plan."""
+    """Writes the trace file of an answer: prompt, settings, the text of each token, and the result itself."""
     tokenizer = opened.tokenizer
     trace = {
         "prompt": prompt,
@@ -126,12 +136,17 @@ def write_trace(path: Path, opened: Opened, request: Request, prompt: str, answe
 
 
 def text_request(opened: Opened, prompt: str, trace: bool = False) -> Request:
+    """A request for a text prompt with the default settings."""
     raw = {"id": 0, "prompt": prompt, "trace": trace}
     return parse(raw, opened.defaults, opened.tokenizer, opened.model.config.vocab_size)
 
 
 def print_answers(opened: Opened, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Each answer on stdout and what it took on stderr; one compilation serves them all."""
+    """Prints each answer on stdout and its cost on stderr. All requests share one compilation.
+
+    Returns:
+      the results, as `engine.serve` yields them.
+    """
     model, params, tokenizer, defaults, _ = opened
     shape = fitting_shape(requests, 1, defaults.ahead)
     console = Console()

@@ -1,4 +1,4 @@
-"""Continuous batching: rows decode together, and waiting requests take the rows of those that are done."""
+"""Continuous batching: rows decode together, and a waiting request takes the row of one that is done."""
 
 import collections
 import dataclasses
@@ -34,11 +34,15 @@ DECODERS: dict[type[Config], Decoder] = {
 
 
 def fitting_shape(requests: Sequence[Request], batch_size: int, ahead: int | None = None) -> Shape:
-    """One padded shape for all the requests, so that one compilation serves them.
+    """One padded shape that holds all the requests, so that they share one compilation.
 
     Args:
-      batch_size: how many are decoded together.
-      ahead: as in Shape; None chooses by the device.
+      requests: at least one, all of one method.
+      batch_size: the number of rows, requests decoded together.
+      ahead: as in Shape; None chooses by batch size and device (`tokens_ahead`).
+
+    Raises:
+      BadInput: a prompt that the method cannot continue.
     """
     prompts, configs = [r.prompt for r in requests], [r.config for r in requests]
     exact = DECODERS[type(configs[0])].exact_shape
@@ -56,21 +60,21 @@ def serve(
     stop: Sequence[str] = (),
     watch: Callable[[State], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Results in the order of the requests, as `results.result` makes them.
+    """Yields the result of each request (see `results.result`), in the order of the requests.
 
-    `shape.rows` requests are decoded at a time; as rows finish, waiting requests take their place.
+    `shape.rows` requests are decoded at a time. Waiting requests take the rows of finished ones.
 
     Args:
-      stop: the text of an answer ends before the first of these.
-      watch: is called with the state after every forward pass, for a view of the decode while it happens.
+      stop: texts that end an answer; its text is cut before the first of them.
+      watch: called with the state after every forward pass, to show the decode while it happens.
     """
-    finished: dict[int, dict[str, Any]] = {}
-    due = 0
-    for number, samples in decoded(model, params, requests, shape, watch):
-        finished[number] = result(requests[number], samples, tokenizer, stop)
-        while due in finished:
-            yield finished.pop(due)
-            due += 1
+    results: dict[int, dict[str, Any]] = {}
+    next_index = 0
+    for index, samples in decoded(model, params, requests, shape, watch):
+        results[index] = result(requests[index], samples, tokenizer, stop)
+        while next_index in results:
+            yield results.pop(next_index)
+            next_index += 1
 
 
 def decoded(
@@ -80,26 +84,26 @@ def decoded(
     shape: Shape,
     watch: Callable[[State], None] | None = None,
 ) -> Iterator[tuple[int, Samples]]:
-    """(number of a request, its row of samples), as they finish.
+    """Yields (index of a request, its Samples without batch axis) as requests finish.
 
-    The longest requests begin first, so that few rows are idle at the end. Finished answers are yielded after
-    the device was given its next passes.
+    The requests with the largest gen_length start first, so that few rows are idle at the end. A finished
+    request is yielded after the next passes are dispatched, so that the caller's work overlaps with them.
     """
     decoder = DECODERS[type(requests[0].config)]
-    # Rows are taken in a few at a time: each intake costs a pass over their prompts.
+    # Requests start an eighth of the rows at a time: each start costs a pass over their prompts.
     intake = dataclasses.replace(shape, rows=max(1, shape.rows // 8))
     blank = decoder.prepare(model, [requests[0].prompt], [requests[0].config], shape)
-    prompts, settings, mask_id, eos_id = _beside(params, blank.inputs)
+    prompts, settings, mask_id, eos_id = _on_devices_of(params, blank.inputs)
     state = decoder.init(model, prompts, settings, shape=shape)
     by_length = sorted(enumerate(requests), key=lambda item: -item[1].config.gen_length)
     waiting = collections.deque(by_length)
-    running: dict[int, int] = {}  # row -> number of the request in it
+    running: dict[int, int] = {}  # row -> index of the request in it
     leaving: list[tuple[int, Samples]] = []
     while waiting or running:
         while waiting and len(running) < shape.rows:
             taken = _next_requests(waiting, running, shape.rows, intake.rows)
-            state = _take_in(decoder, model, params, state, taken, intake)
-            running |= {row: number for row, number, _ in taken}
+            state = _start(decoder, model, params, state, taken, intake)
+            running |= {row: index for row, index, _ in taken}
             if watch is not None:
                 watch(state)
         until = max(0, len(running) - intake.rows)
@@ -117,49 +121,54 @@ def decoded(
 def _next_requests(
     waiting: collections.deque[tuple[int, Request]], running: Mapping[int, int], rows: int, most: int
 ) -> list[tuple[int, int, Request]]:
-    """(row, number of a request, request) of up to `most` waiting requests and as many free rows."""
+    """(row, index of a request, request) for up to `most` waiting requests, as far as there are free rows."""
     free = (row for row in range(rows) if row not in running)
     return [(row, *waiting.popleft()) for row in itertools.islice(free, min(most, len(waiting)))]
 
 
-def _take_in(
+def _start(
     decoder: Decoder, model, params, state: State, taken: Sequence[tuple[int, int, Request]], intake: Shape
 ) -> State:
-    """The state with requests begun in the rows they were given."""
+    """The state with the requests `taken` started in their rows."""
     rows, _, asked = zip(*taken, strict=True)
     batch = decoder.prepare(model, [r.prompt for r in asked], [r.config for r in asked], intake)
-    into = padded_column(rows, intake.rows, np.int32, padding=len(state.done))
-    return _inserted(decoder, model, params, state, Packed.pack((into, batch.inputs)), intake)
+    padded_rows = padded_column(rows, intake.rows, np.int32, padding=len(state.done))
+    return _inserted(decoder, model, params, state, Packed.pack((padded_rows, batch.inputs)), intake)
 
 
-def _beside(params, tree: Any) -> Any:
-    """The arrays of `tree` where those of `params` are, whole on each device.
+def _on_devices_of(params, tree: Any) -> Any:
+    """`tree` with its arrays on the devices of `params`, replicated.
 
     Otherwise jit compiles once for the uncommitted first state and again for its committed outputs.
     """
-    place = jax.tree.leaves(params)[0].sharding
-    return jax.device_put(tree, replicated(place.mesh) if isinstance(place, NamedSharding) else place)
+    where = jax.tree.leaves(params)[0].sharding
+    return jax.device_put(tree, replicated(where.mesh) if isinstance(where, NamedSharding) else where)
 
 
-# For a small model, a call to the device or a transfer costs as much as a forward pass, so there are as few
-# as possible. A state is never allocated again: CUDA graphs are slow to follow arrays to another address.
+# For a small model a call to the device or a transfer costs as much as a forward pass, so there are as few as
+# possible. The state is donated and keeps its buffers, because CUDA graphs are slow to update when arrays
+# move to other addresses.
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "model", "shape"), donate_argnames=("state",))
 def _inserted(decoder: Decoder, model, params, state: State, packed: Packed, shape: Shape) -> State:
-    """The state with some rows taken over by a batch that begins; `packed` has (the rows, its inputs)."""
+    """The state with some rows replaced by a batch after its first pass.
+
+    Args:
+      packed: (the rows, int32 [A]; the arguments of `Decoder.begin` for A requests).
+    """
     rows, inputs = packed.unpack()
     return insert_rows(state, decoder.begin(model, params, *inputs, shape=shape), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "shape"))
 def _answers(decoder: Decoder, state: State, eos_id: jax.Array, shape: Shape) -> Packed:
-    """Which rows are done, and the Samples of all."""
+    """(bool [B], the rows that are done; the Samples of all rows), packed for one transfer."""
     return Packed.pack((state.done, decoder.finish(state, eos_id, shape)))
 
 
 def warm_up(model, params, tokenizer: Tokenizer, like: Request, shape: Shape) -> None:
-    """Compiles what decoding at `shape` takes, by decoding one token."""
+    """Compiles all programs that decoding at `shape` runs, by decoding one token for a request like `like`."""
     least = {"gen_length": 1, "slot_size": 1, "num_blocks": 1, "block_len": 1}
     fields = {field.name for field in dataclasses.fields(like.config)}
     config = dataclasses.replace(like.config, **{k: v for k, v in least.items() if k in fields})

@@ -1,4 +1,4 @@
-"""Command-line flags of decoding, shared by the commands that decode. Imports no JAX: `--help` is fast."""
+"""The command-line flags of the commands that decode. Imports no JAX, so that `--help` is fast."""
 
 import argparse
 from typing import Any
@@ -128,7 +128,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _default(setting: str) -> str:
-    """The default of a setting, as --help shows it; by method where they differ."""
+    """The default of a setting as --help shows it; listed per method where methods differ."""
     methods_by_value: dict[Any, list[str]] = {}
     for method in METHODS:
         if setting in (settings := default_settings(method)):
@@ -140,6 +140,6 @@ def _default(setting: str) -> str:
 
 
 def given_settings(flags: argparse.Namespace) -> dict[str, Any]:
-    """The settings that flags were given for."""
+    """The method settings that were given as flags, by name."""
     found = {name: value for name, value in vars(flags).items() if name in SETTINGS}
     return {name: value for name, value in found.items() if value is not None}

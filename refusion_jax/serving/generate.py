@@ -1,4 +1,4 @@
-"""Text in, text out: decoding for programs that need no arrays."""
+"""`generate`: prompts in, answers out, as text."""
 
 import dataclasses
 import functools
@@ -23,25 +23,25 @@ def generate(
     stop: Sequence[str] = (),
     **settings: Any,
 ) -> str | list[str]:
-    """Answers to prompts, the same as `sample` gives.
+    """Answers prompts; the answers are those of the `sample` command.
 
     Args:
       texts: one prompt or several.
       checkpoint: a model folder, as `load` takes it; by default the small model that comes with the package.
-        It stays in memory until another one is asked for.
-      method: "refusion", "ar", "mdm" or "bd3"; by default what the checkpoint was trained for.
-      dtype: of weights and computation, "bfloat16" or "float32"; by default bfloat16, on a CPU float32.
+        The model stays in memory until another one is asked for.
+      method: "refusion", "ar", "mdm" or "bd3"; by default that of the checkpoint's training objective.
+      dtype: of weights and computation, "bfloat16" or "float32"; by default bfloat16, but float32 on a CPU.
       batch_size: prompts decoded together.
       raw: feed the prompts as they are, without the chat template.
-      stop: an answer ends before the first of these texts.
-      **settings: of the method, named as the flags of `sample`: `gen_length`, `slot_size`, `temperature`,
-      `seed`, ...
+      stop: texts that end an answer; it is cut before the first of them.
+      **settings: settings of the method, named as the flags of `sample`: `gen_length`, `slot_size`,
+        `temperature`, `seed`, ...
 
     Returns:
-      one answer for one prompt; a list in the order of the prompts for several.
+      the answer if `texts` is one prompt, otherwise a list of answers in the order of the prompts.
 
     Raises:
-      BadInput: a folder that cannot be read, or a setting or prompt that cannot be used.
+      BadInput: the folder cannot be read, or a setting or prompt is not valid.
     """
     opened = _opened(str(checkpoint), method, dtype)
     defaults = dataclasses.replace(opened.defaults, raw=raw, stop=tuple(stop))

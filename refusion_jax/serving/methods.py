@@ -1,4 +1,4 @@
-"""The decoding methods by name, and the settings of each. Imports no JAX, so that `--help` is fast."""
+"""The decoding methods by name and their settings. Imports no JAX, so that `--help` is fast."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ METHODS: dict[str, type[Config]] = {
 
 
 def default_settings(method: str) -> dict[str, Any]:
-    """The settings of a method and their defaults; the ids of special tokens are not among them."""
+    """The settings of a method with their defaults, without mask_id and eos_id."""
     fields = dataclasses.fields(METHODS[method])
     return {field.name: field.default for field in fields if field.name not in ("mask_id", "eos_id")}
 

@@ -1,4 +1,4 @@
-"""A checkpoint opened for decoding: the model, and the settings that requests may leave out."""
+"""Opens a checkpoint for decoding: the model, and the default settings of requests."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
 
 
 class Opened(NamedTuple):
-    """A model ready to serve requests, in `scope`."""
+    """A model ready to serve requests. Decode within `scope()`."""
 
     model: Transformer
     params: Any
@@ -34,15 +34,15 @@ class Opened(NamedTuple):
     mesh: jax.sharding.Mesh | None
 
     def scope(self) -> contextlib.AbstractContextManager:
-        """Within it, decoding uses the devices that hold the parameters."""
+        """A context in which decoding uses the devices that hold the parameters."""
         return decoding_scope(self.model, self.mesh)
 
 
 def open_model(flags: argparse.Namespace) -> Opened:
-    """The model and default settings that the decoding flags name.
+    """The model and default settings that the decoding flags ask for.
 
     Raises:
-      BadInput: a flag is wrong, or the checkpoint cannot be read or does not go with the method.
+      BadInput: a flag is wrong, the checkpoint cannot be read, or it does not support the method.
     """
     if flags.batch_size < 1:
         raise BadInput(f"--batch_size must be at least 1 request, found {flags.batch_size}")
@@ -68,17 +68,17 @@ def open_checkpoint(
     mesh: jax.sharding.Mesh | None = None,
     int8: bool = False,
 ) -> Opened:
-    """The model in a folder and the settings it is decoded with.
+    """The model in a folder and the default settings of its requests.
 
     Args:
-      checkpoint: as `load` takes it.
-      method: one of METHODS; None is what the checkpoint was trained for.
-      settings: of the method, in place of the defaults of checkpoint and method.
-      dtype: of weights and computation; None is bfloat16, on a CPU float32.
+      checkpoint: a model folder, as `load` takes it.
+      method: one of METHODS; None for that of the checkpoint's training objective.
+      settings: settings of the method that replace the defaults of checkpoint and method.
+      dtype: of weights and computation; None for bfloat16, but float32 on a CPU.
       mesh, int8: as `load` takes them.
 
     Raises:
-      BadInput: the checkpoint cannot be read, or does not go with the method or a setting.
+      BadInput: the checkpoint cannot be read, or it does not support the method or a setting.
     """
     use_compilation_cache()
     computed = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
@@ -91,17 +91,17 @@ def open_checkpoint(
 
 
 def open_by(arguments: Sequence[str]) -> Opened:
-    """The model and default settings that these decoding flags name, as on a command line."""
+    """`open_model` for decoding flags given as text, as on a command line."""
     parser = Parser()
     add_decoding_flags(parser)
     return open_model(parser.parse_args(arguments))
 
 
 def asked_method(checkpoint: str, given: str | None) -> str:
-    """How to decode: `given`, or what the checkpoint was trained for.
+    """The decoding method: `given`, or that of the checkpoint's training objective.
 
     Raises:
-      BadInput: the checkpoint was trained for something else, or cannot be read.
+      BadInput: the checkpoint's objective is not one of METHODS, or the checkpoint cannot be read.
     """
     method = given or hugging_face.objective(checkpoint)
     if method not in METHODS:
@@ -111,16 +111,16 @@ def asked_method(checkpoint: str, given: str | None) -> str:
 
 
 def asked_settings(checkpoint: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the method: those given, in place of the defaults of checkpoint and method.
+    """All settings of the method: `given`, then the checkpoint's defaults, then those of the method.
 
     Raises:
-      BadInput: a setting is given that the method does not have.
+      BadInput: `given` has a setting that the method does not have.
     """
     known = default_settings(method)
     for name in given:
         if name not in known:
-            having = [other for other in METHODS if name in default_settings(other)]
-            raise BadInput(f"--{name} is for --method={' or '.join(having)} alone, found --method={method}")
+            methods = [other for other in METHODS if name in default_settings(other)]
+            raise BadInput(f"--{name} is for --method={' or '.join(methods)} alone, found --method={method}")
     trained = {}
     if method == "ar":
         trained["first_token"] = hugging_face.first_token(checkpoint)
@@ -130,7 +130,11 @@ def asked_settings(checkpoint: str, method: str, given: Mapping[str, Any]) -> di
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/refusion_jax."""
+    """Keeps compiled programs between runs.
+
+    They are stored in JAX_COMPILATION_CACHE_DIR if that is set, otherwise in XDG_CACHE_HOME/refusion_jax or
+    ~/.cache/refusion_jax.
+    """
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "refusion_jax"))

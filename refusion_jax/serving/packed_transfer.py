@@ -1,6 +1,6 @@
-"""Small arrays as one, to cross between host and device at once.
+"""Packs small arrays into one, to move them between host and device in one transfer.
 
-However small an array is, to bring it over takes tens of microseconds, and a request has a dozen.
+A transfer takes tens of microseconds however small the array is, and a request has a dozen arrays.
 """
 
 import math
@@ -13,11 +13,11 @@ from flax import struct
 
 
 class Packed(struct.PyTreeNode):
-    """A tree of arrays, of NumPy or all on the device.
+    """A tree of arrays packed into one array; either all NumPy arrays or all device arrays.
 
     Attributes:
-      words: int32 [N], the bits of all entries, one after the other; of bool 0 and 1.
-      layout: the tree's structure, and the shape and dtype of each of its arrays.
+      words: int32 [N], the bits of all entries in order; a bool entry takes one word, 0 or 1.
+      layout: the tree structure, and the shape and dtype of each of its arrays.
     """
 
     words: np.ndarray | jax.Array
@@ -25,7 +25,7 @@ class Packed(struct.PyTreeNode):
 
     @classmethod
     def pack(cls, tree: Any) -> "Packed":
-        """From arrays whose entries are bool or take 32 bits."""
+        """Packs a tree of arrays whose dtypes are bool or 32 bits wide."""
         leaves, structure = jax.tree.flatten(tree)
         concatenate = jnp.concatenate if isinstance(leaves[0], jax.Array) else np.concatenate
         words = [leaf.astype(np.int32) if leaf.dtype.kind == "b" else leaf.view(np.int32) for leaf in leaves]
@@ -33,7 +33,7 @@ class Packed(struct.PyTreeNode):
         return cls(concatenate([part.reshape(-1) for part in words]), layout)
 
     def unpack(self) -> Any:
-        """The arrays again."""
+        """The tree of arrays that was packed."""
         structure, arrays = self.layout
         leaves, start = [], 0
         for shape, dtype in arrays:

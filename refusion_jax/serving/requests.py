@@ -1,7 +1,7 @@
-"""Requests of users as JSON objects, checked and encoded.
+"""User requests: from JSON objects to checked requests with token ids.
 
-A request has `id`, one of `prompt`, `messages` and `prompt_ids`, and settings that override the defaults.
-Settings of another method are ignored, so one file serves all methods.
+A JSON request has an `id`, one of `prompt`, `messages` and `prompt_ids`, and optional settings that override
+the defaults. Settings of other methods are ignored, so that one file serves all methods.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ PROMPTS = ("prompt", "messages", "prompt_ids")
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What a request may leave out.
+    """The method, and the default settings of requests.
 
     Attributes:
       method: one of METHODS, the same for all requests.
-      settings: of the method.
+      settings: the settings of the method.
       raw: feed a text prompt as it is, without the chat template.
       template: options of the chat template, such as `enable_thinking`.
-      stop: the text of an answer ends before the first of these.
-      ahead: as in `decode.batch.Shape`; None chooses by the device.
+      stop: texts that end an answer; its text is cut before the first of them.
+      ahead: as in `decode.batch.Shape`; None chooses by batch size and device.
     """
 
     method: str
@@ -40,7 +40,14 @@ class Defaults:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A request that can be served: its id, prompt tokens and settings, and whether to trace it."""
+    """A checked request.
+
+    Attributes:
+      id: text or an integer, repeated in the result.
+      prompt: token ids.
+      config: the settings of the method.
+      trace: whether the result has a trace.
+    """
 
     id: Any
     prompt: Sequence[int]
@@ -49,10 +56,14 @@ class Request:
 
 
 def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -> Request:
-    """A request from its JSON object.
+    """The request in a JSON object.
+
+    Args:
+      raw: a parsed JSON value.
+      vocab_size: of the model; prompt ids must be below it.
 
     Raises:
-      BadInput: naming the field that is missing, unknown or wrong.
+      BadInput: a field is missing, unknown or wrong; the message names it.
     """
     if not isinstance(raw, dict):
         raise BadInput(f"a request must be a JSON object, found {type(raw).__name__}")
@@ -71,7 +82,7 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     known, asked = default_settings(defaults.method), {**defaults.settings, **own}
     settings = {key: value for key, value in asked.items() if key in known}
     feeds_mask = defaults.method != "ar" or settings.get("first_token") == "mask"
-    # Where no mask is ever read any token serves as the one that is fed.
+    # AR with first_token "next" never reads the logits of the mask token it feeds, so EOS can replace it.
     mask_id = tokenizer.need_mask() if feeds_mask or tokenizer.mask_id is not None else tokenizer.eos_id
     config = METHODS[defaults.method](mask_id=mask_id, eos_id=tokenizer.eos_id, **settings)
     prompt = _encode(given[0], raw[given[0]], defaults, tokenizer)
@@ -81,7 +92,7 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value can name a request."""
+    """Whether a value can be the id of a request: text or an integer."""
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Answers as JSON objects, with traces; written one a line to a file or to stdout."""
+"""Results as JSON objects with optional traces, written one per line to a file or to stdout."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,12 @@ from refusion_jax.tokenizer import Tokenizer
 
 
 def result(request: Request, samples: Samples, tokenizer: Tokenizer, stop: Sequence[str]) -> dict[str, Any]:
-    """The JSON object that answers a request, from its row of the samples."""
+    """The JSON object of a request's result.
+
+    Args:
+      samples: the request's row, without batch axis.
+      stop: texts that end an answer; `text` is cut before the first of them, `ids` is not.
+    """
     num_raw, num_ids = int(samples.num_raw), int(samples.num_ids)
     raw_ids = samples.raw_ids[:num_raw].tolist()
     text = tokenizer.decode(raw_ids[:num_ids])
@@ -41,11 +46,11 @@ def result(request: Request, samples: Samples, tokenizer: Tokenizer, stop: Seque
 
 
 def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
-    """A request's plans as JSON; positions count from the start of the prompt.
+    """The plans of a request as JSON; empty for a method without plans.
 
-    `start` is that of the block; `confidences` are of the slots in the pool, by the position of their first
-    token; `accepted` says of each slot planned how many of its tokens were accepted when verified, and after
-    each refill. Other methods have no plans.
+    Positions count from the start of the prompt. `start` is the position of the block. `confidences` has the
+    score of each undecoded slot, by the position of its first token. `accepted` lists for each planned slot
+    the number of tokens accepted by the joint verification and after each refill.
     """
     if samples.trace is None:
         return []
@@ -72,7 +77,10 @@ def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
 
 
 def write_results(results: Iterable[dict[str, Any]], output: str | None) -> None:
-    """Writes results as JSON lines, to a file that takes its name when it is whole, or to stdout."""
+    """Writes results as JSON lines to stdout, or to a file.
+
+    The file is written as `output`.partial and renamed when it is complete.
+    """
     if output is None:
         for answer in results:
             print(to_json(answer), flush=True)
@@ -84,7 +92,7 @@ def write_results(results: Iterable[dict[str, Any]], output: str | None) -> None
 
 
 def to_json(answer: dict[str, Any]) -> str:
-    """One line of JSON; an id that is no valid Unicode stays escaped."""
+    """A result as one line of JSON; non-ASCII characters are escaped only if the id is not valid Unicode."""
     line = json.dumps(answer, ensure_ascii=False)
     try:
         line.encode()
@@ -94,7 +102,7 @@ def to_json(answer: dict[str, Any]) -> str:
 
 
 def check_output(flag: str, path: str | None) -> None:
-    """Raises BadInput where a file cannot be written, before any work is done for it."""
+    """Raises BadInput if a file at `path` cannot be written; called before any work is done for it."""
     if path is None:
         return
     if Path(path).is_dir():

@@ -1,4 +1,4 @@
-"""Scores of a model on tasks: exact match on held-out problems, and what decoding cost."""
+"""Scores of a model on tasks: accuracy on held-out problems, and the cost of decoding."""
 
 import dataclasses
 import itertools
@@ -13,23 +13,23 @@ from refusion_jax.serving import engine
 from refusion_jax.serving.opened import Opened
 from refusion_jax.serving.requests import Request, parse
 
-Z = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
+Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations of its mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a method made of a task. Useful tokens are those of an answer and the EOS after it.
+    """The score of a method on a task. Useful tokens are those of an answer and the EOS after it.
 
     Attributes:
-      accuracy: share of the problems answered exactly.
-      interval: the accuracies that this one is compatible with at 95 % (Wilson's interval).
-      tokens_per_forward: all committed tokens over all forward passes, a pass counted once for each row.
-      seconds: to decode them all, compiling excluded.
-      response_tokens: useful tokens of an answer, the mean.
-      tokens_per_second: useful tokens of all answers.
-      latency: seconds that a problem stays in its row, were no row ever idle.
-      compile_seconds: to compile for all tasks scored together.
-      answers: results as `sample` writes them, with task, query, expected and correct.
+      accuracy: the fraction of problems that the task judges correct, from 0 to 1.
+      interval: the 95 % interval of the accuracy (Wilson's).
+      tokens_per_forward: committed tokens of all answers per forward pass; a pass counts once per row in it.
+      seconds: to decode all problems, without compilation.
+      response_tokens: mean useful tokens per answer.
+      tokens_per_second: useful tokens of all answers per second.
+      latency: mean seconds that a problem spends in its row, assuming that no row is ever idle.
+      compile_seconds: to compile, for all tasks scored together.
+      answers: results as `sample` writes them, with `task`, `query`, `expected` and `correct` added.
     """
 
     accuracy: float
@@ -43,19 +43,19 @@ class Score:
     answers: list[dict[str, Any]]
 
     def figures(self) -> dict[str, float]:
-        """What is compared, rounded for print."""
+        """The main figures, rounded to 4 places."""
         names = ("accuracy", "tokens_per_forward", "seconds")
         return {name: round(getattr(self, name), 4) for name in names}
 
     def all_figures(self) -> dict[str, Any]:
-        """What results.json holds of a task."""
+        """All figures of a task in results.json, rounded to 4 places."""
         more = ("response_tokens", "tokens_per_second", "latency", "compile_seconds")
         interval = {"interval": [round(end, 4) for end in self.interval]}
         return self.figures() | interval | {name: round(getattr(self, name), 4) for name in more}
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The ends of Wilson's 95 % interval for a share of `count` trials."""
+    """Wilson's 95 % interval (lower end, upper end) for the fraction `share` of `count` trials."""
     centre = share + Z**2 / (2 * count)
     half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     lower, upper = ((centre + sign * half) / (1 + Z**2 / count) for sign in (-1, 1))
@@ -70,15 +70,18 @@ def score(
     batch_size: int,
     trace: bool = False,
 ) -> list[Score]:
-    """Decodes the first `limit` problems of a split of every task; one compilation serves them all.
+    """Decodes and judges the first `limit` problems of every task. All tasks share one compilation.
 
     Args:
-      opened: the model and how it decodes.
-      tasks: what to solve and the judges of it.
+      opened: the model and its default settings.
+      tasks: tasks with a verifier.
       split: "train", "validation" or "test".
-      limit: how many problems.
-      batch_size: decoded together.
-      trace: whether the answers carry their traces.
+      limit: problems per task.
+      batch_size: problems decoded together.
+      trace: whether the answers carry traces.
+
+    Returns:
+      one Score per task.
     """
     model, params, tokenizer, defaults, _ = opened
 
@@ -104,7 +107,7 @@ def score(
 
 
 def judge(task: Task, examples: Sequence[Example], answers: Sequence[dict[str, Any]]) -> None:
-    """Adds to answers what was asked, what was expected and whether they are right."""
+    """Adds `task`, `query`, `expected` and `correct` to each answer, in place."""
     verdicts = task.check_all([(e.query, a["text"]) for e, a in zip(examples, answers, strict=True)])
     for answer, example, correct in zip(answers, examples, verdicts, strict=True):
         answer |= {"query": example.query, "expected": example.response, "correct": correct}
@@ -112,12 +115,12 @@ def judge(task: Task, examples: Sequence[Example], answers: Sequence[dict[str, A
 
 
 def useful_tokens(answer: Mapping[str, Any]) -> int:
-    """Of a result as `sample` writes it: those of the answer and the EOS after it."""
-    return min(len(answer["ids"]) + 1, answer["num_tokens"])  # raw_ids go on where ids end at an EOS
+    """The useful tokens of a result as `sample` writes it: those of the answer and the EOS after it."""
+    return min(len(answer["ids"]) + 1, answer["num_tokens"])  # raw_ids may go on after an EOS
 
 
 def summary(answers: list[dict[str, Any]], seconds: float, compile_seconds: float, batch_size: int) -> Score:
-    """The figures of answers that were judged, decoded `batch_size` at a time."""
+    """The Score of judged answers that were decoded `batch_size` at a time in `seconds`."""
     count = len(answers)
     forwards = sum(answer["num_forwards"] for answer in answers)
     useful = sum(map(useful_tokens, answers))

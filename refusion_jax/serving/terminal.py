@@ -1,4 +1,4 @@
-"""Shows a decode on a terminal while it happens: slots appear in place, in the order they are committed."""
+"""Shows a decode on a terminal while it runs: slots appear in place, in the order they are committed."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from refusion_jax.decode.loop import DecodeState
 from refusion_jax.serving.requests import Request
 from refusion_jax.tokenizer import Tokenizer
 
-MISSING = "·"  # one for each token that is not there yet
+MISSING = "·"  # shown for each token that is not committed yet
 FRESH = "bold green"
 
 
@@ -21,16 +21,16 @@ FRESH = "bold green"
 def live_view(
     console: Console, tokenizer: Tokenizer, request: Request
 ) -> Iterator[Callable[[DecodeState], None]]:
-    """A `watch` for `engine.serve` that shows the one request being decoded, in row 0.
+    """A `watch` function for `engine.serve` that shows the request in row 0.
 
-    The view is wiped at the end; the caller prints the finished text.
+    The view is cleared at the end; the caller prints the finished text.
     """
     start, stop = len(request.prompt), len(request.prompt) + request.config.response_len
     seen = np.zeros(request.config.response_len, bool)
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def watch(state: DecodeState) -> None:
-            # Whole arrays are fetched: slicing them on the device would compile programs of its own.
+            # Fetches whole arrays, because slicing them on the device would compile further programs.
             filled = np.asarray(state.cache.filled)[0, start:stop]
             if (filled & ~seen).any():
                 tokens = np.asarray(state.tokens)[0, start:stop]
@@ -42,19 +42,19 @@ def live_view(
 
 
 def picture(tokenizer: Tokenizer, tokens: np.ndarray, filled: np.ndarray, new: np.ndarray) -> Text:
-    """The text of committed tokens, the newest highlighted, with dots where tokens are missing.
+    """The text of the committed tokens, the newest highlighted, with a dot per missing token.
 
     Args:
       tokens: int32 [T].
-      filled: bool [T], which of them are committed.
-      new: bool [T], which were not there in the picture before.
+      filled: bool [T], the tokens that are committed.
+      new: bool [T], the tokens that were not committed in the previous picture.
     """
     text = Text()
-    kinds: Sequence[tuple[bool, bool]] = list(zip(filled.tolist(), new.tolist(), strict=True))
+    flags: Sequence[tuple[bool, bool]] = list(zip(filled.tolist(), new.tolist(), strict=True))
     place = 0
-    for (there, fresh), run in groupby(kinds):
+    for (is_filled, is_new), run in groupby(flags):
         length = len(list(run))
-        piece = tokenizer.decode(tokens[place : place + length].tolist()) if there else MISSING * length
-        text.append(piece, style=FRESH if there and fresh else "dim" if not there else "")
+        piece = tokenizer.decode(tokens[place : place + length].tolist()) if is_filled else MISSING * length
+        text.append(piece, style=FRESH if is_filled and is_new else "dim" if not is_filled else "")
         place += length
     return text

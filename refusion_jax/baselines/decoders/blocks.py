@@ -131,7 +131,7 @@ class BlockState(struct.PyTreeNode):
 
 
 def surest(masked: Array, confidence: Array, count: Array, threshold: Array) -> Array:
-    """The tokens of one row's block that a pass commits: the `count` most confident, and all above a threshold.
+    """The tokens of one row's block that a pass commits: the `count` most confident, and all above threshold.
 
     Args:
       masked: bool [T], the tokens to choose from.
