@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "converts a checkpoint between Hugging Face, Orbax and GGUF layouts",
     "aot": "compiles a training step or the decoder for TPUs that are not attached",
     "bench": "times training steps or decoding on this machine",
+    "demo": "decodes held-out problems with the model of `make demo`",
 }
 
 
