@@ -62,7 +62,7 @@ def open_atomically(path: str | Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, content: str) -> None:
-    """Writes a file of text as `open_atomically` does."""
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Writes a whole file, text as UTF-8, with the guarantees of `open_atomically`."""
     with open_atomically(path) as file:
-        file.write(content.encode())
+        file.write(content.encode() if isinstance(content, str) else content)

@@ -52,7 +52,7 @@ def load(
         raise BadInput(
             f"{folder}: mask_token_id must be below vocab_size {config.vocab_size}, found {tokenizer.mask_id}"
         )
-    params = stored_params(folder, config)
+    params = lazy_params(folder, config)
     computed = np.dtype(dtype or params["embedding"].dtype)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     model = decoding_model(config, computed, platform, int8)
@@ -92,11 +92,11 @@ def load_params(folder: str | Path, config: ModelConfig, abstract: Any) -> dict[
     Raises:
       BadInput: something in the folder is missing or broken.
     """
-    params = stored_params(folder, config)
+    params = lazy_params(folder, config)
     return lazy.load_to_devices(lazy.stack(params) if "layers" in abstract else params, abstract)
 
 
-def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
+def lazy_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     """The unrolled model's parameters in a model folder, yet to be read: nested dict of LazyArray.
 
     Raises:
