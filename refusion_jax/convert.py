@@ -8,6 +8,7 @@ One tensor at a time: a model needs no more memory than a few of its largest. DS
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -26,12 +27,12 @@ from refusion_jax.checkpoints.gguf_weights import read_gguf
 from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
 from refusion_jax.files import read_json
-from refusion_jax.loader import stored_params
+from refusion_jax.loader import lazy_params
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
 from refusion_jax.weights.new_tokens import add_rows
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = tuple(dtype.name for dtype in safetensors_io.DTYPES.values())
 SHARD_BYTES = 5 * 10**9  # of one safetensors file, as `transformers` cuts them
 CARRIED = ("generation_config.json",)  # copied as they are
 NEW_TOKENS = {"bos": "<|beginoftext|>", "mask": "<|mask|>"}  # as the authors write them, in their order
@@ -76,7 +77,7 @@ def open_model(path: Path) -> Model:
     fields = read_json(path / "config.json")
     config = hf.parse_config(fields, path / "config.json")
     layout = "orbax" if (path / checkpoint.FOLDER).is_dir() else "hf"
-    return Model(layout, config, fields, stored_params(path, config), load_tokenizer(path))
+    return Model(layout, config, fields, lazy_params(path, config), load_tokenizer(path))
 
 
 def add_tokens(model: Model, asked: Mapping[str, int | None]) -> Model:
@@ -101,7 +102,8 @@ def add_tokens(model: Model, asked: Mapping[str, int | None]) -> Model:
             raise BadInput(f"--add_tokens={role}:{index}: must be at most {highest}")
         extended = extended.with_token(role, NEW_TOKENS[role], index)
     ids = {role: extended.special.roles()[role] for role in asked}
-    config, params = add_rows(model.config, model.params, ids.values(), num_known)
+    params = add_rows(model.params, ids.values(), num_known)
+    config = dataclasses.replace(model.config, vocab_size=params["embedding"].shape[0])
     fields = dict(model.fields) | {f"{role}_token_id": index for role, index in ids.items()}
     if "mask" in ids:
         fields.setdefault("objective", "ar")  # a mask token alone makes no diffusion model of it

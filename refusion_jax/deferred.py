@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used (PEP 562)."""
+"""Lazy public names of a package: imported when they are first used (PEP 562)."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -6,11 +6,12 @@ from typing import Any
 
 
 def deferred(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose public names live in modules that are slow to import.
+    """The `__getattr__` of a package whose public names are defined in modules that are slow to import.
 
     Args:
       package: `__name__` of the package.
-      modules: public name -> full name of the module that defines it, or of the module itself.
+      modules: public name -> full name of the module that defines it, or, if the name is a module, its own
+        full name.
     """
 
     def getattr_(name: str) -> Any:

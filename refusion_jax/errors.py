@@ -1,4 +1,4 @@
-"""Mistakes of the user: one exception for them, and one place that turns it into an exit code."""
+"""The exception for bad user input, and its translation into a message on stderr and an exit code."""
 
 import functools
 import sys
@@ -9,15 +9,15 @@ from collections.abc import Callable
 class BadInput(ValueError):
     """Input that cannot be used as given.
 
-    The message is one line that names the flag, field or `file:line`, the value found and what would
-    be right. Commands print it on stderr and exit with 2; library callers catch it as a ValueError.
+    The message is one line that names the flag, field or `file:line`, the value found and what was expected.
+    Commands print it on stderr and exit with 2; library callers can catch it as a ValueError.
     """
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wraps a command's `main` so that `BadInput` becomes one line on stderr and exit code 2.
 
-    Everything else keeps its traceback and exits with 1: it is our mistake, not the user's.
+    Any other exception is a bug: it keeps its traceback and exits with 1.
     """
 
     @functools.wraps(main)
@@ -31,11 +31,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def report(error: Exception, who: str = "") -> int:
-    """Says on stderr what went wrong and returns the exit code for it.
+    """Prints an error on stderr and returns its exit code: 2 for BadInput, else 1.
 
     Args:
-      error: BadInput makes one line; anything else its traceback.
-      who: in front of the line, the process in a run of several.
+      error: BadInput is printed as one line, any other exception with its traceback.
+      who: prefix that names the process, for runs of several processes.
     """
     if isinstance(error, BadInput):
         print(f"error: {who}{error}".replace("\n", " "), file=sys.stderr, flush=True)

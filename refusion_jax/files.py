@@ -1,4 +1,4 @@
-"""Files read with errors that name them, and written so that none is ever half there."""
+"""Small files: read with errors that name the file, written whole or not at all."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ SMALL = Path(__file__).with_name("small")
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises BadInput when there is no such file, or none in UTF-8."""
+    """The text of a file. Raises BadInput if the file is missing or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -24,7 +24,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object that `text` is; `path` is for messages. Raises BadInput when it is none."""
+    """Parses a JSON object; `path` is named in messages. Raises BadInput if `text` is not a JSON object."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -35,20 +35,21 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises BadInput when there is no such file, or it holds none."""
+    """The JSON object in a file. Raises BadInput if the file is missing or holds anything else."""
     return parse_json(read_text(path), path)
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    """The same, empty when there is no such file."""
+    """`read_json`, or an empty object if there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 
 @contextlib.contextmanager
 def open_atomically(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name at the end of the block, when it is whole and on the disk.
+    """Opens a new file for writing that replaces `path` at the end of the block.
 
-    If the block fails, an old file of that name stays as it was, and nothing is left of the new one.
+    The data goes to a temporary file in the same folder, which is synced to disk and then renamed to `path`.
+    If the block raises, the temporary file is removed and an existing file at `path` stays unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -62,7 +63,7 @@ def open_atomically(path: str | Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, content: str) -> None:
-    """Writes a file of text as `open_atomically` does."""
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Writes a whole file, text as UTF-8, with the guarantees of `open_atomically`."""
     with open_atomically(path) as file:
-        file.write(content.encode())
+        file.write(content.encode() if isinstance(content, str) else content)

@@ -1,4 +1,4 @@
-"""One way to open a model folder, whichever layout it has."""
+"""Opens a model folder, in Hugging Face's layout or in ours, for decoding or for training."""
 
 import contextlib
 from pathlib import Path
@@ -26,22 +26,22 @@ def load(
     dtype: Any = None,
     int8: bool = False,
 ) -> tuple[Transformer, dict[str, Any], Tokenizer]:
-    """A model ready for decoding.
+    """Loads a model for decoding.
 
     Args:
-      folder: a Hugging Face model folder (config.json, safetensors), or one that training or
-        conversion wrote (config.json, checkpoints/STEP); both carry their tokenizer. Without it, the
-        small model that comes with the package.
-      mesh: devices to spread the parameters over, each process reading what its own hold; None is the
-        default device.
-      dtype: of parameters and computation; None keeps what is stored.
-      int8: the layers' matrices and the head are quantised as they are read, see `quantized`.
+      folder: a Hugging Face model folder (config.json, safetensors) or a folder written by training or
+        conversion (config.json, checkpoints/STEP); both contain their tokenizer. The default is the small
+        model that comes with the package.
+      mesh: devices over which the parameters are sharded; each process reads only the shards of its own
+        devices. None loads onto the default device.
+      dtype: dtype of parameters and computation; None keeps the stored dtype.
+      int8: quantise the matrices of the layers and the head while reading them, see `weights.quantized`.
 
     Returns:
-      the unrolled model as it decodes fastest on its devices, its parameters, and the tokenizer.
+      the unrolled model, configured for the fastest decoding on its devices; its parameters; its tokenizer.
 
     Raises:
-      BadInput: the folder is no such folder, or something in it is missing or broken.
+      BadInput: `folder` is not a model folder, or a file in it is missing or broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -52,7 +52,7 @@ def load(
         raise BadInput(
             f"{folder}: mask_token_id must be below vocab_size {config.vocab_size}, found {tokenizer.mask_id}"
         )
-    params = stored_params(folder, config)
+    params = lazy_params(folder, config)
     computed = np.dtype(dtype or params["embedding"].dtype)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     model = decoding_model(config, computed, platform, int8)
@@ -69,38 +69,38 @@ def load(
 
 
 def decoding_model(config: ModelConfig, dtype: Any, platform: str, int8: bool = False) -> Transformer:
-    """The model of that shape as it decodes fastest on "gpu", "tpu" or "cpu"."""
+    """The Transformer with the options that decode fastest on `platform`: "gpu", "tpu" or "cpu"."""
     kernel = fitting_decode_kernel(platform, dtype, config.head_dim)
-    # The TPU compiler would lay joined matrices out anew before a loop, and hold them twice.
+    # The TPU compiler copies fused matrices into another layout before a loop and so holds them twice.
     tpu = platform == "tpu"
     return Transformer(config, dtype, dtype, kernel=kernel, fused=not tpu, int8=int8, cache_by_layer=tpu)
 
 
 def decoding_scope(model: Transformer, mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
-    """Within it `model`, with parameters loaded to `mesh`, decodes on all its devices."""
+    """A context in which `model`, with parameters loaded to `mesh`, decodes on all devices of `mesh`."""
     return contextlib.nullcontext() if mesh is None else sharding.layout(boxed_params(model), mesh).scope()
 
 
 def load_params(folder: str | Path, config: ModelConfig, abstract: Any) -> dict[str, Any]:
-    """The parameters of a model folder as `abstract` wants them.
+    """Loads the parameters of a model folder in the structure, dtypes and shardings of `abstract`.
 
     Args:
-      folder: as `load` takes it.
-      config: the model's shape, as in the folder.
-      abstract: ShapeDtypeStructs of the unrolled or the scanned model, with dtypes and shardings.
+      folder: model folder, as for `load`.
+      config: shape of the model, equal to the folder's.
+      abstract: ShapeDtypeStructs of the unrolled or the scanned model, with shardings.
 
     Raises:
-      BadInput: something in the folder is missing or broken.
+      BadInput: a file in the folder is missing or broken.
     """
-    params = stored_params(folder, config)
+    params = lazy_params(folder, config)
     return lazy.load_to_devices(lazy.stack(params) if "layers" in abstract else params, abstract)
 
 
-def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
-    """The unrolled model's parameters in a model folder, yet to be read: nested dict of LazyArray.
+def lazy_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
+    """The parameters of the unrolled model in a model folder: nested dict of LazyArray, nothing read yet.
 
     Raises:
-      BadInput: something in the folder is missing or broken, or of another shape than `config`.
+      BadInput: a file in the folder is missing or broken, or an array has another shape than `config` gives.
     """
     folder = Path(folder)
     if not (folder / checkpoint.FOLDER).is_dir():
@@ -111,7 +111,7 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def boxed_params(model: Transformer) -> Any:
-    """Abstract parameters in Linen's partitioning boxes."""
+    """Abstract parameters of `model` in Linen's partitioning boxes, which name the logical axes."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    init = model.clone(kernel="dense").init  # which has the same parameters and is soon traced
+    init = model.clone(kernel="dense").init  # same parameters, faster to trace
     return jax.eval_shape(init, jax.random.key(0), tokens, tokens)["params"]

@@ -15,6 +15,8 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
         file.flush()
         assert path.read_text() == "old ü"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["figures.json"]
+    write_atomically(path, b"\xff\n")
+    assert path.read_bytes() == b"\xff\n" and os.listdir(tmp_path) == ["figures.json"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

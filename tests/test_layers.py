@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "baselines.objectives": {"diffusion"},
     "baselines.decoders": {"decode", "model"},
     # files of models
-    "weights": {"model"},
+    "weights": set(),
     "checkpoints": {"model", "weights"},
     "tokenizer": set(),
     "loader": {"checkpoints", "model", "sharding", "tokenizer", "weights"},

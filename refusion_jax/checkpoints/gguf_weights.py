@@ -80,7 +80,7 @@ def read_gguf(file: GGUFFile) -> tuple[dict[str, Any], dict[str, LazyArray]]:
         name = _name(path, tensor.name)
         part = name.split(".")[-2]
         rows = _half_split_rows(heads[part], config["head_dim"]) if part in heads else None
-        tensors[name] = _stored(path, tensor, shapes[tensor.name], rows)
+        tensors[name] = _lazy_array(path, tensor, shapes[tensor.name], rows)
     return config, tensors
 
 
@@ -154,7 +154,7 @@ def _half_split_rows(heads: int, head_dim: int) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def _stored(path: Path, tensor: Any, shape: tuple[int, ...], rows: np.ndarray | None) -> LazyArray:
+def _lazy_array(path: Path, tensor: Any, shape: tuple[int, ...], rows: np.ndarray | None) -> LazyArray:
     """One tensor, dequantised as it is read; `rows` says where each of its rows stands in the file."""
     from gguf import quants
 

@@ -145,7 +145,7 @@ def saved_params(folder: str | Path) -> dict[str, Any]:
       BadInput: DIR holds no checkpoint, or a damaged one; reading an array raises it too.
     """
     path = _newest(folder) / "params"
-    return jax.tree.map(lambda leaf: _stored(path, leaf), _metadata(path))
+    return jax.tree.map(lambda leaf: _lazy_array(path, leaf), _metadata(path))
 
 
 def write_params(folder: str | Path, params: Any) -> None:
@@ -163,13 +163,13 @@ def write_params(folder: str | Path, params: Any) -> None:
     item = ocp.args.PyTreeSave(params, save_args=chunks)
     path = Path(folder).resolve() / FOLDER
     with _orbax_silent():
-        registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _StoredHandler()))
+        registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler()))
         handlers = {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
         with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
             manager.save(0, args=ocp.args.Composite(params=item))
 
 
-class _StoredHandler(ocp.type_handlers.NumpyHandler):
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
     """How Orbax saves arrays that are on disk already: as numpy arrays, but a few at a time."""
 
     def __init__(self):
@@ -234,7 +234,7 @@ def _layer_by_layer(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def _stored(path: Path, leaf: Any) -> LazyArray:
+def _lazy_array(path: Path, leaf: Any) -> LazyArray:
     """One array of a checkpoint, of its description."""
     # What Orbax writes unless told otherwise: a Zarr array in an OCDBT database.
     spec = {

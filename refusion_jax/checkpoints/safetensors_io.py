@@ -76,7 +76,7 @@ def read_file(path: Path) -> dict[str, LazyArray]:
     if end != size:
         raise BadInput(f"{path}: cut short or damaged: its tensors end at byte {end:,}, the file at {size:,}")
     return {
-        name: _stored(path, name, dtype, shape, start + begin)
+        name: _lazy_array(path, name, dtype, shape, start + begin)
         for name, (dtype, shape, begin, _) in places.items()
     }
 
@@ -126,7 +126,7 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _stored(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyArray:
+def _lazy_array(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyArray:
     def read(index: Index) -> np.ndarray:
         if 0 in shape:  # nothing to map
             return np.empty(shape, dtype)[index]

@@ -1,6 +1,7 @@
 """Tokenizers that run as a pipeline of the `tokenizers` library."""
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ class HuggingFaceTokenizer(TemplatedTokenizer):
     def _save_vocabulary(self, folder: Path) -> None:
         write_atomically(folder / FILE, self._backend.to_str(pretty=True))
         if self._is_qwen:
-            self._backend.model.save(str(folder))  # vocab.json and merges.txt: the authors load those
+            # vocab.json and merges.txt too: the authors' code loads them.
+            with tempfile.TemporaryDirectory() as temporary:
+                for path in map(Path, self._backend.model.save(temporary)):
+                    write_atomically(folder / path.name, path.read_bytes())
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:

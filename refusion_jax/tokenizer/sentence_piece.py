@@ -12,6 +12,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken
 
 from refusion_jax.errors import BadInput
+from refusion_jax.files import write_atomically
 from refusion_jax.tokenizer.base import TemplatedTokenizer
 from refusion_jax.tokenizer.settings import (
     SENTENCE_PIECE,
@@ -114,7 +115,7 @@ class SentencePieceTokenizer(TemplatedTokenizer):
         }
 
     def _save_vocabulary(self, folder: Path) -> None:
-        (folder / SENTENCE_PIECE).write_bytes(self._model.SerializeToString())
+        write_atomically(folder / SENTENCE_PIECE, self._model.SerializeToString())
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> SentencePieceTokenizer:

@@ -12,31 +12,32 @@ from typing import Any
 
 import numpy as np
 
-from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
 BLOCK = 4096  # rows read at once for the mean
 
 
-def add_rows(
-    config: ModelConfig, params: Mapping[str, Any], ids: Collection[int], num_known: int
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model with rows for new tokens.
+def add_rows(params: Mapping[str, Any], ids: Collection[int], num_known: int) -> dict[str, Any]:
+    """Parameters with rows for new tokens in the embedding [V, D] and, if untied, columns in the head [D, V].
+
+    V becomes the highest new id + 1 where that is larger.
 
     Args:
-      config: its shape.
-      params: of the unrolled model, nested dict of LazyArray.
-      ids: of the new tokens.
-      num_known: ids before it have tokens, whose rows are averaged.
+      params: unrolled model, nested dict of LazyArray.
+      ids: ids of the new tokens.
+      num_known: number of known tokens; the mean is taken over the rows with ids below it.
 
     Returns:
-      its new shape and parameters; the old embedding and head were read once, in blocks.
+      the new parameters, LazyArray too. The old embedding and head are read once, in blocks, for the means.
     """
-    size = max(config.vocab_size, max(ids) + 1)
-    changed = {"embedding": _with_means(params["embedding"], 0, size, ids, num_known)}
-    if not config.tie_embeddings:
-        changed["head"] = _with_means(params["head"], 1, size, ids, num_known)
-    return dataclasses.replace(config, vocab_size=size), {**params, **changed}
+    size = max(params["embedding"].shape[0], max(ids) + 1)
+    axes = {"embedding": 0, "head": 1}  # a tied model has no head
+    changed = {
+        name: _with_means(params[name], axis, size, ids, num_known)
+        for name, axis in axes.items()
+        if name in params
+    }
+    return {**params, **changed}
 
 
 def _with_means(table: LazyArray, axis: int, size: int, ids: Collection[int], num_known: int) -> LazyArray:

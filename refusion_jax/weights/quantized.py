@@ -36,7 +36,7 @@ def quantize(params: Mapping[str, Any], rest: Any = None) -> dict[str, Any]:
         if isinstance(leaf, Mapping):
             found[name] = quantize(leaf, rest)
         elif name in MATRICES:
-            split = _of_stored if isinstance(leaf, LazyArray) else _of_array
+            split = _of_lazy if isinstance(leaf, LazyArray) else _of_array
             found[name], found[f"{name}_scale"] = split(leaf, MATRICES[name])
         else:
             found[name] = leaf if rest is None else leaf.astype(rest)
@@ -49,7 +49,7 @@ def _of_array(matrix: Any, num_in: int) -> tuple[jax.Array, jax.Array]:
     return jnp.round(matrix / _expanded(scale, num_in)).astype(jnp.int8), scale
 
 
-def _of_stored(matrix: LazyArray, num_in: int) -> tuple[LazyArray, LazyArray]:
+def _of_lazy(matrix: LazyArray, num_in: int) -> tuple[LazyArray, LazyArray]:
     """As they are read, of no more outputs than are asked for."""
     num_out = len(matrix.shape) - num_in
     turned = matrix.transpose((*range(num_in, len(matrix.shape)), *range(num_in)))
