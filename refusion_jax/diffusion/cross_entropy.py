@@ -44,13 +44,13 @@ def _forward(states: Array, head: Array, targets: Array, weights: Array, num_chu
     length = states.shape[1] // num_chunks
     num_live = -(-jnp.max(jnp.sum(weighted, axis=1)) // length)
 
-    def take(x: Array, places: Array) -> Array:
-        return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
+    def take(x: Array, indices: Array) -> Array:
+        return jnp.take_along_axis(x, indices.reshape(*indices.shape, *(1,) * (x.ndim - 2)), axis=1)
 
     def chunk(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         ce, d_states, d_head = sums
-        places = jax.lax.dynamic_slice_in_dim(order, i * length, length, axis=1)
-        part = _chunk(*(take(x, places) if x is not head else x for x in (states, head, targets, weights)))
+        indices = jax.lax.dynamic_slice_in_dim(order, i * length, length, axis=1)
+        part = _chunk(*(take(x, indices) if x is not head else x for x in (states, head, targets, weights)))
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * length, axis=1)
         return put(ce, part[0]), put(d_states, part[1]), d_head + part[2]
 
