@@ -168,7 +168,7 @@ def _answers(decoder: Decoder, state: State, eos_id: jax.Array, shape: Shape) ->
 
 
 def warm_up(model, params, tokenizer: Tokenizer, like: Request, shape: Shape) -> None:
-    """Compiles all programs that decoding at `shape` runs, by decoding one token for a request like `like`."""
+    """Compiles all programs that decoding at `shape` runs: decodes one token for a request like `like`."""
     least = {"gen_length": 1, "slot_size": 1, "num_blocks": 1, "block_len": 1}
     fields = {field.name for field in dataclasses.fields(like.config)}
     config = dataclasses.replace(like.config, **{k: v for k, v in least.items() if k in fields})
