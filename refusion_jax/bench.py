@@ -23,7 +23,7 @@ from refusion_jax.decode.replay import read_courses
 from refusion_jax.errors import BadInput, command
 from refusion_jax.files import write_atomically
 from refusion_jax.loader import decoding_scope, load
-from refusion_jax.serving.flags import DTYPES, add_setting_flags, given_settings
+from refusion_jax.serving.flags import add_setting_flags, given_settings
 from refusion_jax.serving.methods import METHODS, Config, default_settings
 from refusion_jax.serving.opened import use_compilation_cache
 from refusion_jax.serving.results import check_output
@@ -114,7 +114,7 @@ def add_decode(commands) -> None:
     add("--repeats", **whole, default=5, help="timed runs (default %(default)s)")
     add(
         "--dtype",
-        choices=DTYPES,
+        choices=config.DTYPES,
         default="bfloat16",
         help="of weights and computation (default %(default)s)",
     )

@@ -28,6 +28,8 @@ from refusion_jax.files import read_text
 from refusion_jax.version import __version__
 
 PREFIX = "--config."
+# Names of the dtypes that a model computes in, as flags and configurations give them; jnp.dtype takes them.
+DTYPES = ("float32", "bfloat16")
 FILE_HELP = "Python file with get_config(), or the config.yaml of a run"  # help of --config
 
 Run = TypeVar("Run")

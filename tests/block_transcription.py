@@ -1,7 +1,7 @@
-"""Masked and block diffusion for one prompt in plain Python, from the description of the published decoders.
+"""MDM and BD3 decoding for one prompt in plain Python, from the description of the published decoders.
 
-They share nothing with the package. Where a method is exact (MDM without a cache, BD3) every forward pass
-feeds all there is again; where it keeps keys and values, what is kept is written down by hand.
+They share no code with the package. Where a method is exact (MDM without a cache, BD3), every forward pass
+feeds the whole text again. Where a method caches keys and values, the cache is an explicit dictionary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# tokens [n], positions [n], sees [n, n], kept keys and values by position -> logits [n, V], those of the
-# tokens fed by position. What is kept is seen by all tokens fed.
+# (tokens [n], positions [n], sees [n, n], cached keys and values by position) ->
+# (logits [n, V], keys and values of the fed tokens by position). All fed tokens see the cached ones.
 Forward = Callable[[list[int], list[int], np.ndarray, dict[int, Any]], tuple[np.ndarray, dict[int, Any]]]
 
 
@@ -18,10 +18,10 @@ class Decoded(NamedTuple):
     """The outcome of one decode.
 
     Attributes:
-      tokens: of the response, those committed, by place; all of the blocks that were filled.
-      steps: the places committed by each forward pass.
-      margin: by how little a log probability would have to change for a decision to fall otherwise.
-      seen: names of what occurred, for tests to see that everything did.
+      tokens: the committed tokens of the response in text order: all tokens of the blocks that were filled.
+      steps: the indices in the response that each forward pass committed.
+      margin: the smallest change of a log probability that would change a decision.
+      seen: names of the branches taken, so that tests can check that all are.
     """
 
     tokens: list[int]
@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
 
 
 class _Run:
-    """The response so far, and the rule by which a step commits."""
+    """The response so far, and the commit rule."""
 
     def __init__(self, prompt, gen_length, block_len, tokens_per_step, token_threshold, mask_id, eos_id):
         self.prompt, self.block_len = list(prompt), block_len
@@ -52,7 +52,7 @@ class _Run:
         return [place for place in block if self.response[place] is None]
 
     def commit(self, block: range, logits: dict[int, np.ndarray]) -> None:
-        """Commits the surest masked tokens of the block; logits [V] by place."""
+        """Commits the most confident masked tokens of the block; `logits` [V] by index in the response."""
         drafts, confidence = {}, {}
         for place in self.masked(block):
             real = logits[place].astype(np.float64).copy()
@@ -78,7 +78,7 @@ class _Run:
         self.steps.append(sorted(chosen))
 
     def blocks(self) -> Iterable[range]:
-        """The blocks in turn, until one holds an EOS once it is filled."""
+        """The blocks in order; stops after a block that has an EOS once it is filled."""
         for start in range(0, len(self.response), self.block_len):
             block = range(start, start + self.block_len)
             self.seen |= {"later blocks"} if start else set()
@@ -143,7 +143,7 @@ def bd3(
     mask_id: int,
     eos_id: int,
 ) -> Decoded:
-    """Block diffusion; every pass feeds the prompt and all blocks up to the current one."""
+    """Block diffusion. Every pass feeds the prompt and all blocks up to and including the current one."""
     run = _Run(prompt, gen_length, block_len, tokens_per_step, token_threshold, mask_id, eos_id)
     for block in run.blocks():
         length = len(prompt) + block.stop

@@ -1,7 +1,7 @@
-"""What the tests of the slot decoder share: a model, requests at random and what becomes of them.
+"""Shared by the tests of the slot decoder: a model, random requests, and their decodes.
 
-A tiny random model stands in for a trained one. Random weights are unsure of everything, so the head is
-scaled up, and thresholds are spread widely enough for everything that can happen to happen
+A tiny random model stands in for a trained one. Random weights give low probabilities to all tokens, so the
+head is scaled up, and thresholds are spread widely enough for every branch to be taken
 (test_everything_that_can_happen_happened).
 """
 
@@ -33,12 +33,12 @@ CONFIG = ModelConfig(
     rope_theta=1e4,
 )
 MASK, NEVER = 3, 1000  # no token of the vocabulary has the id NEVER
-EOS_IDS = (7, 14, 8, 1, 2, 11, 23, NEVER)  # from rare to frequent in what the model says
-# Big enough for every request below; one phase a pass, as the authors decode.
+EOS_IDS = (7, 14, 8, 1, 2, 11, 23, NEVER)  # from rare to frequent in the model's drafts
+# Holds every request below; one phase per pass, as in the authors' code.
 SHAPE = Shape(rows=8, prompt=8, gen=48, block=32, slots=8, iterations=12, trace=True)
 AHEAD = dataclasses.replace(SHAPE, ahead=64)
-LOST = "slots before an EOS are lost"  # in `release` alone
-# In logits: a decision nearer than this to falling otherwise may do so for the order of a sum.
+LOST = "slots before an EOS are lost"  # in `release` only
+# In logits. A decision with a smaller margin may change with the order of a floating-point sum.
 CLOSE_CALL = 5e-5
 
 
@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 
 def cases(semantics: str, count: int) -> list[Case]:
-    """Prompts and settings at random; SHAPE.rows in a row share an EOS id, so that they can be batched."""
+    """Random prompts and settings; each SHAPE.rows in sequence share an EOS id, so they can be one batch."""
     random = np.random.default_rng(7)
     lengths = [(32, 4, 1), (32, 8, 1), (32, 8, 2), (48, 4, 3), (24, 2, 3), (16, 16, 1), (8, 1, 1), (48, 8, 3)]
     if semantics == "release":
@@ -80,7 +80,7 @@ def cases(semantics: str, count: int) -> list[Case]:
             gen_length=gen_length,
             slot_size=slot_size,
             num_blocks=num_blocks,
-            # After no prompt all masks are alike, and which is the most confident is float noise.
+            # After an empty prompt all mask tokens get the same logits, so rounding decides the best slot.
             slot_threshold=float(slot_threshold) if prompt else -1.0,
             token_threshold=float(random.choice([-1, 0.003, 0.01, 0.03, 0.1, 0.5, 1])),
             semantics=semantics,
@@ -97,14 +97,14 @@ def batches(cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
 
 
 def sample(cases: Sequence[Case], model=MODEL, params=PARAMS, shape=SHAPE) -> list[Samples]:
-    """`decode.sample` of a batch, taken apart into rows."""
+    """`decode.sample` of a batch, as one Samples per row."""
     together = decode.sample(model, params, [c.prompt for c in cases], [c.config for c in cases], shape=shape)
     together = jax.device_get(together)
     return [jax.tree.map(lambda x, row=row: x[row], together) for row in range(len(cases))]
 
 
 def arguments(cases: Sequence[Case]):
-    """What `Decoder.decode` and `Decoder.begin` take of a batch beside the model."""
+    """The arguments of `Decoder.decode` and `Decoder.begin` after the model and parameters."""
     prompts, configs = [c.prompt for c in cases], [c.config for c in cases]
     padded = pad_prompts(prompts, configs, SHAPE, CONFIG.vocab_size)
     requests = Requests.batch(prompts, configs, SHAPE)
@@ -112,12 +112,12 @@ def arguments(cases: Sequence[Case]):
 
 
 def final_state(cases: Sequence[Case], model=MODEL, params=PARAMS, shape=SHAPE) -> decode.DecodeState:
-    """The state a batch ends in; as compiled for `sample`."""
+    """The final state of a batch, by the program that is compiled for `sample`."""
     return jax.device_get(decode.DECODER.decode(model, params, *arguments(cases), shape=shape))
 
 
 def steps(case: Case, samples: Samples) -> list[transcription.Step]:
-    """The trace of a row as the transcription writes it."""
+    """The trace of a row in the format of the transcription."""
     made, config = [], case.config
     for i in range(int(samples.num_iterations)):
         entry = jax.tree.map(lambda x, i=i: x[i], samples.trace)
@@ -140,13 +140,13 @@ def raw_ids(samples: Samples) -> list[int]:
 
 
 def rows_of(state: decode.DecodeState, index) -> decode.DecodeState:
-    """The state of some rows of the batch."""
+    """The state of some rows of the batch; an integer index drops the batch axis."""
     rest = jax.tree.map(lambda x: x[index], state.replace(cache=None))
     return rest.replace(cache=state.cache.rows(index))
 
 
 class Whole:
-    """A model as the transcription calls it: without a cache, padded to one length."""
+    """A model in the form that the transcription calls: without a cache, padded to one length."""
 
     def __init__(self, model, params, length: int):
         self._apply = jax.jit(
@@ -176,7 +176,7 @@ def transcribed(case: Case, forward=WHOLE) -> transcription.Decoded:
 
 
 class Run(NamedTuple):
-    """All cases of one semantics, decoded by the package and by the transcription."""
+    """All cases of one semantics, decoded by the package (`ours`, `states`) and transcribed (`plain`)."""
 
     cases: list[Case]
     ours: list[Samples]
@@ -200,7 +200,7 @@ def run(semantics: str) -> Run:
 
 
 def eventful_batch() -> Sequence[Case]:
-    """The batch in which most happens."""
+    """The batch whose decodes take the most different branches."""
     plain = transcriptions("fixed")
 
     def happened(first: int) -> int:
@@ -216,7 +216,7 @@ def committed_places(case: Case, samples: Samples) -> list[int]:
 
 
 def assert_same(ours: Samples, theirs: Samples) -> None:
-    """Bit-equal but for the confidences in the trace."""
+    """Asserts bit equality, except for the confidences in the trace (1e-5)."""
     for field in ("raw_ids", "num_raw", "num_ids", "num_forwards", "num_iterations"):
         np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), field)
     for field in ("block", "planned", "iterative", "rounds", "committed", "forwards"):

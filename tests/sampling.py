@@ -1,4 +1,4 @@
-"""What the tests of the sample command share: how it is called, a checkpoint, and requests."""
+"""Shared by the tests of the sample command: how to call it, a checkpoint, and requests."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from refusion_jax import sample
 ROOT = Path(__file__).parent.parent
 ORACLE = ROOT / "tests" / "data" / "oracle" / "tiny_a"
 WEIGHTS = "model.safetensors"
-# Where nothing else is asked for.
+# The flags of a test that does not choose its own.
 FLAGS = [
     "--gen_length=32",
     "--slot_size=4",
@@ -20,7 +20,7 @@ FLAGS = [
     "--token_threshold=0.1",
     "--batch_size=4",
 ]
-OF_OTHERS = ["--gen_length=32", "--batch_size=4"]  # of any method
+OF_OTHERS = ["--gen_length=32", "--batch_size=4"]  # those of FLAGS that all methods have
 DEFAULTS = {"gen_length": 32, "slot_size": 4, "slot_threshold": 0.6, "token_threshold": 0.1}
 FIELDS = {
     "id",
@@ -36,7 +36,7 @@ FIELDS = {
 
 
 class Ran(NamedTuple):
-    """An exit code and what was printed."""
+    """The exit code of a command, its stdout and its stderr."""
 
     code: int
     out: str
@@ -51,18 +51,18 @@ def command(*arguments: str) -> Ran:
 
 
 def assert_refused(ran: Ran, message: str) -> None:
-    """Exit code 2 and one line, no traceback."""
+    """Asserts exit code 2 and one error line, without a traceback."""
     assert ran.code == 2, ran
     (line,) = ran.err.splitlines()
     assert line.startswith("error: ") and re.search(message, line), line
 
 
 def copied(folder: Path) -> Path:
-    """The checkpoint without its recordings, in a folder of its own, with a chat template."""
+    """A copy of the checkpoint in `folder`, without the recordings and with a chat template."""
     folder.mkdir()
     for name in ("config.json", WEIGHTS, "tokenizer.json"):
         (folder / name).write_bytes((ORACLE / name).read_bytes())
-    # What this model was trained on: <bos>26+0+10=
+    # The format of this model's training prompts: <bos>26+0+10=
     template = (
         "{% for m in messages %}<bos>{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
     )
@@ -86,7 +86,7 @@ SUM = [1, 6, 10, 40, 4, 40, 5, 4, 41]  # <bos>26+0+10=
 
 
 def recordings() -> dict[str, dict[str, Any]]:
-    """By request id: recorded decodes of the authors' code that are as short as the requests here."""
+    """Recorded decodes of the authors' code that are as short as the requests here, by request id."""
     cases = json.loads((ORACLE / "decode.json").read_text())["cases"]
     short = [c for c in cases if c["params"]["gen_length"] == 32 and len(c["prompt"]) <= 24]
     assert len(short) >= 5
@@ -126,7 +126,7 @@ GOOD = [
     {"id": "empty", "prompt_ids": [], "slot_threshold": -1},
     *(recorded_request(*item) for item in recordings().items()),
 ]
-# A line, and what must be said of it.
+# (line of the input, pattern of its error)
 BAD = [
     ('{"id": "x", "prompt": ', "not JSON"),
     ("[1, 2]", "must be a JSON object, found list"),
@@ -170,7 +170,7 @@ BAD = [
 
 
 class Served(NamedTuple):
-    """One run over all of GOOD and BAD, interleaved, with blank lines."""
+    """One run of the command over all of GOOD and BAD, interleaved, with blank lines between."""
 
     ran: Ran
     input: Path
@@ -180,7 +180,7 @@ class Served(NamedTuple):
 
 
 def serve(checkpoint: Path, folder: Path) -> Served:
-    """The command given all of them, its files in a folder."""
+    """Runs the command over GOOD and BAD, with its files in `folder`."""
     text, line_numbers = "\n", []
     for i in range(max(len(GOOD), len(BAD))):
         for line in [json.dumps(x) for x in GOOD[i : i + 1]] + [line for line, _ in BAD[i : i + 1]]:
@@ -208,7 +208,8 @@ def of(served: Served, name: str | int) -> dict[str, Any]:
 
 
 def assert_passes_add_up(result) -> None:
-    """At best every plan but the first and every refill rides along; at worst none does."""
+    """Asserts bounds on `num_forwards`: at best every refill and every plan but the first is speculative, at
+    worst none is."""
     steps = result["trace"]
     least = 1 + sum(1 + step["rounds"] for step in steps)
     assert least <= result["num_forwards"] <= sum(2 + 2 * step["rounds"] for step in steps)

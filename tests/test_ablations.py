@@ -1,6 +1,6 @@
-"""Scores of slots, and keys and values of infills computed once more, against the transcription.
+"""The settings `slot_score` and `recompute` against the transcription.
 
-The cases are those of decoding.py, with these settings mixed in every batch.
+The cases are those of decoding.py, with values of these settings mixed in every batch.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from refusion_jax.serving import requests as asking
 from refusion_jax.serving.flags import add_setting_flags, given_settings
 
 SHAPE = dataclasses.replace(decoding.SHAPE, scores=("mean", "entropy"), recompute=True)
-# Without entropies.
+# A shape without entropies.
 ALONE_AHEAD = dataclasses.replace(SHAPE, rows=1, ahead=64, scores=("mean",))
 SETTINGS = list(itertools.product(SLOT_SCORES, (True, True, True, False)))
 
@@ -48,7 +48,7 @@ decoder = jax.jit(functools.partial(decode.DECODER.decode, MODEL), static_argnam
 
 
 def final_states(cases: Sequence[Case], shape=SHAPE, params=PARAMS, replay=None) -> list[decode.DecodeState]:
-    """The states that rows end in, decoded as one batch."""
+    """The final state of each row, decoded as one batch."""
     batch = decode.DECODER.prepare(MODEL, [c.prompt for c in cases], [c.config for c in cases], shape)
     prompts, requests, mask_id, eos_id = batch.inputs
     requests = requests.replace(replay=replay)
@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
 @functools.cache
 def runs() -> list[Run]:
-    """All cases but those that the order of a sum decides, by the transcription and by the package."""
+    """All cases without a close decision, decoded by the transcription and by the package."""
     states = [state for batch in decoding.batches(CHANGED) for state in final_states(batch)]
     plain = [decoding.transcribed(case) for case in CHANGED]
     kept = [run for run in map(Run, CHANGED, plain, states) if run.plain.margin >= CLOSE_CALL]
@@ -78,7 +78,7 @@ def runs() -> list[Run]:
 
 
 def assert_holds(state: decode.DecodeState, run: Run) -> None:
-    """The tokens committed, and their keys and values, are those of the transcription."""
+    """Asserts that committed tokens, keys and values equal those of the transcription."""
     plain = run.plain
     assert np.flatnonzero(state.cache.filled).tolist() == sorted(plain.positions), run.case
     assert state.tokens[plain.positions].tolist() == plain.tokens, run.case
@@ -112,7 +112,7 @@ def test_cached_keys_and_values_are_those_of_the_pass_that_is_kept():
 
 
 def test_alone_and_ahead_of_need():
-    """Some of them again, in a batch of one: the same but for passes."""
+    """Some cases again in a batch of one, with speculative tokens: the same except for the passes."""
     saved, seen = 0, set()
     infilled = {"recomputed", "recomputed with EOS"}
     again = [run for run in runs() if run.case.config.slot_score != "entropy"]
@@ -128,18 +128,18 @@ def test_alone_and_ahead_of_need():
     assert saved > 5 and infilled <= seen
 
 
-# What changes.
+# Effects of the settings.
 
 
 def scores_of(case: Case, logits: np.ndarray) -> list[float]:
-    """Of the slots of a first plan with `logits` at its masks."""
+    """The scores of the slots of a first plan with `logits` at its mask tokens."""
     size = case.config.slot_size
     score = transcription.SCORES[case.config.slot_score]
     return [score(logits[i : i + size]) for i in range(0, len(logits), size)]
 
 
 def test_scores_choose_differently():
-    """The first plan of one request: other scores, and other slots above the same threshold."""
+    """In the first plan of one request the settings give different scores and choose different slots."""
     case = Case([5, 9, 2], DecodeConfig(MASK, NEVER, 32, 4, slot_threshold=0.3))
     fed = np.asarray([*case.prompt, *[MASK] * 32])
     logits = WHOLE(fed, np.arange(35), np.tril(np.ones((35, 35), bool)))[3:]
@@ -194,7 +194,7 @@ def test_default_requests_carry_nothing_of_it():
     assert jax.eval_shape(init, batch.prompts, batch.requests).row.settled is None
 
 
-# What is asked for.
+# Checks of the settings.
 
 TOKENIZER = types.SimpleNamespace(need_mask=lambda: MASK, mask_id=MASK, eos_id=2)
 
@@ -207,7 +207,7 @@ def parse(method: str = "refusion", **settings) -> asking.Request:
 def test_requests_and_flags():
     config = parse(slot_score="entropy", recompute=True).config
     assert (config.slot_score, config.recompute) == ("entropy", True)
-    parse(method="ar", slot_score="entropy", recompute=True)  # passed over
+    parse(method="ar", slot_score="entropy", recompute=True)  # ignored
     parser = argparse.ArgumentParser()
     add_setting_flags(parser)
     given = given_settings(parser.parse_args(["--slot_score=mean", "--recompute"]))

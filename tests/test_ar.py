@@ -1,4 +1,4 @@
-"""Left-to-right decoding against a plain loop of whole forward passes, and what must not matter to it."""
+"""AR decoding equals a plain loop of whole forward passes, whatever the batch and the devices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ CASES = {(first, eos): cases(first, eos) for first in ("next", "mask") for eos i
 
 
 def sample(cases: Sequence[Case], shape: Shape = SHAPE) -> list[Samples]:
-    """`ar.DECODER.sample` of a batch, taken apart into rows."""
+    """`ar.DECODER.sample` of a batch, as one Samples per row."""
     together = ar.DECODER.sample(
         MODEL, PARAMS, [c.prompt for c in cases], [c.config for c in cases], shape=shape
     )
@@ -61,12 +61,12 @@ def raw_ids(samples: Samples) -> list[int]:
 
 @jax.jit
 def causal_logits(tokens):
-    """Logits [T, V] of one sequence fed whole, without a cache."""
+    """Logits [T, V] of one whole sequence, without a cache."""
     return MODEL.apply({"params": PARAMS}, tokens[None], jnp.arange(tokens.shape[0])[None])[0][0]
 
 
 def plain_loop(case: Case) -> list[int]:
-    """Greedy decoding in which every token takes a forward pass over all tokens before it."""
+    """Greedy decoding with one forward pass over the whole sequence per token."""
     tokens, config = list(case.prompt), case.config
 
     def next_logits(tokens: list[int]) -> np.ndarray:
@@ -76,7 +76,7 @@ def plain_loop(case: Case) -> list[int]:
 
     while len(tokens) < len(case.prompt) + config.gen_length:
         first = len(tokens) == len(case.prompt)
-        # A mask stands for its own place, any other token for the one after it.
+        # A mask token predicts the token in its own place, any other token the next one.
         from_mask = first and config.first_token == "mask"
         tokens.append(int(np.argmax(next_logits([*tokens, MASK] if from_mask else tokens))))
         if tokens[-1] == config.eos_id:
@@ -86,7 +86,7 @@ def plain_loop(case: Case) -> list[int]:
 
 @pytest.fixture(scope="module")
 def compilations():
-    """How often `Decoder.resume` was compiled until all of CASES were decoded, before anything else here."""
+    """The number of compilations of `Decoder.resume` after all of CASES were decoded, first in this file."""
     before = ar.DECODER.resume._cache_size()
     for batch in CASES.values():
         sample(batch)
@@ -109,7 +109,7 @@ def test_greedy_decoding_is_a_loop_of_whole_passes(compilations, first_token, eo
 
 
 def test_the_first_token_is_read_where_it_is_asked_for(compilations):
-    """The two starts differ, so a mix-up would show above; and they mix in a batch."""
+    """The two ways give different answers, so the tests above tell them apart; one batch may mix them."""
     read = {first: sample(CASES[first, NEVER]) for first in ("next", "mask")}
     starts = [[s.raw_ids[0] for s in read[first]] for first in ("next", "mask")]
     assert starts[0] != starts[1]
@@ -119,7 +119,7 @@ def test_the_first_token_is_read_where_it_is_asked_for(compilations):
 
 
 def test_nothing_follows_an_eos(compilations):
-    """Whatever token is made the EOS, the answer is cut at its first occurrence and there alone."""
+    """Whichever token is the EOS, the answer ends at its first occurrence and nowhere else."""
     free = [raw_ids(s) for s in sample(CASES["mask", NEVER])]
     for eos_id in sorted({ids[len(ids) // 2] for ids in free}):
         batch = [
@@ -186,7 +186,7 @@ def test_one_compilation_serves_every_request(compilations):
 
 
 def test_an_empty_prompt(compilations):
-    """It has no last token to read the first one off, but it has room for a mask."""
+    """It has no last token to read the first one from, but a mask token can be fed."""
     with pytest.raises(BadInput, match="first_token must be 'mask' for an empty prompt, found 'next'"):
         ar.DECODER.sample(MODEL, PARAMS, [[]], ARConfig(MASK, EOS))
     case = Case([], ARConfig(MASK, EOS, 10, first_token="mask"))
@@ -231,7 +231,7 @@ def test_a_batch_has_one_mask_and_one_eos():
 
 
 def test_the_longest_requests_are_begun_first():
-    """So that fewer rows stand idle at the end; `serve` gives the results in the order of the requests."""
+    """So fewer rows are idle at the end. `serve` yields results in the order of the requests."""
     lengths = [8, 24, 16]
     requests = [Request(i, [1, 2], ARConfig(MASK, NEVER, length)) for i, length in enumerate(lengths)]
     shape = serving.fitting_shape(requests, batch_size=1)

@@ -1,4 +1,4 @@
-"""MDM and BD3 against transcriptions in plain Python, and what must not matter to them.
+"""MDM and BD3 equal transcriptions in plain Python, whatever the batch and the devices.
 
 A tiny random model stands in for a trained one.
 """
@@ -29,9 +29,9 @@ from refusion_jax.weights import fused
 MODEL, PARAMS = Transformer(CONFIG), random_params()
 V = CONFIG.vocab_size
 MASK, NEVER = 3, 1000
-LENGTH = 40  # of the longest text here
+LENGTH = 40  # of the longest text in this file
 SHAPE = Shape(rows=5, prompt=8, gen=32, block=16, caches=CACHES)
-# In log probabilities: a decision nearer than this to falling otherwise may do so for the order of a sum.
+# In log probabilities. A decision with a smaller margin may change with the order of a floating-point sum.
 CLOSE_CALL = 3e-5
 
 
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def compiled_forward(num_kept: int):
-    """The model over LENGTH places after `num_kept` kept keys and values."""
+    """The model over LENGTH tokens after `num_kept` cached keys and values, jitted."""
 
     @jax.jit
     def forward(tokens, positions, mask, keys, values):
@@ -58,7 +58,7 @@ def compiled_forward(num_kept: int):
 
 
 def forward(tokens: list[int], positions: list[int], sees: np.ndarray, kept: dict[int, Any]):
-    """A Forward of block_transcription."""
+    """The model as a `block_transcription.Forward`."""
     n = len(tokens)
     pad = (0, LENGTH - n)
     room = LENGTH if kept else 0
@@ -83,7 +83,7 @@ def transcribed(prompt: tuple[int, ...], config: MDMConfig | BD3Config) -> block
 
 
 def cases(method: str, cache: str, eos_id: int) -> list[Case]:
-    """One of each of several settings, prompts of different lengths, no decision close."""
+    """One case per setting, with prompts of different lengths and no close decision."""
     random = np.random.default_rng([CACHES.index(cache) if cache else 9, eos_id])
     settings = [(1, 1.0), (3, 1.0), (1, 0.25), (2, 0.4), (1, -1.0), (16, 0.5), (1, 0.1)]
     lengths = [(24, 3), (16, 1), (32, 4), (32, 2), (12, 3), (24, 6), (16, 2)]
@@ -112,7 +112,7 @@ def all_cases(method: str, cache: str | None) -> tuple[Case, ...]:
 
 
 def run(batch: Sequence[Case], shape: Shape = SHAPE) -> list[tuple[Samples, np.ndarray]]:
-    """The samples of each row, and by place of the response the pass that committed each token."""
+    """The samples of each row, and the pass that committed each response token."""
     method = batch[0].method
     prepared = method.prepare(MODEL, [c.prompt for c in batch], [c.config for c in batch], shape)
     state = method.decode(MODEL, PARAMS, *prepared.inputs, shape=prepared.shape)
@@ -138,7 +138,7 @@ def check(case: Case, samples: Samples, passes: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("method", "cache"), KINDS)
 def test_everything_that_can_happen_happened(method, cache):
-    """And no decision was close, so that the comparisons below are fair."""
+    """Also checks that no decision is close, so that rounding cannot change the comparisons below."""
     found = [transcribed(tuple(case.prompt), case.config) for case in all_cases(method, cache)]
     assert min(decoded.margin for decoded in found) > CLOSE_CALL
     assert set().union(*(decoded.seen for decoded in found)) == {
@@ -163,7 +163,7 @@ def test_a_batch_is_the_transcription(method, cache):
 
 @pytest.mark.parametrize(("method", "cache"), KINDS)
 def test_one_row_is_the_transcription(method, cache):
-    """Compiled for its cache alone, as `sample` does."""
+    """Compiled for the cache of the one request only, as in `sample`."""
     own = () if cache is None else (cache,)
     for case in all_cases(method, cache):
         (found,) = run([case], dataclasses.replace(SHAPE, rows=1, caches=own))
@@ -178,7 +178,7 @@ def test_a_batch_compiled_for_one_cache(cache):
 
 
 def test_the_caches_approximate():
-    """They change something, so that the comparisons above tell them apart."""
+    """The caches change some answers, so the comparisons above tell them apart."""
     answers = [
         [transcribed(tuple(case.prompt), dataclasses.replace(case.config, cache=cache)).tokens]
         for case in all_cases("mdm", "none")[:4]
@@ -188,7 +188,7 @@ def test_the_caches_approximate():
 
 
 def mixed() -> list[Case]:
-    """MDM with each kind of cache, some hot, in one batch."""
+    """MDM requests with each kind of cache, some at a temperature, in one batch."""
     picked = [all_cases("mdm", cache)[i] for i, cache in enumerate([*CACHES, "dual", "prefix"])]
     hot = [0.0, 1.5, 0.0, 2.0, 0.0]
     return [
@@ -225,7 +225,7 @@ def test_neighbours_batch_size_and_padding_do_not_matter(batch):
 
 @pytest.mark.parametrize("batch", [mixed, bd3_batch])
 def test_rows_that_take_the_place_of_others(batch):
-    """As requests are served: some rows go on in the middle while others begin."""
+    """As in serving: some rows are in the middle of a decode when others start."""
     batch, rows = batch(), SHAPE.rows
     shape = dataclasses.replace(SHAPE, rows=3)
     asked = [Request(i, case.prompt, case.config) for i, case in enumerate([*batch, *batch])]
@@ -247,7 +247,7 @@ def test_one_compilation_serves_every_request(method, batch):
 @pytest.mark.parametrize("batch", [mixed, bd3_batch])
 @pytest.mark.long
 def test_a_model_as_it_decodes_on_a_gpu(batch):
-    """Joined projections and the kernel give what the plain model gives, near enough for the same tokens."""
+    """Fused projections and the kernel agree with the plain model closely enough for the same tokens."""
     batch = [case for case in batch() if not case.config.temperature][:2]
     model = Transformer(CONFIG, kernel="triton", fused=True)
     params = fused.fuse_projections(PARAMS)
@@ -284,7 +284,7 @@ def test_temperature_follows_the_seed():
     ],
 )
 def test_the_surest_are_committed(count, threshold, chosen):
-    """Of equals the earliest, and never a token that is not masked."""
+    """Among equally confident tokens the earliest, and never a token that is not masked."""
     masked = jnp.asarray([True, True, False, True, True])
     confidence = jnp.asarray([0.2, 0.7, 0.99, 0.6, 0.6], jnp.float32)
     found = surest(masked, confidence, jnp.int32(count), jnp.float32(threshold))
@@ -328,6 +328,6 @@ def test_requests_that_do_not_fit_the_shape():
 
 @pytest.mark.parametrize("config", [MDMConfig(MASK, NEVER, 8, 8), BD3Config(MASK, NEVER, 8, 8, block_len=8)])
 def test_an_empty_prompt(config):
-    """Masks that see nothing but masks are all equally sure, so all of the block is committed at once."""
+    """Mask tokens that see only mask tokens are equally confident, so the block is committed in one pass."""
     (found,) = run([Case([], config)])
     check(Case([], config), *found)

@@ -1,4 +1,4 @@
-"""The slot decoder against a transcription of the authors' algorithm, and what must not matter to it."""
+"""The slot decoder equals a transcription of the authors' algorithm, whatever the batch and the devices."""
 
 import collections
 import dataclasses
@@ -62,7 +62,7 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def compilations():
-    """How often `Decoder.resume` was compiled until all of CASES were decoded."""
+    """The number of compilations of `Decoder.resume` after all of CASES were decoded."""
     before = decode.DECODER.resume._cache_size()
     for semantics in CASES:
         run(semantics)
@@ -78,7 +78,7 @@ def each(request, compilations) -> Run:
 
 
 def test_the_transcription_reproduces_the_recordings():
-    """Some of them; test_parity.py compares the package with all."""
+    """Checks some recordings; test_parity.py compares the package with all."""
     model, params = Transformer(hf.read_config(ORACLE)), load_params(ORACLE, hf.read_config(ORACLE))
     forward = Whole(model, params, 96)
     compared = collections.Counter()
@@ -115,7 +115,7 @@ def test_the_transcription_reproduces_the_recordings():
 
 
 def test_everything_that_can_happen_happened(each):
-    """The tests below prove something of a branch only if it was taken."""
+    """The tests below cover a branch only if some case takes it."""
     seen = collections.Counter(name for plain in each.plain for name in plain.seen)
     assert min(seen[name] for name in EVERYTHING) > 1, seen
     if each is run("release"):
@@ -142,7 +142,7 @@ def test_sample_is_the_transcription(each):
 
 
 def test_cached_keys_and_values_are_those_of_the_pass_that_committed_them(each):
-    """Isolated after infilling, joint after verifying: what the transcription lets a token see."""
+    """The transcription's mask decides: isolated slots after infilling, joint ones after verification."""
     for case, state, plain in zip(each.cases, each.states, each.plain, strict=True):
         if plain.margin < CLOSE_CALL:
             continue
@@ -166,7 +166,7 @@ def test_fixed_semantics_leaves_no_holes():
 
 
 def test_release_semantics_has_the_holes_that_fixed_fills():
-    """The same requests under both: they part exactly where slots before an EOS are lost."""
+    """The same requests under both semantics differ exactly where slots before an EOS are lost."""
     release = run("release")
     differing = 0
     for first in range(0, len(release.cases), SHAPE.rows):
@@ -191,9 +191,9 @@ def test_release_semantics_has_the_holes_that_fixed_fills():
 
 
 def test_one_compilation_serves_every_request(compilations):
-    """Prompts, lengths, slot sizes, thresholds, EOS ids and semantics differed; so do these."""
+    """The cases above differ in prompt, lengths, slot size, thresholds, EOS id and semantics; so do these."""
     before = decode.DECODER.resume._cache_size(), decode.DECODER.begin._cache_size()
-    assert compilations <= 1 <= before[0]  # 0 where a test before this one has compiled
+    assert compilations <= 1 <= before[0]  # 0 if an earlier test compiled it
     hot = [
         Case([1] * i, DecodeConfig(5, 6, 24, 3, 2, 0.5, 0.1, temperature=0.3 * i, seed=i)) for i in range(9)
     ]
@@ -206,11 +206,11 @@ def test_one_compilation_serves_every_request(compilations):
     assert state.tokens.shape == (8, 56) and state.cache.layers[1].shape == (2, 8, 56, 2, 8)
 
 
-# What must not matter.
+# Invariance to batch and devices.
 
 
 def test_neighbours_do_not_matter(compilations):
-    """All requests of one EOS id, both semantics, all settings, shuffled into other batches."""
+    """All requests with one EOS id, of both semantics and all settings, shuffled into other batches."""
     every = [pair for s in CASES for pair in zip(CASES[s], run(s).ours, strict=True)]
     for eos_id in EOS_IDS:
         group = [(case, ours) for case, ours in every if case.config.eos_id == eos_id]
@@ -222,7 +222,7 @@ def test_neighbours_do_not_matter(compilations):
 
 
 def test_batch_size_does_not_matter(compilations):
-    """Alone, in a batch of one row, and with seven rows of padding."""
+    """A request decoded in a batch of one row, and with seven padding rows."""
     alone = dataclasses.replace(SHAPE, rows=1)
     for s in CASES:
         for case, ours in list(zip(CASES[s], run(s).ours, strict=True))[::9]:
@@ -233,7 +233,7 @@ def test_batch_size_does_not_matter(compilations):
 
 
 def test_devices_do_not_matter(compilations):
-    """Parameters spread over four devices, heads and widths split."""
+    """Parameters sharded over four devices, with heads and widths split."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     nothing = jnp.zeros((1, 1), jnp.int32)
     boxed = jax.eval_shape(lambda: MODEL.init(jax.random.key(0), nothing, nothing)["params"])

@@ -1,4 +1,4 @@
-"""The loop of the slot decoder: its state between passes, and what rides along ahead of need."""
+"""The loop of the slot decoder: its state between passes, and speculative tokens."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ one_pass = functools.partial(decode.DECODER.resume, until=0, limit=1, shape=SHAP
 
 
 def python_loop(cases: Sequence[Case], between=lambda state: state) -> list[decode.DecodeState]:
-    """`Decoder.decode` as a Python loop: the states before each step and at the end."""
+    """`Decoder.decode` as a Python loop; returns the state before each pass and the final one."""
     *inputs, mask_id, eos_id = arguments(cases)
     states = [between(decode.DECODER.begin(MODEL, PARAMS, *inputs, mask_id, eos_id, shape=SHAPE))]
     while not states[-1].done.all():
@@ -58,7 +58,7 @@ def states(eventful) -> list[decode.DecodeState]:
 
 
 def assert_same_state(ours: decode.DecodeState, theirs: decode.DecodeState, atol: float) -> None:
-    """Equal where something is committed; what else lies in the buffers has no meaning."""
+    """Asserts equality of the committed entries; other entries of the buffers have no meaning."""
     filled = np.asarray(theirs.cache.filled)
     np.testing.assert_array_equal(ours.cache.filled, filled)
     np.testing.assert_array_equal(ours.tokens[filled], theirs.tokens[filled])
@@ -77,7 +77,7 @@ def test_while_loop_is_a_python_loop_over_step(eventful, states):
 
 
 def test_what_was_not_committed_leaves_no_trace_in_the_cache(eventful, states):
-    """Entries without an accepted token are overwritten with huge values between all steps."""
+    """Overwrites cache entries without an accepted token with huge values between passes; nothing changes."""
 
     def poison(state: decode.DecodeState) -> decode.DecodeState:
         filled = state.cache.filled
@@ -105,7 +105,7 @@ def test_committed_entries_never_change(states):
 
 
 def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states):
-    """Logits, keys and values of one pass with all slots of a row, against a pass for each."""
+    """Logits, keys and values of one pass with all slots of a row equal those of one pass per slot."""
     compared = 0
     for state in jax.device_get(states):
         several = (state.row.phase == Phase.INFILL) & (state.row.open.sum(1) > 1)
@@ -129,7 +129,7 @@ def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states)
                 )
                 if not at.size:
                     continue
-                # Padded to one width, so that all slot sizes share a compilation.
+                # Padded to one width, so that all slot sizes share one compilation.
                 padded = np.resize(at, 16)
                 mine = np.arange(cache.filled.shape[1]) - first
                 sees = cache.filled[0] | ((mine >= 0) & (mine < row_state.cached[m]))
@@ -147,7 +147,7 @@ def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states)
 
 
 def test_a_cache_by_layer_holds_what_one_array_does(eventful):
-    """As TPUs have it: arrays of layers one by one."""
+    """The cache layout for TPUs: one array per layer."""
     ours, theirs = final_state(eventful, MODEL.clone(cache_by_layer=True)).cache, final_state(eventful).cache
     assert len(ours.layers[0]) == CONFIG.num_layers and ours.layers[0][0].shape == theirs.layers[0].shape[1:]
     row, whole = ours.rows(3), theirs.rows(3)
@@ -158,7 +158,7 @@ def test_a_cache_by_layer_holds_what_one_array_does(eventful):
 
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_a_row_may_be_taken_in_while_others_are_under_way(eventful, by_layer):
-    """Two rows of a running batch are replaced by requests that have made their first pass elsewhere."""
+    """Two rows of a running batch are replaced by requests that made their first pass in another batch."""
     batch, model = eventful[:4], MODEL.clone(cache_by_layer=by_layer)
     *inputs, mask_id, eos_id = arguments(batch)
     state = decode.DECODER.begin(model, PARAMS, *inputs, mask_id, eos_id, shape=SHAPE)
@@ -178,11 +178,11 @@ def test_a_row_may_be_taken_in_while_others_are_under_way(eventful, by_layer):
         assert_same(rows[row], undisturbed[case])
 
 
-# Ahead of need.
+# Speculative tokens.
 
 
 def test_predictions_ahead_of_need_save_passes_and_change_nothing_else():
-    """Every case again, with what comes next riding along: the same answers, traces and cached values."""
+    """Every case again with speculative tokens: the same answers, traces and cached values."""
     made = saved = 0
     for semantics in CASES:
         whole = run(semantics)
@@ -220,7 +220,7 @@ def test_temperature_ahead_of_need(eventful):
 
 
 def test_a_trace_is_replayed_whatever_the_logits_say(eventful):
-    """A model with other weights is led along the recorded course: the same plans and passes."""
+    """A model with other weights repeats a recorded course: the same plans and passes."""
     never = [c._replace(config=dataclasses.replace(c.config, eos_id=NEVER)) for c in eventful]
     recorded = final_state(never, shape=AHEAD)
     other = jax.tree.map(lambda x: x[..., ::-1], PARAMS)

@@ -1,4 +1,4 @@
-"""What the slot decoder drafts at a temperature, and how it compares probabilities with thresholds."""
+"""The slot decoder's drafts at a temperature, and its comparison of probabilities with thresholds."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def test_a_seed_decides_and_the_batch_does_not(eventful):
         assert_same(again, first)
     (alone,) = sample(batch[2:3])
     assert_same(alone, ours[2])
-    # Cold neighbours stay cold.
+    # Rows at temperature 0 in the same batch stay greedy.
     mixed = [case if i % 2 else batch[i] for i, case in enumerate(eventful)]
     for i, (got, cold) in enumerate(zip(sample(mixed), sample(eventful), strict=True)):
         assert_same(got, cold if i % 2 else ours[i])
@@ -62,7 +62,7 @@ def test_no_temperature_is_the_limit_of_a_small_one(eventful):
 
 
 def test_drafts_are_samples_of_the_tempered_softmax_with_confidence_of_the_plain_one():
-    """One token after one prompt, many seeds."""
+    """Draws one token after one prompt with many seeds."""
     case, temperature, count = Case([5, 9, 2], DecodeConfig(MASK, NEVER, 1, 1)), 2.0, 640
     _, (logits,) = np.split(
         WHOLE(np.asarray([5, 9, 2, MASK]), np.arange(4), np.tril(np.ones((4, 4), bool))), [3]
@@ -82,7 +82,7 @@ def test_drafts_are_samples_of_the_tempered_softmax_with_confidence_of_the_plain
 
 
 class Judged(NamedTuple):
-    """Of rows [B] in their plan: the first slot's draft and confidence, and what passes where."""
+    """Outputs [B, ...] of rows in their plan: drafts, confidences, and the tests against the thresholds."""
 
     draft: np.ndarray
     confidence: np.ndarray
@@ -98,14 +98,14 @@ def judge(state, logits, dtype, target):
     )
     scored = jax.vmap(lambda x, y: score(x, y, cold))(logits, jnp.full(logits.shape[:2], target))
     verifying = state.row.replace(phase=jnp.full_like(state.row.phase, Phase.VERIFY))
-    # As if the masks fed were drafts to verify: place 0 of JOINT is the first token.
+    # Treats the mask tokens as drafts to verify: index 0 of JOINT is the first token.
     fed = fed.replace(node_index=jnp.broadcast_to(jnp.arange(SHAPE.block), fed.node_index.shape))
     answer = jax.vmap(lambda *args: read_outputs(*args, dtype))(scored, fed, verifying, state.requests)
     return Judged(answer.draft, answer.confidence, answer.confident, answer.passes)
 
 
 def scores(logits: np.ndarray, configs: Sequence[DecodeConfig], target=0) -> Judged:
-    """What rows make of their logits [V], all alike along the block."""
+    """The outputs of rows with the given logits [V] at every token of the block."""
     prompts, requests, *_ = arguments([Case([1], config) for config in configs])
     state = decode.DECODER.init(MODEL, prompts, requests, shape=SHAPE)
     logits = np.broadcast_to(logits, (SHAPE.rows, SHAPE.block, logits.shape[-1]))
@@ -116,7 +116,7 @@ def test_thresholds_are_strict():
     thresholds = [1.0, 2.0, 0.999, 0.0, -1.0]
     configs = [DecodeConfig(MASK, NEVER, slot_threshold=x, token_threshold=x) for x in thresholds]
     logits = np.zeros(CONFIG.vocab_size, np.float32)
-    logits[7] = 200  # a probability of 1, and of 0 for all others
+    logits[7] = 200  # probability 1, and 0 for all other tokens
     sure = scores(logits, configs, target=7)
     assert sure.confidence[0, 0] == 1 and sure.draft[0, 0] == 7
     assert (
@@ -126,7 +126,7 @@ def test_thresholds_are_strict():
 
 
 def test_release_rounds_probabilities_and_thresholds_to_the_type_of_the_logits():
-    """p = 0.4005 is above 0.4, but rounded to bfloat16 they are the same number."""
+    """0.4005 is above 0.4, but both round to the same bfloat16 number."""
     configs = [
         DecodeConfig(MASK, NEVER, slot_threshold=0.4, token_threshold=0.4, semantics=semantics)
         for semantics in ("fixed", "release")

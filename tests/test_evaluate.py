@@ -1,4 +1,4 @@
-"""The evaluate command on a tiny model that answers nothing right: its figures, several tasks, mistakes."""
+"""The evaluate command on a tiny model that answers no problem right: figures, several tasks, mistakes."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_several_tasks_take_one_compilation(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("method", serving.METHODS)
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_nothing_is_compiled_after_warming_up(caplog, monkeypatch, method, tensor):
-    """What is timed is decoding alone, also where rows are taken in several times."""
+    """The timed part only decodes, also where rows start new requests several times."""
     warm_up, compiling = serving.warm_up, re.compile(r"Compiling jit\((\w+)\)")
 
     def warmed(*arguments):
@@ -73,7 +73,7 @@ def test_nothing_is_compiled_after_warming_up(caplog, monkeypatch, method, tenso
 
 
 def test_the_interval_of_an_accuracy():
-    """Wilson's: 8 of 10 by the formula worked out by hand."""
+    """Wilson's interval of 8 out of 10, computed by hand from the formula."""
     assert wilson(0.8, 10) == pytest.approx((0.4901, 0.9433), abs=1e-4)
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert wilson(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)

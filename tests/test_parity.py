@@ -1,9 +1,9 @@
-"""Everything recorded of the authors' code, for every model folder under REFUSION_ORACLE.
+"""Parity with everything recorded from the authors' code, for every model folder under REFUSION_ORACLE.
 
     REFUSION_ORACLE=/path/to/recordings python -m pytest tests/test_parity.py
 
-A folder holds config.json, model.safetensors and the recordings; its numbers of layers, ids and cases
-are read from it. Tolerances are for float32 on the CPU and are not to be loosened.
+A folder holds config.json, model.safetensors and the recordings. Numbers of layers, token ids and cases are
+read from it. The tolerances are for float32 on the CPU and must not be loosened.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def special_ids(folder: Path) -> dict[str, int]:
 
 
 def needs(folder: Path, *names: str) -> None:
-    """Skips where a selection of the recordings leaves a kind out."""
+    """Skips the test if the folder has only a selection of the recordings, without these files."""
     for name in names:
         if not (folder / name).exists():
             pytest.skip(f"{folder.name} has no {name}")
@@ -96,7 +96,7 @@ def test_forward(folder, scan_layers):
 
 
 def test_forward_through_the_cache(folder):
-    """The same input in pieces: logits, and the first and last layer's keys and values."""
+    """The same input fed in pieces: logits, and keys and values of the first and last layer."""
     needs(folder, "forward.npz")
     model, params = load(folder)
     recorded = arrays(folder, "forward")
@@ -109,7 +109,7 @@ def test_forward_through_the_cache(folder):
         pieces = []
         for start, end in itertools.pairwise(borders):
             width = end - start
-            # The cache is indexed by the order fed here, the positions go to RoPE alone.
+            # Here the cache is indexed by feeding order; position ids only go to RoPE.
             filled = jnp.broadcast_to(cache.filled[:, None], (B, width, T))
             causal = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (B, width, width))
             mask = jnp.concatenate([filled, causal], axis=-1)
@@ -140,7 +140,7 @@ def rearrange(tokens, prompt_len, total_len, draw, mask_id):
 def noised(folder: Path, record) -> diffusion.Noised:
     """The recorded draws applied to the recorded rows, padded to the size of the largest record.
 
-    The rows added have no response: they must not count.
+    Padding rows have no response and must not count in the loss.
     """
     every, recorded = records(folder, "loss"), arrays(folder, "loss")
     B, T = max(r["B"] for r in every), max(r["L"] for r in every)
@@ -220,7 +220,7 @@ def compare_gradients(record, recorded, grads, entries) -> None:
     name = record["name"]
 
     def of(theirs: str) -> np.ndarray:
-        """Our gradient of a tensor, in its Hugging Face shape."""
+        """Our gradient of a tensor, in the shape of the Hugging Face checkpoint."""
         entry = entries[theirs]
         grad = functools.reduce(lambda node, key: node[key], entry.path, grads)
         return grad.transpose(np.argsort(entry.order)).reshape(entry.shape)
@@ -229,7 +229,7 @@ def compare_gradients(record, recorded, grads, entries) -> None:
     total = np.sqrt(sum(norm**2 for norm in norms.values()))
     np.testing.assert_allclose(total, record["global_grad_norm"], rtol=GRADIENT_NORM, err_msg=name)
     for theirs, norm in record["param_grad_norms"].items():
-        # Below a millionth of the whole a norm is float noise.
+        # A norm below a millionth of the total is rounding noise.
         floor = 1e-6 * total
         np.testing.assert_allclose(
             norms[theirs], norm, rtol=GRADIENT_NORM, atol=floor, err_msg=f"{name} {theirs}"
@@ -262,7 +262,7 @@ def settings(case, folder: Path) -> DecodeConfig:
 
 
 def fitting_shape(folder: Path, rows: int, ahead: int = 0) -> Shape:
-    """Holds every recording, and the requests of test_argument_errors but for prompts that are longer."""
+    """A shape that holds every recording, and the requests of test_argument_errors except longer prompts."""
     cases = records(folder, "decode")["cases"] if (folder / "decode.json").exists() else []
     largest = DecodeConfig(**special_ids(folder), gen_length=64, slot_size=1, num_blocks=2)
     prompts, configs = [case["prompt"] for case in cases], [settings(case, folder) for case in cases]
@@ -274,10 +274,10 @@ def in_batches(cases: list, size: int):
 
 
 def test_slot_decoding(folder):
-    """Ids, forwards, every step of the trace, and the last layer's cached keys and values."""
+    """Ids, forward passes, every step of the trace, and cached keys and values of the last layer."""
     needs(folder, "decode.json")
     model, params = load(folder)
-    # Neighbours of one length keep a batch from waiting for its last row.
+    # Sorted by number of passes, so that a batch does not wait for its last row.
     cases = sorted(records(folder, "decode")["cases"], key=lambda case: case["n_forward"])
     shape = fitting_shape(folder, rows=16)
     for batch in in_batches(cases, shape.rows):
@@ -292,7 +292,7 @@ def test_slot_decoding(folder):
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_slot_decoding_ahead_of_need(folder, rows):
-    """Ids and traces in a batch of any size, in at most three passes for four of the recordings."""
+    """The same ids and traces at several batch sizes, with at most 3 passes for 4 of the authors'."""
     needs(folder, "decode.json")
     model, params = load(folder)
     cases = sorted(records(folder, "decode")["cases"], key=lambda case: case["n_forward"])
@@ -356,7 +356,7 @@ def test_left_to_right_decoding(folder, first_token, recorded):
 
 
 def test_argument_errors(folder):
-    """What the authors' function refuses we refuse, in a sentence; what it decodes we decode alike."""
+    """Requests that the authors' function refuses raise BadInput here; those that it decodes decode alike."""
     needs(folder, "reference_errors.json", "ar.json")
     model, params = load(folder)
     prompt = records(folder, "ar")["cases"][0]["prompt"]
@@ -364,7 +364,7 @@ def test_argument_errors(folder):
     for probe in records(folder, "reference_errors"):
         asked, fed_shape = probe.get("args"), probe.get("prompt_shape")
         if asked is None or len(fed_shape) != 2 or fed_shape[0] != 1 or probe["name"] == "temperature_one":
-            continue  # of the loss, or a shape of prompt that `sample` has no way to be given
+            continue  # a probe of the loss, or a prompt shape that `sample` cannot be given
         eos_id = special_ids(folder)["eos_id"]
         if probe["name"].startswith("eos_"):
             eos_id = None if probe["name"] == "eos_none" else model.config.vocab_size

@@ -1,4 +1,4 @@
-"""The public surface: what importing costs, what it brings along, and text in, text out."""
+"""The public surface: the cost of imports and of --help, public names, `generate`, and the live view."""
 
 import importlib
 import os
@@ -53,7 +53,7 @@ print([name for name in sys.modules if name.startswith(kernels)])
 
 
 def processor_seconds(code: str) -> float:
-    """Of the best of three processes that run `code`, without what starting Python takes."""
+    """CPU seconds of `code`: the best of three processes, minus the time of starting Python."""
 
     def measured(code: str) -> float:
         return min(float(run_python(f"import time\n{code}\nprint(time.process_time())")) for _ in range(3))
@@ -62,7 +62,7 @@ def processor_seconds(code: str) -> float:
 
 
 def test_importing_and_help_are_fast():
-    """A tenth of importing JAX for the package, 1.3 times for `sample --help`."""
+    """Limits relative to importing JAX: a tenth for the package, 1.3 times for `sample --help`."""
     of_jax = processor_seconds("import jax")
     assert processor_seconds("import refusion_jax") <= 0.1 * of_jax
     shown = """
@@ -120,12 +120,12 @@ def test_generate_gives_what_sample_prints(checkpoint):
 
 
 def compiled(log: str) -> list[str]:
-    """The programs that a log of compilations names, in order; tiny ones without a name of ours left out."""
+    """The jitted functions that a log of compilations names, in order; small unnamed programs left out."""
     return re.findall(r"Finished XLA compilation of jit\((\w+)\)", log)
 
 
 def test_on_a_terminal_the_same_is_compiled_as_in_a_pipe(checkpoint):
-    """Each program once; and the rate printed leaves compiling out."""
+    """Each program is compiled once, and the printed rate does not include compilation."""
     line = [sys.executable, "-m", "refusion_jax.sample", f"--checkpoint={checkpoint}", "--gen_length=32"]
     line += ["--slot_size=4", "--prompt=26+0+10"]
     environment = os.environ | {"JAX_LOG_COMPILES": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm"}
@@ -140,7 +140,7 @@ def test_on_a_terminal_the_same_is_compiled_as_in_a_pipe(checkpoint):
             while True:
                 try:
                     shown += screen.read(4096)
-                except OSError:  # the other end is closed
+                except OSError:  # the other end of the terminal is closed
                     break
         log = process.stderr.read()
     assert process.returncode == 0, log[-2000:]

@@ -1,4 +1,4 @@
-"""What may be asked of the slot decoder, and the shapes that hold it."""
+"""Checks of the slot decoder's requests, padded shapes, and packed transfers."""
 
 import dataclasses
 
@@ -132,12 +132,13 @@ def test_as_many_settings_as_prompts_are_needed_with_a_shape_too():
         decode.sample(MODEL, PARAMS, [[1], [2]], [DecodeConfig(MASK, NEVER, 8)], shape=SHAPE)
 
 
-# Small arrays as one.
+# Packed transfers.
 
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_arrays_come_back_bit_for_bit_from_one_array(on_device):
-    odd = np.asarray([0x7FC00001, 0x80000000, 1], np.uint32).view(np.float32)  # a NaN, -0, the least above 0
+    # A NaN, -0 and the smallest positive float.
+    odd = np.asarray([0x7FC00001, 0x80000000, 1], np.uint32).view(np.float32)
     tree = {
         "flags": np.asarray([[True, False], [False, True]]),
         "numbers": (np.arange(-3, 3, dtype=np.int32).reshape(1, 2, 3), np.asarray([2**32 - 1], np.uint32)),

@@ -1,6 +1,6 @@
-"""The sample command given a file: what it answers, to good requests and to bad ones.
+"""The sample command with a file of requests, good and bad.
 
-In this process, as `sample.main([...])`, but for one run as users start it.
+Called in this process as `sample.main([...])`, except for one run as a command.
 """
 
 import json
@@ -78,9 +78,9 @@ def test_fields_of_a_result(served):
 
 
 def test_results_are_those_of_the_library(served, opened):
-    """Every setting of a request, and the flags where it has none."""
+    """The settings of a request apply, and the flags where it has none."""
     model, params, tokenizer = opened
-    # One at a time, in the shape in which the run begins them and another test writes a trace.
+    # One row, in the shape in which the command starts requests and another test writes a trace.
     shape = Shape(
         rows=1, prompt=64, gen=32, block=32, slots=8, iterations=8, trace=True, ahead=tokens_ahead(1)
     )
@@ -95,7 +95,7 @@ def test_results_are_those_of_the_library(served, opened):
         assert result["text"] == tokenizer.decode(result["ids"])
         assert result["num_forwards"] == samples.num_forwards[0]
         assert result["num_iterations"] == samples.num_iterations[0]
-    # The settings matter, or nothing were shown by this.
+    # The settings change the results; otherwise the comparison would show nothing.
     names = ("ids", 7, "always", "never", "hot")
     assert len({(tuple(of(served, n)["raw_ids"]), of(served, n)["num_forwards"]) for n in names}) == len(
         names
@@ -123,7 +123,7 @@ def test_recorded_requests_get_the_recorded_answers(served):
 
 
 def test_a_trace_adds_up(served):
-    result = of(served, "never")  # one slot a plan, one forced token a round
+    result = of(served, "never")  # one slot per plan, one forced token per round
     assert [len(plan["planned"]) for plan in result["trace"]] == [1] * result["num_iterations"]
     places = [place for plan in result["trace"] for place in plan["committed"]]
     assert len(places) == len(set(places)) == result["num_tokens"] and min(places) == len(SUM)
@@ -142,7 +142,7 @@ def test_without_output_results_go_to_stdout(checkpoint, served):
 
 
 def test_stop_texts(checkpoint, served, tmp_path):
-    """The text ends before the earliest of them; tokens and counts are as they were."""
+    """The text is cut before the first stop text; tokens and counts do not change."""
     asked = tmp_path / "requests.jsonl"
     asked.write_text("".join(json.dumps(request) + "\n" for request in GOOD))
     ran = command(
@@ -165,11 +165,11 @@ def test_stop_texts(checkpoint, served, tmp_path):
 
 
 def test_flags_are_what_requests_leave_out(checkpoint, served, tmp_path):
-    """The settings of some requests as flags, in the shape compiled already."""
+    """The settings of some requests given as flags, in the shape that is compiled already."""
     for name in (7, "always", "hot"):
         (request,) = [request for request in GOOD if request["id"] == name]
         flags = [f"--{k}={v}" for k, v in request.items() if k not in ("id", "prompt_ids")]
-        # The others keep the shape what it was: they say everything themselves.
+        # The other requests set every field themselves, which keeps the shape the same.
         others = [
             DEFAULTS | {"num_blocks": 1, "temperature": 0.0} | other for other in GOOD if other["id"] != name
         ]
@@ -182,7 +182,7 @@ def test_flags_are_what_requests_leave_out(checkpoint, served, tmp_path):
 
 
 def test_as_users_start_it(checkpoint, served, tmp_path):
-    """A process of its own: exit code 2 for one bad request, no noise, and the answers are the same."""
+    """In a separate process: exit code 2 for one bad request, no other output, and the same answers."""
     asked, answered = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
     good = [request for request in GOOD if request["id"] in ("messages", "hot")]
     asked.write_text("".join(line + "\n" for line in (json.dumps(good[0]), BAD[0][0], json.dumps(good[1]))))
@@ -213,7 +213,7 @@ def test_as_users_start_it(checkpoint, served, tmp_path):
 def test_compiled_programs_are_kept_in_the_home_directory(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     opening.use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == before  # as the environment says
+    assert jax.config.jax_compilation_cache_dir == before  # as set by the environment
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         jax.config.update("jax_compilation_cache_dir", None)
@@ -223,7 +223,7 @@ def test_compiled_programs_are_kept_in_the_home_directory(tmp_path, monkeypatch)
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-# Several devices, and fewer bytes.
+# Several devices, other passes, and int8.
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_compiled_programs_are_kept_in_the_home_directory(tmp_path, monkeypatch)
     ids=" ".join,
 )
 def test_answers_whatever_decodes_them(checkpoint, served, tmp_path, flags):
-    """The tokens are the same on two devices, with passes of one phase and one request at a time; int8
-    weights round some answers differently."""
+    """The tokens are the same on two devices, and with one phase per pass and one request at a time. int8
+    weights change some answers by rounding."""
     asked, output = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
     requests = [recorded_request(*item) for item in recordings().items()]
     asked.write_text("".join(json.dumps(request) + "\n" for request in requests))

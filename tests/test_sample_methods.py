@@ -1,4 +1,4 @@
-"""How the sample command decodes: as the objective of the checkpoint or a flag says, and in what dtype."""
+"""The decoding method and dtype of the sample command, by the checkpoint's objective or by flags."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def test_an_objective_of_no_method(tmp_path):
 
 @pytest.mark.parametrize(("flag", "first_token"), [([], "mask"), (["--first_token=next"], "next")])
 def test_left_to_right(checkpoint, opened, tmp_path, flag, first_token):
-    """By default the first token is read as the checkpoint's objective trained it."""
+    """By default the first token is read as in the checkpoint's training objective."""
     model, params, _ = opened
     prompts = [SUM, [*SUM[:-3], 41]]
     asked = tmp_path / "requests.jsonl"
@@ -84,7 +84,7 @@ def test_left_to_right(checkpoint, opened, tmp_path, flag, first_token):
 
 
 def test_a_model_without_a_mask_decodes_left_to_right(checkpoint, tmp_path):
-    """As one decoded it before a mask token was added to it."""
+    """It answers as it does after a mask token is added to it."""
     folder = shutil.copytree(checkpoint, tmp_path / "base")
     change_config(folder, mask_token_id=None)
     ran = command(f"--checkpoint={folder}", "--method=ar", "--prompt=26+0+10", *OF_OTHERS)
@@ -118,7 +118,7 @@ def test_a_model_without_a_mask_decodes_left_to_right(checkpoint, tmp_path):
 )
 @pytest.mark.long
 def test_block_by_block(checkpoint, opened, tmp_path, method, flags, config):
-    """Settings of other methods in a request are passed over, its own count."""
+    """Settings of other methods in a request are ignored; those of its own method apply."""
     model, params, _ = opened
     prompts = [SUM, [*SUM[:-3], 41], SUM]
     asked = tmp_path / "requests.jsonl"
@@ -134,7 +134,7 @@ def test_block_by_block(checkpoint, opened, tmp_path, method, flags, config):
     decoder = serving.DECODERS[METHODS[method]]
     shape = decoder.exact_shape(prompts, configs).padded(
         4, trace=True, ahead=tokens_ahead(4)
-    )  # the command's
+    )  # as in the command
     samples = jax.device_get(decoder.sample(model, params, prompts, configs, shape=shape))
     for row, result in enumerate(lines(ran.out)):
         assert result["raw_ids"] == samples.raw_ids[row, : samples.num_raw[row]].tolist()

@@ -1,4 +1,4 @@
-"""What the sample command says of mistakes in flags and files."""
+"""The error lines of the sample command for mistakes in flags and files."""
 
 import contextlib
 import io
@@ -131,7 +131,7 @@ def truncate(folder: Path, length: int) -> None:
 
 NORM = "model.norm.weight"
 DAMAGES = {
-    # name: (what is done to the folder, what must be said)
+    # name: (change of the folder, pattern of the error line)
     "no folder": (shutil.rmtree, "is no folder, expected one with config.json and weights"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
@@ -208,7 +208,7 @@ def test_damaged_checkpoints(tmp_path, name):
 
 
 def test_an_output_appears_whole_or_not_at_all(tmp_path):
-    """Not even a part of it where nothing could be read."""
+    """Without readable input, no partial output is left either."""
     asked = tmp_path / "requests.jsonl"
     asked.write_text(json.dumps(GOOD[0]))
     ran = command(
@@ -219,7 +219,7 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_results_take_their_name_when_they_are_whole(tmp_path):
-    """A run that is stopped half-way leaves what was there before."""
+    """An interrupted run leaves the previous file in place."""
     answered = tmp_path / "results.jsonl"
     answered.write_text("of another run")
 

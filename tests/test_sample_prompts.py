@@ -1,4 +1,4 @@
-"""The sample command given prompts, by flags or on a terminal."""
+"""The sample command with prompts given by flags or typed on a terminal."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def test_prompts_as_flags(checkpoint, served):
 
 
 def test_a_trace_file(checkpoint, opened, served, tmp_path):
-    """What the one --prompt gave, as a request with a trace gets it, and what it was made of."""
+    """It holds the prompt, its settings, and the result, which equals that of a traced request."""
     path = tmp_path / "trace.json"
     ran = command(f"--checkpoint={checkpoint}", *FLAGS, "--prompt=26+0+10", f"--trace={path}")
     assert ran.code == 0 and os.listdir(tmp_path) == ["trace.json"]
@@ -55,7 +55,7 @@ def test_thinking_is_told_to_the_template(checkpoint, tmp_path):
 
 
 def test_a_terminal(checkpoint, served, monkeypatch):
-    """Line by line until it is closed; a line that cannot be served does not end it."""
+    """Answers line by line until end of input; a line that cannot be served does not end the session."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("26+0+10\n\ud800\n23+3+28\n"))
     ran = command(f"--checkpoint={checkpoint}", *FLAGS)
     assert ran.code == 0

@@ -1,9 +1,9 @@
-"""Plan and infill for one prompt in plain Python, word for word from the description of the authors' code.
+"""Plan and infill for one prompt in plain Python: a literal transcription of the authors' code.
 
-It shares nothing with the package. There is no cache: every forward pass feeds all committed tokens again,
-in the order in which they were committed, under a mask that lets each of them see what it saw when it was
-committed (the slots before it in a joint pass, its own slot alone after infilling). What a cache would have
-kept of them follows from that.
+It shares no code with the package and has no cache. Every forward pass feeds all committed tokens again, in
+the order of their commits, under a mask that lets each token see the tokens that it saw when it was committed
+(the slots before it after a joint verification, only its own slot after infilling). So its keys and values
+are those that a cache would hold.
 """
 
 import itertools
@@ -17,7 +17,7 @@ Forward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Step(NamedTuple):
-    """One outer iteration: positions are absolute, `planned` has those of the slots' first tokens."""
+    """One outer iteration. Positions are absolute; `planned` has the position of each slot's first token."""
 
     block: int
     planned: list[int]
@@ -32,11 +32,11 @@ class Decoded(NamedTuple):
 
     Attributes:
       tokens, positions: committed, in commit order, the prompt first.
-      sees: for each of them the indices, into that order, of the tokens it attended to.
-      steps: one for each outer iteration.
+      sees: for each token the indices, in commit order, of the tokens that it attended to.
+      steps: one per outer iteration.
       forwards: model calls.
-      seen: names of what occurred, for tests to see that everything did.
-      margin: by how little a logit would have to change for a decision to fall otherwise.
+      seen: names of the branches taken, so that tests can check that all are.
+      margin: the smallest change of a logit that would change a decision.
     """
 
     tokens: list[int]
@@ -68,8 +68,10 @@ def decode(
     slot_score: str = "first",
     recompute: bool = False,
 ) -> Decoded:
-    """Decodes `prompt` greedily under the semantics "fixed" or "release"; the last two are no part of the
-    authors' code."""
+    """Decodes `prompt` greedily under the semantics "fixed" or "release".
+
+    `slot_score` and `recompute` are not part of the authors' code.
+    """
     run = _Run(
         forward, list(prompt), np.float32(slot_threshold), np.float32(token_threshold), mask_id, eos_id
     )
@@ -100,9 +102,9 @@ class _Run:
     # Model calls.
 
     def feed(self, sequences: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
-        """Logits of some sequences of (tokens, positions), each after the committed tokens, in one call.
+        """The logits of several sequences (tokens, positions) in one model call.
 
-        A sequence is causal and does not see the others.
+        Each sequence is causal, sees the committed tokens, and does not see the other sequences.
         """
         committed = len(self.tokens)
         tokens, positions, sees = list(self.tokens), list(self.positions), list(self.sees)
@@ -125,7 +127,7 @@ class _Run:
         self.positions += positions
         self.sees += sees
 
-    # Decisions, with how near they were to falling otherwise.
+    # Decisions, with their margins.
 
     def argmax(self, logits: np.ndarray) -> int:
         second, first = np.sort(logits)[-2:]
@@ -137,7 +139,7 @@ class _Run:
             self.margin = min(self.margin, abs(float(np.log(probability / threshold))))
         return bool(probability > threshold)
 
-    # One plan and what comes of it; returns the pool that is left.
+    # One plan, its verification and infill; returns the slots that remain in the pool.
 
     def outer_iteration(self, block: int, pool: list[list[int]], slot_size: int) -> list[list[int]]:
         places = [place for slot in pool for place in slot]
@@ -188,7 +190,7 @@ class _Run:
             rounds, committed, eos_row = self.infill(drafts, slots, runs)
             left = [slot for i, slot in enumerate(pool) if i not in chosen]
             if eos_row is not None:
-                # The release takes the row number for an index into the pool.
+                # `release` uses the row number as an index into the pool.
                 border = eos_row if self.release else chosen[eos_row]
                 left = [slot for i, slot in enumerate(pool) if i not in chosen and i < border]
                 lost = [i for i in range(border, chosen[eos_row]) if i not in chosen]
@@ -199,16 +201,16 @@ class _Run:
         return left
 
     def commit_joint(self, tokens: list[int], places: list[int]) -> list[int]:
-        """Commits what a pass over the concatenated slots computed: each token saw all before it."""
+        """Commits tokens of a joint verification, where each token saw all tokens before it."""
         base = len(self.tokens)
         self.commit(tokens, places, [list(range(base + i + 1)) for i in range(len(tokens))])
         return places
 
     def infill(self, rows: list[list[int]], slots: list[list[int]], tags: list[int]):
-        """Completes each slot on its own; tags[r] leading tokens of row r are accepted.
+        """Completes each slot on its own. `tags[r]` leading tokens of row r are accepted.
 
         Returns:
-          rounds, positions committed, and the row with the first EOS or None.
+          the number of rounds, the committed positions, and the first row with an EOS or None.
         """
         size, rounds, a, eos_row = len(rows[0]), 0, 0, None
         self.seen.add("several slots infilled" if len(rows) > 1 else "one slot infilled")
@@ -236,7 +238,8 @@ class _Run:
                 rows, slots, tags = (x[: eos_row + 1] for x in (rows, slots, tags))
                 tags[eos_row] = size
                 self.seen |= {"rows before an EOS go on"} if min(tags) < size else set()
-            # Tokens before a are not fed again; the last one common to all rows is, for its logits.
+            # Tokens before index a are not fed again, except the last one that all rows have accepted, whose
+            # logits are needed.
             m = min(tags) - a
             a += m if min(tags) == size else m - 1
         tokens, places = joined(rows), joined(slots)
@@ -263,12 +266,12 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def likeliness(logits: np.ndarray) -> np.float32:
-    """exp(-H), H the mean entropy of what logits [W, V] say of W tokens."""
+    """exp(-H), with H the mean entropy, in nats, of the softmax of logits [W, V]."""
     p = probabilities(logits)
     return np.exp((p * np.log(p)).sum(-1).mean())
 
 
-# How sure the model is of a slot, by its logits [W, V].
+# The score of a slot from its logits [W, V].
 SCORES = {
     "first": lambda logits: probabilities(logits[0]).max(),
     "mean": lambda logits: probabilities(logits).max(-1).mean(),

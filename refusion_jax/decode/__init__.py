@@ -1,7 +1,7 @@
 """The slot decoder (arXiv 2512.13586, section 3.3): plan, verify, infill and commit in one `lax.while_loop`.
 
 Works on token ids and arrays. Text, files and user requests belong to `serving`. May import `model`, and the
-device limits of `training.flops`.
+device limits of `devices`.
 """
 
 from typing import TYPE_CHECKING

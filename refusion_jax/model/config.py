@@ -6,9 +6,6 @@ from typing import Any
 
 from refusion_jax.model.rope import RopeScaling
 
-# Names of the dtypes that a model computes in, as flags and configurations give them; jnp.dtype takes them.
-DTYPES = ("float32", "bfloat16")
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -4,11 +4,10 @@ import argparse
 from typing import Any
 
 from refusion_jax.baselines.decoders.config import CACHES, FIRST_TOKENS
+from refusion_jax.config import DTYPES
 from refusion_jax.decode.config import SEMANTICS, SLOT_SCORES
 from refusion_jax.files import SMALL
 from refusion_jax.serving.methods import METHODS, SETTINGS, default_settings
-
-DTYPES = ("bfloat16", "float32")
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+from refusion_jax.config import DTYPES
 from refusion_jax.data.examples import Examples
 from refusion_jax.data.pipeline import DataConfig, load_examples, load_examples_in_worker, open_tokenizer
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
 from refusion_jax.errors import BadInput
-from refusion_jax.model.config import DTYPES, ModelConfig
+from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.transformer import REMAT_POLICIES
 from refusion_jax.sharding import MeshConfig
 from refusion_jax.tokenizer import Tokenizer
