@@ -53,9 +53,9 @@ class MeshConfig:
     """Sizes of the mesh axes, in devices. One of them may be -1: all remaining devices.
 
     Attributes:
-      data: number of copies of the parameters, each on fsdp x tensor devices.
-      fsdp: number of devices over which the parameters are sharded along the model's width.
-      tensor: number of devices that share each matrix product.
+      data: number of copies of the parameters, each on fsdp x tensor devices; -1 takes all remaining devices.
+      fsdp: number of devices over which the parameters are sharded along the model's width; -1 likewise.
+      tensor: number of devices that share each matrix product; -1 likewise.
 
     Raises:
       ValueError: a size is neither positive nor -1, or more than one is -1.
