@@ -1,10 +1,11 @@
-"""Turns a checkpoint into the other layout; which one SRC has is read from it.
+"""Converts a checkpoint to another layout. The layout of SRC is recognised from its files.
 
     python -m refusion_jax.convert Qwen3-8B runs/qwen3_8b                  # Hugging Face to Orbax
     python -m refusion_jax.convert runs/mine exported --dtype=bfloat16     # and back
     python -m refusion_jax.convert SmolLM2.gguf smollm2 --add_tokens=mask  # GGUF to Hugging Face
 
-One tensor at a time: a model needs no more memory than a few of its largest. DST appears when it is whole.
+Tensors are converted one at a time: the memory needed is that of a few of the largest. DST is written under
+a temporary name and renamed when it is complete.
 """
 
 import contextlib
@@ -33,20 +34,20 @@ from refusion_jax.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenize
 from refusion_jax.weights.new_tokens import add_rows
 
 DTYPES = tuple(dtype.name for dtype in safetensors_io.DTYPES.values())
-SHARD_BYTES = 5 * 10**9  # of one safetensors file, as `transformers` cuts them
-CARRIED = ("generation_config.json",)  # copied as they are
-NEW_TOKENS = {"bos": "<|beginoftext|>", "mask": "<|mask|>"}  # as the authors write them, in their order
+SHARD_BYTES = 5 * 10**9  # most bytes per safetensors file, as in `transformers`
+COPIED = ("generation_config.json",)  # files copied unchanged
+NEW_TOKENS = {"bos": "<|beginoftext|>", "mask": "<|mask|>"}  # texts and order of the authors' code
 
 
 class Model(NamedTuple):
-    """A checkpoint on disk, whatever its layout.
+    """A checkpoint on disk, opened.
 
     Attributes:
       layout: "hf", "orbax" or "gguf".
-      config: the model's shape.
-      fields: of its config.json, in Hugging Face's names.
-      params: of the unrolled model, nested dict of LazyArray.
-      tokenizer: its own.
+      config: shape of the model.
+      fields: fields of config.json, with Hugging Face's names.
+      params: parameters of the unrolled model, nested dict of LazyArray.
+      tokenizer: the checkpoint's tokenizer.
     """
 
     layout: str
@@ -57,10 +58,10 @@ class Model(NamedTuple):
 
 
 def open_model(path: Path) -> Model:
-    """What lies at `path`; no array is read yet.
+    """Opens the checkpoint at `path` without reading any array.
 
     Raises:
-      BadInput: it is no checkpoint, or a broken one.
+      BadInput: `path` is not a checkpoint, or a broken one.
     """
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
@@ -81,18 +82,18 @@ def open_model(path: Path) -> Model:
 
 
 def add_tokens(model: Model, asked: Mapping[str, int | None]) -> Model:
-    """The model with new special tokens; what their rows start from is said in new_tokens.py.
+    """Adds special tokens to a model; `weights.new_tokens` says how their rows are initialised.
 
     Args:
-      model: lacks them.
-      asked: "bos" or "mask" -> its id, None for the first that is free. A new BOS takes the role of the
-        one there is, as in the authors' training from Qwen3.
+      model: the opened checkpoint.
+      asked: "bos" or "mask" -> id of the new token; None takes the first free id. A new BOS token replaces
+        the present one in that role, as in the authors' training from Qwen3.
 
     Raises:
-      BadInput: the model has a mask token, or the id or the token's text is in use.
+      BadInput: the model has a mask token already, or the id or the token's text is in use.
     """
     extended, num_known = model.tokenizer, model.tokenizer.vocab_size
-    # Beyond this there would be rows that belong to no token.
+    # A higher id would leave rows in between that belong to no token.
     highest = max(model.config.vocab_size, num_known + len(asked)) - 1
     for role, index in asked.items():
         has = extended.special.roles().get(role)
@@ -106,12 +107,12 @@ def add_tokens(model: Model, asked: Mapping[str, int | None]) -> Model:
     config = dataclasses.replace(model.config, vocab_size=params["embedding"].shape[0])
     fields = dict(model.fields) | {f"{role}_token_id": index for role, index in ids.items()}
     if "mask" in ids:
-        fields.setdefault("objective", "ar")  # a mask token alone makes no diffusion model of it
+        fields.setdefault("objective", "ar")  # a mask token alone does not make a diffusion model
     return model._replace(config=config, params=params, fields=fields, tokenizer=extended)
 
 
 def write_model(model: Model, folder: Path, layout: str) -> None:
-    """Writes a model into an empty folder, as layout "hf" or "orbax"."""
+    """Writes a model into an empty folder, in layout "hf" or "orbax"."""
     fields = dict(model.fields) | {"torch_dtype": model.params["embedding"].dtype.name}
     for role, index in model.tokenizer.special.roles().items():
         if fields.get(f"{role}_token_id") is None:
@@ -127,7 +128,7 @@ def write_model(model: Model, folder: Path, layout: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` at the end of the block, or vanishes if that fails."""
+    """A temporary folder, renamed to `path` at the end of the block and removed if the block raises."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -146,17 +147,17 @@ def convert(
     dtype: str | None = None,
     asked: Mapping[str, int | None] | None = None,
 ) -> None:
-    """Writes DST, a folder that is not there yet, from SRC.
+    """Converts the checkpoint SRC to a new folder DST.
 
     Args:
-      src: Hugging Face folder, folder of a run or an earlier conversion, or .gguf file.
-      dst: is not there when this fails.
-      to: layout "hf" or "orbax"; None is the one that SRC has not, and "hf" for a GGUF file.
-      dtype: one of DTYPES; None keeps what is stored, float32 for a GGUF file.
-      asked: tokens to add, as `add_tokens` takes them.
+      src: Hugging Face folder, folder of a run or of an earlier conversion, or .gguf file.
+      dst: folder to write. Nothing is left of it if the conversion fails.
+      to: layout "hf" or "orbax"; None is the one that SRC does not have, and "hf" for a GGUF file.
+      dtype: one of DTYPES; None keeps the stored dtype, which for a GGUF file is float32.
+      asked: tokens to add, as for `add_tokens`.
 
     Raises:
-      BadInput: SRC is broken or cannot become what is asked, or DST exists or cannot be written.
+      BadInput: SRC is broken or cannot be converted as asked; DST exists or cannot be written.
     """
     src, dst = Path(src), Path(dst)
     if dst.exists() or dst.is_symlink():
@@ -174,7 +175,7 @@ def convert(
         if free < needed:
             raise BadInput(f"DST={dst}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
         write_model(model, folder, to or ("orbax" if model.layout == "hf" else "hf"))
-        for name in CARRIED:
+        for name in COPIED:
             if (src / name).is_file():
                 shutil.copyfile(src / name, folder / name)
     parameters = sum(leaf.nbytes // leaf.dtype.itemsize for leaf in leaves)
@@ -183,7 +184,7 @@ def convert(
 
 
 def parse_tokens(text: str) -> dict[str, int | None]:
-    """`--add_tokens=bos,mask:151670` as a mapping, in the order that ids are given out."""
+    """Parses `--add_tokens=bos,mask:151670` into role -> id or None, in the order that ids are assigned."""
     asked = {}
     for part in text.split(","):
         name, colon, index = part.partition(":")
@@ -199,8 +200,8 @@ def parse_tokens(text: str) -> dict[str, int | None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="python -m refusion_jax.convert",
-        description="Turns a checkpoint into the other layout: Hugging Face to Orbax, Orbax or GGUF to "
-        "Hugging Face. DST appears when it is whole.",
+        description="Converts a checkpoint to another layout: Hugging Face to Orbax, Orbax or GGUF to "
+        "Hugging Face. DST appears only when it is complete.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -213,11 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(
         "--add_tokens",
         metavar="NAMES",
-        help="new special tokens: mask, bos or bos,mask, each with :ID for an id of its own (default none; "
-        "ids: the first free). Their rows start as the mean of the others; bos replaces the one there is",
+        help="special tokens to add: mask, bos or bos,mask; append :ID to choose an id (default: the first "
+        "free ids). Their rows start as the mean of the other rows; bos replaces the present BOS token",
     )
     flags = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # leave an accelerator to those who compute
+    jax.config.update("jax_platforms", "cpu")  # conversion computes nothing: leave accelerators to others
     asked = parse_tokens(flags.add_tokens) if flags.add_tokens is not None else None
     convert(flags.src, flags.dst, flags.to, flags.dtype, asked)
 

@@ -1,14 +1,15 @@
-"""The device mesh and what lies where on it: the only file that names mesh axes.
+"""The device mesh and the shardings on it; the only file that names mesh axes.
 
-Arrays name their axes by meaning ("embed", "act_batch", …: see the einsum letters in model.py). RULES
-says which mesh axis splits each of them:
+Arrays have logical axes ("embed", "act_batch", ...). RULES maps each logical axis to the mesh axis that
+shards it:
 
-  data    copies of the parameters, each with its own rows of the batch;
-  fsdp    rows of the batch too, and the parameters split along D, gathered layer by layer as needed;
-  tensor  heads, MLP and vocabulary split, so that one matrix product runs on several devices.
+  data    data parallel: copies of the parameters, each with its own rows of the batch;
+  fsdp    fully sharded data parallel: shards the rows of the batch, and the parameters along D, which are
+          gathered layer by layer when they are needed;
+  tensor  tensor parallel: shards heads, MLP and vocabulary, so that several devices share a matrix product.
 
-An axis of the model that its mesh axis does not divide (3 key/value heads over tensor=2) stays whole on
-every device of that mesh axis, in parameters and activations alike: correct, only less is saved.
+An axis of the model that its mesh axis does not divide (3 key/value heads over tensor=2) is replicated over
+that mesh axis, in parameters and activations alike. The results are the same; less memory is saved.
 """
 
 import collections
@@ -28,8 +29,8 @@ BATCH_AXES = ("data", "fsdp")
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
-# Logical axis -> mesh axis or axes that split it; None keeps it whole. The first rows are of parameters,
-# the `act_` rows of activations; `act_x` stays whole where `x` does.
+# Logical axis -> mesh axis or axes that shard it; None replicates it. The first entries are axes of
+# parameters, those with `act_` axes of activations; `act_x` is replicated where `x` is.
 RULES: Rules = (
     ("layers", None),
     ("vocab", "tensor"),
@@ -49,12 +50,15 @@ RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each mesh axis takes.
+    """Sizes of the mesh axes, in devices. One of them may be -1: all remaining devices.
 
     Attributes:
-      data: devices (groups of them) that hold whole copies of the parameters; -1 takes what is left.
-      fsdp: devices the parameters are split over along the model's width; -1 takes what is left.
-      tensor: devices that share each matrix product; -1 takes what is left.
+      data: number of copies of the parameters, each on fsdp x tensor devices; -1 takes all remaining devices.
+      fsdp: number of devices over which the parameters are sharded along the model's width; -1 likewise.
+      tensor: number of devices that share each matrix product; -1 likewise.
+
+    Raises:
+      ValueError: a size is neither positive nor -1, or more than one is -1.
     """
 
     data: int = -1
@@ -78,25 +82,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     shape = dataclasses.asdict(sizes(config, len(devices)))
-    # Auto axes: the compiler propagates shardings. Linen's logical constraints fail with Explicit ones.
+    # Auto axes: the compiler propagates shardings. Linen's logical constraints fail with Explicit axes.
     types = (AxisType.Auto,) * len(shape)
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
 
 
 def tensor_mesh(count: int) -> Mesh:
-    """The first `count` devices, which share each matrix product: what decoding on several takes.
+    """The tensor-parallel mesh of the first `count` devices, for decoding on several devices.
 
     Raises:
-      BadInput: there are not so many.
+      BadInput: there are fewer devices.
     """
-    there = jax.devices()
-    if not 1 <= count <= len(there):
-        raise BadInput(f"--tensor must be 1 to the {len(there)} devices there are, found {count}")
-    return make_mesh(MeshConfig(data=1, tensor=count), there[:count])
+    devices = jax.devices()
+    if not 1 <= count <= len(devices):
+        raise BadInput(f"--tensor must be 1 to the {len(devices)} devices there are, found {count}")
+    return make_mesh(MeshConfig(data=1, tensor=count), devices[:count])
 
 
 def sizes(config: MeshConfig, count: int) -> MeshConfig:
-    """`config` for `count` devices, with the size that -1 stands for.
+    """`config` with the size -1 replaced by its value for `count` devices.
 
     Raises:
       BadInput: the sizes do not multiply to the number of devices.
@@ -111,12 +115,12 @@ def sizes(config: MeshConfig, count: int) -> MeshConfig:
 
 
 class Layout(NamedTuple):
-    """Where the arrays of a model, or of a training state, lie on a mesh.
+    """Shardings of the arrays of a model or of a training state on a mesh.
 
     Attributes:
       mesh: the devices.
-      rules: RULES with None for each axis of this model that the mesh does not divide.
-      shardings: a NamedSharding for each array, in the structure of the unboxed tree.
+      rules: RULES, with None for each axis of this model that its mesh axis does not divide.
+      shardings: a NamedSharding per array, in the structure of the unboxed tree.
     """
 
     mesh: Mesh
@@ -125,20 +129,20 @@ class Layout(NamedTuple):
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """Within it the model's logical constraints mean `rules` on `mesh`.
+        """A context in which the model's logical sharding constraints are resolved by `rules` on `mesh`.
 
-        Enter it inside the function that jit traces: then they hold wherever that is called from.
+        Enter it inside the function that jit traces, so that it holds wherever that function is called.
         """
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), nn.logical_axis_rules(self.rules):
             yield
 
 
 def layout(boxed: Any, mesh: Mesh) -> Layout:
-    """The layout of a tree on `mesh`.
+    """Computes the layout of a tree on `mesh`.
 
     Args:
-      boxed: abstract arrays in Linen's partitioning boxes (`eval_shape` of an init); those without a box
-        lie on every device.
+      boxed: abstract arrays in Linen's partitioning boxes (`eval_shape` of an init); arrays without a box
+        are replicated.
       mesh: the devices.
     """
     boxes = jax.tree.leaves(boxed, is_leaf=_is_box)
@@ -161,7 +165,7 @@ def unbox(tree: Any) -> Any:
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-    """The ShapeDtypeStructs of `abstract` with `shardings` in them, as restore and AOT compiling want."""
+    """The ShapeDtypeStructs of `abstract` with `shardings` added, for restoring and for compiling ahead."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
@@ -170,27 +174,27 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over (data, fsdp); the row axis comes after `leading` axes that stay whole."""
+    """Shards the rows of a batch over (data, fsdp). The row axis follows `leading` replicated axes."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts `batch_sharding` cuts the rows."""
+    """The number of shards of the row axis under `batch_sharding`."""
     return _size(mesh, BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def row_group(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of how many groups of rows of each batch this process has to supply.
+    """(index, count): the group of rows of each batch that this process supplies, and the number of groups.
 
-    Processes whose devices hold the same rows (those along `tensor`) are in the same group.
+    Processes whose devices hold the same rows (along `tensor`) are in the same group.
 
     Raises:
-      BadInput: some processes' rows overlap without being the same.
+      BadInput: the rows of two processes overlap without being the same.
     """
     held = collections.defaultdict(set)
     for device, (rows,) in batch_sharding(mesh).devices_indices_map((batch_shards(mesh),)).items():

@@ -387,7 +387,7 @@ MEASURE = r"""
 import pathlib, re, sys, tempfile
 from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax import convert
-checkpoint.TOGETHER_BYTES = 2**23
+checkpoint.BATCH_BYTES = 2**23
 sys.path.insert(0, sys.argv[1])
 import test_convert
 def peak():  # getrusage would count what the process that started us had

@@ -66,8 +66,6 @@ def test_the_true_response_is_accepted(task):
     assert all(task.check_all([(query, response + "\n") for query, response in pairs]))
     for query, response in pairs[:50]:
         solution = task.solution(query)
-        assert task.check_exact(query, solution)
-        assert not task.check_exact(query, solution + "\n")
         assert task.check(query, solution) if task.name == "countdown" else solution == response
 
 
@@ -114,7 +112,6 @@ def test_verifiers_take_any_text(task):
     for text in NONSENSE:
         assert not task.check(query, text)
         assert not task.check(text, response)
-        assert not task.check_exact(text, response)
         assert task.solution(text) is None
 
 

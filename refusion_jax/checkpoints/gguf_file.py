@@ -1,6 +1,6 @@
-"""A GGUF file's metadata and tensors, opened once for the weights and the tokenizer in it.
+"""Opens a GGUF file: its metadata and tensors, from which weights and tokenizer are read.
 
-Needs the `gguf` package, the extra [gguf].
+Needs the package `gguf`, the extra [gguf].
 """
 
 from pathlib import Path
@@ -10,15 +10,15 @@ from refusion_jax.errors import BadInput
 
 
 class GGUFFile:
-    """An open GGUF file; its metadata is checked as it is asked for.
+    """An open GGUF file; metadata is checked when it is read.
 
     Attributes:
-      path: where it lies.
-      names: of its metadata.
-      tensors: the package's descriptions of its tensors; their data is mapped, not read.
+      path: the file.
+      names: names of all metadata.
+      tensors: descriptions of the tensors by the package gguf; their data is mapped, not read.
 
     Raises:
-      BadInput: the package gguf is missing, or the file is none that can be read.
+      BadInput: the package gguf is missing, or the file cannot be read.
     """
 
     def __init__(self, path: str | Path):
@@ -29,7 +29,7 @@ class GGUFFile:
             raise BadInput(f"{path}: needs the package gguf: pip install 'refusion_jax[gguf]'") from None
         try:
             reader = gguf.GGUFReader(self.path)
-        # The reader indexes into a memory map and lets whatever comes of a broken file escape.
+        # The reader indexes into a memory map, and a broken file makes it raise any kind of exception.
         except Exception as error:
             raise BadInput(f"{path}: not a readable GGUF file ({error})") from None
         if reader.endianess != gguf.GGUFEndian.LITTLE:
@@ -39,22 +39,22 @@ class GGUFFile:
         self.tensors = reader.tensors
 
     def get(self, name: str, kind: type | None = None, of: type | None = None) -> Any:
-        """Metadata by its full name, None if there is none.
+        """A metadata value by its full name, None if it is missing.
 
         Args:
-          name: such as "general.architecture".
-          kind: the type it must have; None is any.
-          of: the type the elements of a list must have; None is any.
+          name: full name, such as "general.architecture".
+          kind: required type; None allows any.
+          of: required type of the elements of a list; None allows any.
 
         Raises:
-          BadInput: it has another type or cannot be read.
+          BadInput: the value has another type or cannot be read.
         """
         field = self._fields.get(name)
         if field is None:
             return None
         try:
             value = field.contents()
-        except Exception as error:  # see above
+        except Exception as error:  # any kind, as above
             raise BadInput(f"{self.path}: metadata {name} cannot be read ({error})") from None
         wrong = kind is not None and type(value) is not kind
         if wrong or (of and any(type(element) is not of for element in value)):
@@ -63,7 +63,7 @@ class GGUFFile:
         return value
 
     def need(self, name: str, kind: type, of: type | None = None) -> Any:
-        """`get` of what must be there."""
+        """`get` of a required value. Raises BadInput also if it is missing."""
         value = self.get(name, kind, of)
         if value is None:
             raise BadInput(f"{self.path}: metadata {name} is missing")

@@ -1,6 +1,6 @@
-"""GGUF model files, read as Hugging Face's names, shapes and config.json; weights are dequantised.
+"""GGUF model files, presented with Hugging Face's names, shapes and config.json; weights are dequantised.
 
-Metadata that asks for something this model does not do is an error, as in a config.json.
+Metadata that asks for something this model does not implement is an error, as in a config.json.
 """
 
 import re
@@ -13,9 +13,9 @@ from refusion_jax.checkpoints.gguf_file import GGUFFile
 from refusion_jax.errors import BadInput
 from refusion_jax.weights.lazy import Index, LazyArray
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF's names are Hugging Face's model types
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # the same names as Hugging Face's model_type
 
-# GGUF's name of a tensor -> Hugging Face's; those of layers without their prefixes.
+# GGUF name of a tensor -> Hugging Face name; LAYER_NAMES without the prefix of the layer and the suffix.
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -35,13 +35,13 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-# Metadata under the architecture's name that `_config` reads; any other must be unset or 0.
+# Metadata with the architecture's prefix that `_config` reads; all other such metadata must be unset or 0.
 KNOWN = {
     "block_count",
     "context_length",
     "embedding_length",
     "feed_forward_length",
-    "vocab_size",  # the embedding's shape is what counts
+    "vocab_size",  # not read: the shape of the embedding gives it
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
@@ -57,17 +57,17 @@ KNOWN = {
 
 
 def read_gguf(file: GGUFFile) -> tuple[dict[str, Any], dict[str, LazyArray]]:
-    """What a GGUF file holds, but for its tokenizer.
+    """The configuration and the weights in a GGUF file.
 
     Args:
-      file: of architecture llama, qwen2 or qwen3.
+      file: a file of architecture llama, qwen2 or qwen3.
 
     Returns:
-      the fields of a config.json, and the tensors by their Hugging Face names: float32, in Hugging Face's
-      shapes and order of rows, dequantised as they are read.
+      the fields of a config.json, and float32 tensors by Hugging Face name, in Hugging Face's shapes and
+      order of rows, which are dequantised when they are read.
 
     Raises:
-      BadInput: the file holds something unknown.
+      BadInput: the file contains something that this model does not implement.
     """
     path = file.path
     shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in file.tensors}
@@ -85,7 +85,7 @@ def read_gguf(file: GGUFFile) -> tuple[dict[str, Any], dict[str, LazyArray]]:
 
 
 def _config(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of a config.json that a GGUF file's metadata amounts to."""
+    """The fields of the config.json equivalent to the metadata of a GGUF file."""
     path, family = file.path, file.get("general.architecture")
     if family not in ARCHITECTURES:
         raise BadInput(
@@ -129,14 +129,14 @@ def _config(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any
         "max_position_embeddings": get("context_length", int),
         "rope_theta": get("rope.freq_base", float, 10000.0),
         "rope_scaling": scaling,
-        # LazyArray in float32; the shortest number that means the same is what it was: 1e-05.
+        # Stored as float32; the shortest decimal with that float32 value is the original, such as 1e-05.
         "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon", float)))),
         "tie_word_embeddings": "output.weight" not in shapes,
     }
 
 
 def _name(path: Path, name: str) -> str:
-    """Hugging Face's name of a tensor."""
+    """The Hugging Face name of a tensor from its GGUF name."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if layer and layer[2] in LAYER_NAMES:
         return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
@@ -146,16 +146,16 @@ def _name(path: Path, name: str) -> str:
 
 
 def _half_split_rows(heads: int, head_dim: int) -> np.ndarray:
-    """Where the rows of a Llama's q or k, in half-split order, stand in a GGUF file.
+    """Indices of the rows of a Llama's q or k in a GGUF file, in our order of rows.
 
-    Llama files pair channel 2i with 2i + 1 in RoPE, we pair i with i + H/2.
+    In RoPE a Llama GGUF file rotates channel 2i with 2i + 1, we (and Hugging Face) rotate i with i + H/2.
     """
     rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)
 
 
 def _lazy_array(path: Path, tensor: Any, shape: tuple[int, ...], rows: np.ndarray | None) -> LazyArray:
-    """One tensor, dequantised as it is read; `rows` says where each of its rows stands in the file."""
+    """One tensor, dequantised when it is read; `rows` gives the index in the file of each of its rows."""
     from gguf import quants
 
     where, kind = f"{path}: tensor {tensor.name!r}", tensor.tensor_type
@@ -164,7 +164,7 @@ def _lazy_array(path: Path, tensor: Any, shape: tuple[int, ...], rows: np.ndarra
     def read(index: Index) -> np.ndarray:
         first = index[0] if rows is None else rows[index[0]]
         try:
-            # The copy is what makes the mapping end; quantised blocks never cross rows.
+            # Copying lets the mapping end. Quantised blocks never cross rows, so rows can be read alone.
             return quants.dequantize(np.array(np.memmap(path, *layout)[first]), kind)[:, *index[1:]]
         except NotImplementedError:
             raise BadInput(f"{where} has quantisation {kind.name}, which gguf cannot undo") from None

@@ -1,7 +1,7 @@
-"""Hugging Face model folders: config.json and safetensors, read strictly.
+"""Hugging Face model folders: config.json and the names, shapes and axes of their tensors.
 
-One table gives for each tensor its Hugging Face name, its path in our parameters and how the axes map.
-A tensor that is missing, that nothing asks for, or that has another shape is an error naming it.
+`table` gives for each tensor its Hugging Face name, its path in our parameters and the mapping of its axes.
+A tensor that is missing, unknown or of another shape is an error that names it.
 """
 
 import functools
@@ -19,11 +19,12 @@ from refusion_jax.model.rope import RopeScaling
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.weights.lazy import LazyArray
 
-# Hugging Face's model_type <-> (qk_norm, qkv_bias); everything else of the block is shared.
+# Hugging Face's model_type <-> (qk_norm, qkv_bias); the blocks of these families are otherwise the same.
 FAMILIES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
-# Fields of a config.json that the ones we write replace, or that name Python files, which stay behind.
+# Fields of a config.json that are not copied: fields that we write replace them, or (auto_map) they name
+# Python files, which are not copied either.
 LEFT_OUT = (
     "rope_parameters",
     "partial_rotary_factor",
@@ -33,17 +34,17 @@ LEFT_OUT = (
 )
 
 HEAD = "lm_head.weight"
-# Buffers that old files hold; they follow from config.json.
+# Buffers in old files; they follow from config.json.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class Entry(NamedTuple):
-    """One tensor: `ours = theirs.reshape(split).transpose(order)`.
+    """The mapping of one tensor: `ours = theirs.reshape(split).transpose(order)`.
 
     Attributes:
-      path: where it lies in the unrolled model's parameters.
-      split: the Hugging Face shape with heads and head dim apart.
-      order: of the axes of `split` in ours.
+      path: keys to the array in the unrolled model's parameters.
+      split: the Hugging Face shape with the axes of heads and head dim separated.
+      order: permutation of the axes of `split` that gives our axes.
       shape: the Hugging Face shape.
     """
 
@@ -53,17 +54,17 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
     def ours(self, theirs: LazyArray) -> LazyArray:
-        """The tensor in our axes."""
+        """Converts a Hugging Face tensor to our axes."""
         split = theirs if self.split == self.shape else theirs.split(self.split)
         return split.transpose(self.order)
 
     def theirs(self, ours: LazyArray) -> LazyArray:
-        """Our array in the tensor's axes."""
+        """Converts our array to the Hugging Face shape."""
         return ours.transpose(np.argsort(self.order)).reshape(self.shape)
 
 
 def table(config: ModelConfig) -> dict[str, Entry]:
-    """Every tensor of a model by its Hugging Face name."""
+    """The mapping of every tensor of a model, by Hugging Face name."""
     c = config
     D, F, H = c.embed_dim, c.mlp_dim, c.head_dim
 
@@ -99,21 +100,21 @@ def table(config: ModelConfig) -> dict[str, Entry]:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The model's shape from FOLDER/config.json; errors as `parse_config`, or there is no such file."""
+    """`parse_config` of FOLDER/config.json. Raises BadInput also if there is no such file."""
     path = Path(folder) / "config.json"
     return parse_config(read_json(path), path)
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The model's shape from the fields of a config.json.
+    """The ModelConfig described by the fields of a config.json.
 
     Args:
-      raw: the fields, as `transformers` names them, older spelling or newer.
-      path: where they come from, for messages.
+      raw: the fields, with the names of `transformers`, old or new.
+      path: their file, for messages.
 
     Raises:
-      BadInput: a field is missing or of the wrong type, or it asks for something this model does not do
-        (another architecture, an unknown RoPE scaling, sliding-window attention).
+      BadInput: a field is missing or of the wrong type, or asks for something that this model does not
+        implement (another architecture, an unknown RoPE scaling, sliding-window attention).
     """
 
     def need(field: str, kind: type, fields: Mapping[str, Any] = raw) -> Any:
@@ -152,7 +153,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[Any, RopeScaling | None]:
-    """Base and scaling of RoPE: `rope_theta` and `rope_scaling`, or both in the newer `rope_parameters`."""
+    """(base, scaling) of RoPE from `rope_theta` and `rope_scaling`, or from the newer `rope_parameters`."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     fields = raw.get(name) or {}
     if not isinstance(fields, dict) or any(isinstance(value, dict) for value in fields.values()):
@@ -162,7 +163,7 @@ def _rope(raw: Mapping[str, Any], path: Path) -> tuple[Any, RopeScaling | None]:
     partial = fields.pop("partial_rotary_factor", raw.get("partial_rotary_factor") or 1)
     if partial != 1:
         raise BadInput(f"{path}: partial_rotary_factor must be 1 (RoPE on all of a head), found {partial!r}")
-    kind = fields.pop("type", "default")  # the name of rope_type once
+    kind = fields.pop("type", "default")  # the old name of rope_type
     kind = fields.setdefault("rope_type", kind)
     if kind == "default":
         return theta, None
@@ -178,7 +179,7 @@ def _rope(raw: Mapping[str, Any], path: Path) -> tuple[Any, RopeScaling | None]:
 
 
 def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
-    """What would silently change the function computed is an error, never ignored."""
+    """Raises BadInput for fields that would change the computed function if they were ignored."""
     windowed = raw.get("sliding_window") is not None and raw.get("use_sliding_window", True)
     layers = raw.get("layer_types") or []
     if windowed or any(layer != "full_attention" for layer in layers):
@@ -194,7 +195,7 @@ def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that describe `config`, as `transformers` names them."""
+    """The fields of config.json that describe `config`, with the names of `transformers`."""
     family = {switches: name for name, switches in FAMILIES.items()}.get((config.qk_norm, config.qkv_bias))
     if family is None:
         raise BadInput("qk_norm and qkv_bias together are in no Hugging Face family: switch one off")
@@ -220,10 +221,10 @@ def write_config(folder: str | Path, config: ModelConfig, extra: Mapping[str, An
     """Writes FOLDER/config.json.
 
     Args:
-      folder: is there.
-      config: the model's shape.
-      extra: further fields, special token ids or all of another config.json; what they say of the shape is
-        left out.
+      folder: an existing folder.
+      config: shape of the model.
+      extra: further fields, such as special token ids, or all fields of another config.json. Fields that
+        describe the shape are replaced by those of `config`.
     """
     kept = {name: value for name, value in extra.items() if name not in LEFT_OUT}
     text = json.dumps(kept | config_json(config), indent=2, sort_keys=True) + "\n"
@@ -231,45 +232,47 @@ def write_config(folder: str | Path, config: ModelConfig, extra: Mapping[str, An
 
 
 def objective(folder: str | Path) -> str:
-    """What a model was trained for, by its config.json.
+    """The training objective named in a folder's config.json.
 
-    Where that says nothing, a model with a mask token was trained as ReFusion models are.
+    Without the field "objective" it is "refusion" for a model with a mask token, else "ar".
     """
     raw = read_json(Path(folder) / "config.json")
     return raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
 
 
 def first_token(folder: str | Path) -> str:
-    """Where left-to-right decoding of a model reads its first token: "next" where it was trained for that,
-    else "mask"."""
+    """The position from which AR decoding reads the first response token.
+
+    "next", the last prompt token, for a model trained with the objective "ar"; else "mask", a mask token.
+    """
     return "next" if objective(folder) == "ar" else "mask"
 
 
 def block_len(folder: str | Path) -> int | None:
-    """Tokens of a block of a model trained by block diffusion; None where its config.json does not say."""
+    """Tokens per block of a model trained by block diffusion; None if config.json does not give it."""
     return read_json(Path(folder) / "config.json").get("block_len")
 
 
 def from_tensors(config: ModelConfig, tensors: Mapping[str, LazyArray], source: str | Path) -> dict[str, Any]:
-    """The unrolled model's parameters from tensors in Hugging Face's names and shapes.
+    """The unrolled model's parameters from tensors with Hugging Face's names and shapes.
 
     Args:
-      config: the model's shape.
-      tensors: by name; none is read.
-      source: where they come from, for messages.
+      config: shape of the model.
+      tensors: tensors by name; they are not read.
+      source: their file or folder, for messages.
 
     Returns:
       nested dict of LazyArray.
 
     Raises:
-      BadInput: a tensor is missing, extra or misshapen.
+      BadInput: a tensor is missing, unknown or of another shape.
     """
     entries = table(config)
     params: dict[str, Any] = {}
     for name, tensor in tensors.items():
         entry = entries.get(name)
         if entry is None:
-            # A tied model's own head is written by some and used by none.
+            # Some writers store the head of a tied model; no reader uses it.
             if IGNORED.fullmatch(name) or name == HEAD:
                 continue
             raise BadInput(f"{tensor.where} belongs to no part of this model")
@@ -287,7 +290,7 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, LazyArray], source: 
 
 
 def to_tensors(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, LazyArray]:
-    """The reverse of `from_tensors`; each tensor is read whole."""
+    """The inverse of `from_tensors`; each tensor is read as a whole."""
     return {
         name: entry.theirs(functools.reduce(lambda node, key: node[key], entry.path, params))
         for name, entry in table(config).items()

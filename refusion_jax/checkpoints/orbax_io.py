@@ -1,12 +1,12 @@
-"""Checkpoints of a run, and a warning before the machine goes: the only file that imports Orbax.
+"""Checkpoints of a training run, and notice of preemption; the only file that imports Orbax.
 
-    DIR/checkpoints/STEP/params      parameters, each array in shards
-    DIR/checkpoints/STEP/optimizer   step and optimiser state
-    DIR/checkpoints/STEP/data        where the data iterator stands, JSON
+    DIR/checkpoints/STEP/params      parameters, sharded
+    DIR/checkpoints/STEP/optimizer   step and optimizer state
+    DIR/checkpoints/STEP/data        state of the data iterator, JSON
 
-STEP is the number of updates done. A checkpoint is written under another name and renamed when it is
-whole, and renamed again before it is deleted; so a directory STEP is a complete checkpoint, whenever the
-process was killed.
+STEP is the number of updates done. A checkpoint is written under a temporary name and renamed when it is
+complete, and renamed again before it is deleted. So a directory STEP is always a complete checkpoint, no
+matter when the process is killed.
 """
 
 import contextlib
@@ -31,25 +31,25 @@ from refusion_jax.errors import BadInput
 from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
 FOLDER = "checkpoints"
-OUTDATED = ".outdated"  # where old checkpoints wait for deletion
-CHUNK_BYTES = 2**24  # of a converted array, what is read and decompressed at once
-TOGETHER_BYTES = 2**26  # of converted arrays, what is written at once, give or take one array
-APPEARS_SECONDS = 60  # until every process sees a folder that process 0 made; NFS may take 30
+OUTDATED = ".outdated"  # folder of old checkpoints that are to be deleted
+CHUNK_BYTES = 2**24  # of a converted array, read and decompressed at a time
+BATCH_BYTES = 2**26  # of converted arrays, written at a time; one more array may exceed it
+APPEARS_SECONDS = 60  # longest wait until a process sees a folder made by process 0; NFS may take 30 s
 
-# What a launcher sees of a process that SIGTERM ended. SLURM requeues a preempted job whatever its code;
+# Exit code of a process that saved and stopped on SIGTERM. SLURM requeues a preempted job whatever its code;
 # Kubernetes and xpk restart on 128 + signal number by default.
 PREEMPTED_EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Checkpoints:
-    """The checkpoints of one training run, for the process (or processes) that write them.
+    """Saves and restores the checkpoints of one training run. All processes of the run call its methods.
 
     Args:
-      folder: DIR, the run's folder, on a disk that all processes see.
-      keep: how many of the newest checkpoints stay; those before are deleted.
+      folder: DIR, the folder of the run, on a file system shared by all processes.
+      keep: number of newest checkpoints that are kept; older ones are deleted.
 
     Raises:
-      BadInput: process 0 made a folder that this one does not see.
+      BadInput: process 0 created a folder that this process does not see.
     """
 
     def __init__(self, folder: str | Path, keep: int):
@@ -59,9 +59,9 @@ class Checkpoints:
         )
         with _orbax_silent():
             self._manager = ocp.CheckpointManager(self._folder / FOLDER, options=options)
-        patience = time.monotonic() + APPEARS_SECONDS
+        deadline = time.monotonic() + APPEARS_SECONDS
         while not (self._folder / FOLDER).is_dir():
-            if time.monotonic() > patience:
+            if time.monotonic() > deadline:
                 raise BadInput(f"{self._folder}: must be on a disk that all processes see")
             time.sleep(0.5)
         self._delete_leftovers()
@@ -74,40 +74,40 @@ class Checkpoints:
         self._delete_leftovers()
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, None without any; one being written counts.
+        """The step of the newest checkpoint, a save in progress included; None if there is no checkpoint.
 
-        That of process 0 in all, as a network's file system may show the others an older state. To be called
-        by all processes.
+        All processes must call this. They get the answer of process 0, since a network file system may show
+        the others an older state.
         """
         step = self._manager.latest_step()
         agreed = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
         return None if agreed < 0 else agreed
 
     def save(self, step: int, trees: Mapping[str, Any], data: Any) -> None:
-        """Saves in the background; arrays and `data` are as they were when this returns.
+        """Saves a checkpoint in the background. All processes must call this.
 
-        Waits for a save that is still under way. To be called by all processes.
+        Waits for a save in progress to finish first. The arrays and `data` may change once this returns.
 
         Args:
-          step: updates done.
-          trees: a tree of arrays for each item ("params", "optimizer").
-          data: the state of the data iterator, JSON; the same in all processes, so that a run can go on
-            with another number of them.
+          step: number of updates done.
+          trees: item ("params", "optimizer") -> tree of arrays.
+          data: state of the data iterator, JSON. It is the same in all processes, so that a run can resume
+            with another number of processes.
         """
-        self._manager.wait_until_finished()  # until then Orbax may be moving a checkpoint into OUTDATED
+        self._manager.wait_until_finished()  # before that, Orbax may be moving a checkpoint into OUTDATED
         self._delete_in_background()
         items = {name: ocp.args.StandardSave(tree, _layer_by_layer(tree)) for name, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)), force=True)
 
     def restore(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        """The trees and the data iterator's state saved at `step`.
+        """Restores the trees and the state of the data iterator saved at `step`.
 
         Args:
-          step: which checkpoint.
-          trees: for each item its tree of ShapeDtypeStructs, with the shardings wanted.
+          step: step of the checkpoint.
+          trees: item -> tree of ShapeDtypeStructs, with the shardings of the result.
 
         Raises:
-          BadInput: the checkpoint is damaged or holds other shapes.
+          BadInput: the checkpoint is damaged or has other shapes.
         """
         folder = self._folder / FOLDER / str(step)
         for name, tree in trees.items():
@@ -117,42 +117,42 @@ class Checkpoints:
         restored = _reading(folder, lambda: self._manager.restore(step, args=args))
         return {name: restored[name] for name in trees}, restored["data"]
 
-    # Orbax moves an old checkpoint into OUTDATED in one go and leaves it there. Deleting it in place would
-    # leave half a checkpoint under its proper name if the process were killed meanwhile.
+    # Orbax moves an old checkpoint into OUTDATED by one rename and leaves it there. If it were deleted in
+    # place, a kill in the middle would leave half a checkpoint under its final name.
 
     def _delete_in_background(self) -> None:
         outdated = self._folder / FOLDER / OUTDATED
         if jax.process_index() == 0 and outdated.exists():
-            doomed = outdated.rename(f"{outdated}-{time.time_ns()}")
-            threading.Thread(target=shutil.rmtree, args=(doomed, True)).start()
+            renamed = outdated.rename(f"{outdated}-{time.time_ns()}")
+            threading.Thread(target=shutil.rmtree, args=(renamed, True)).start()
 
     def _delete_leftovers(self) -> None:
         if jax.process_index() == 0:
-            for doomed in (self._folder / FOLDER).glob(f"{OUTDATED}*"):
-                shutil.rmtree(doomed, ignore_errors=True)
+            for leftover in (self._folder / FOLDER).glob(f"{OUTDATED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def latest_step(folder: str | Path) -> int | None:
-    """The step of the newest checkpoint in DIR; None without any."""
+    """The step of the newest checkpoint in DIR; None if there is no checkpoint."""
     path = Path(folder) / FOLDER
     return max(ocp.utils.checkpoint_steps(path), default=None) if path.is_dir() else None
 
 
 def saved_params(folder: str | Path) -> dict[str, Any]:
-    """The newest parameters in DIR, yet to be read: nested dict of LazyArray.
+    """The parameters of the newest checkpoint in DIR: nested dict of LazyArray, nothing read yet.
 
     Raises:
-      BadInput: DIR holds no checkpoint, or a damaged one; reading an array raises it too.
+      BadInput: DIR has no checkpoint, or it is damaged. Reading an array raises it too.
     """
     path = _newest(folder) / "params"
     return jax.tree.map(lambda leaf: _lazy_array(path, leaf), _metadata(path))
 
 
 def write_params(folder: str | Path, params: Any) -> None:
-    """Writes DIR/checkpoints/0 with parameters alone, one array in memory at a time.
+    """Writes DIR/checkpoints/0 with parameters only, a few arrays in memory at a time (BATCH_BYTES).
 
     Args:
-      folder: DIR, without checkpoints yet.
+      folder: DIR, without checkpoints.
       params: nested dict of LazyArray.
 
     Raises:
@@ -170,43 +170,46 @@ def write_params(folder: str | Path, params: Any) -> None:
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """How Orbax saves arrays that are on disk already: as numpy arrays, but a few at a time."""
+    """Orbax's handler for LazyArrays: reads a few at a time and saves them as numpy arrays."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values, infos, args=None):
-        together = []  # each write waits for the disk, so small arrays share one
+        batch = []  # every write waits for the disk, so small arrays are written together
         for item in zip(values, infos, args, strict=True):
-            together.append(item)
-            if sum(value.nbytes for value, _, _ in together) > TOGETHER_BYTES or item[0] is values[-1]:
-                stored, *rest = zip(*together, strict=True)
-                for written in await super().serialize([value.whole() for value in stored], *rest):
+            batch.append(item)
+            if sum(value.nbytes for value, _, _ in batch) > BATCH_BYTES or item[0] is values[-1]:
+                lazy, *rest = zip(*batch, strict=True)
+                for written in await super().serialize([value.whole() for value in lazy], *rest):
                     written.result()
-                together = []
+                batch = []
         return []
 
 
 class Preemption:
-    """Notes SIGTERM, so that the loop can finish its step and save; restores the old handler on exit."""
+    """A context that notes SIGTERM, so that the training loop can finish its step and save before it stops.
+
+    The previous signal handler is restored on exit.
+    """
 
     def __init__(self):
         self._noticed = False
 
     def __enter__(self) -> "Preemption":
-        # With several processes JAX's own service listens: it agrees on a step for all of them.
-        self._ours = jax.process_count() == 1
-        if self._ours:
+        # With several processes JAX's preemption service listens and makes all processes stop at one step.
+        self._single = jax.process_count() == 1
+        if self._single:
             self._previous = signal.signal(signal.SIGTERM, self._notice)
         return self
 
     def __exit__(self, *error) -> None:
-        if self._ours:
+        if self._single:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`; to be asked by all processes after each step."""
-        return self._noticed if self._ours else multihost_utils.reached_preemption_sync_point(step)
+        """Whether to save and stop after `step`. All processes must call this after every step."""
+        return self._noticed if self._single else multihost_utils.reached_preemption_sync_point(step)
 
     def _notice(self, number: int, frame: Any) -> None:
         self._noticed = True
@@ -220,13 +223,13 @@ def _newest(folder: str | Path) -> Path:
 
 
 def _metadata(path: Path) -> Any:
-    """The tree of array descriptions of one item of a checkpoint."""
+    """The metadata of one item of a checkpoint: a tree of array descriptions."""
     metadata = _reading(path, lambda: ocp.StandardCheckpointHandler().metadata(epath.Path(path)))
     return metadata.tree
 
 
 def _layer_by_layer(tree: Any) -> Any:
-    """How to save a tree: a scanned model's layers in chunks of their own, so that one can be read alone."""
+    """SaveArgs that store each layer of a scanned model in its own chunks, so that it can be read alone."""
 
     def of(key: tuple, leaf: Any) -> ocp.SaveArgs:
         return ocp.SaveArgs(shard_axes=(0,) if "layers" in _name(key).split("/") else ())
@@ -235,8 +238,8 @@ def _layer_by_layer(tree: Any) -> Any:
 
 
 def _lazy_array(path: Path, leaf: Any) -> LazyArray:
-    """One array of a checkpoint, of its description."""
-    # What Orbax writes unless told otherwise: a Zarr array in an OCDBT database.
+    """One array of a checkpoint as a LazyArray, from its description `leaf`."""
+    # The default format of Orbax: a Zarr array in an OCDBT database.
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{leaf.name}/"},
@@ -251,7 +254,7 @@ def _lazy_array(path: Path, leaf: Any) -> LazyArray:
 
 
 def check_shapes(path: Path, saved: Any, wanted: Any) -> None:
-    """Raises BadInput naming the first array of two trees that the other has not in that shape."""
+    """Raises BadInput that names the first array that is not in both trees with the same shape."""
     saved, wanted = (
         {_name(key): tuple(leaf.shape) for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
         for tree in (saved, wanted)
@@ -265,22 +268,22 @@ def check_shapes(path: Path, saved: Any, wanted: Any) -> None:
 
 
 def _name(key: tuple) -> str:
-    # Orbax stores named tuples as dicts and tuples as lists: the same place is called differently.
+    # Orbax stores named tuples as dicts and tuples as lists, so the key of an entry has another type.
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key)
 
 
 def _reading(path: Path, read: Callable[[], Any]) -> Any:
-    """`read()`, with whatever a damaged checkpoint makes Orbax raise turned into BadInput."""
+    """Calls `read`, and turns any exception that Orbax raises for a damaged checkpoint into BadInput."""
     report = sys.unraisablehook
     sys.unraisablehook = lambda event: None if "loop is closed" in str(event.exc_value) else report(event)
     try:
         with _orbax_silent():
             value = read()
     except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # too large for this machine, which is no damage
-    except Exception as error:  # Orbax raises anything, bare Exception too
-        # The reads of other arrays fail later and into the void; without the hook above, which stays,
-        # and this, their errors would follow ours on stderr.
+        raise  # not damage: too large for this machine
+    except Exception as error:  # Orbax raises many kinds, bare Exception too
+        # The reads of the other arrays fail later, in the background. The hook above, which stays installed
+        # after a failure, and this log level keep their errors off stderr.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         reason = str(error.__cause__ or error).split(" [tensorstore_spec", 1)[0]
         step = next(folder for folder in (path, *path.parents) if folder.parent.name == FOLDER)
@@ -293,7 +296,7 @@ def _reading(path: Path, read: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _orbax_silent() -> Iterator[None]:
-    """Orbax logs about missing files before it raises; the exception is enough."""
+    """A context that silences Orbax's log; it logs missing files before it raises for them."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

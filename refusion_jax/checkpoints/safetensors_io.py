@@ -1,8 +1,9 @@
 """The safetensors file format: read slice by slice, written tensor by tensor.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape and
-place), and the tensors' bytes without gaps. The `safetensors` library writes only what is wholly in memory
-and counts every page read from a file as ours; here a tensor is mapped while it is read and no longer.
+A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape and byte
+offsets), and the bytes of the tensors without gaps. Not the `safetensors` library: it writes only tensors
+that are all in memory, and keeps every page that it has read mapped into the process. Here a tensor is mapped
+only while it is read.
 """
 
 import json
@@ -25,14 +26,14 @@ DTYPES = {
 }
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LONGEST_HEADER = 100_000_000  # bytes, what other readers accept
+LONGEST_HEADER = 100_000_000  # bytes, the limit of other readers
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyArray]:
-    """The tensors of a folder by name; headers are read and checked, no tensor is.
+    """The tensors of a folder by name. Headers are read and checked; tensors are not read.
 
     Args:
-      folder: holds model.safetensors, or model.safetensors.index.json and the shards it names.
+      folder: contains model.safetensors, or model.safetensors.index.json and the shards that it names.
 
     Raises:
       BadInput: a file is missing or broken, or the index and its shards disagree.
@@ -62,11 +63,11 @@ def read_folder(folder: str | Path) -> dict[str, LazyArray]:
 
 
 def read_file(path: Path) -> dict[str, LazyArray]:
-    """The tensors of one file by name. Raises BadInput when it is no whole safetensors file."""
+    """The tensors of one file by name. Raises BadInput unless it is a complete safetensors file."""
     header, start, size = _header(path)
-    places = {name: _place(path, name, entry) for name, entry in header.items()}
+    entries = {name: _entry(path, name, fields) for name, fields in header.items()}
     end = start
-    for name, (_, _, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+    for name, (_, _, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if start + begin != end:
             raise BadInput(
                 f"{path}: tensor {name!r} begins at byte {start + begin:,}, expected {end:,}, where the one "
@@ -77,12 +78,12 @@ def read_file(path: Path) -> dict[str, LazyArray]:
         raise BadInput(f"{path}: cut short or damaged: its tensors end at byte {end:,}, the file at {size:,}")
     return {
         name: _lazy_array(path, name, dtype, shape, start + begin)
-        for name, (dtype, shape, begin, _) in places.items()
+        for name, (dtype, shape, begin, _) in entries.items()
     }
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The entries of a file's header, where its tensors begin, and the file's size."""
+    """(entries of the header, byte offset of the first tensor, size of the file in bytes)."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -103,11 +104,11 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
-def _place(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, byte after the last) of one entry of a header, checked on its own."""
+def _entry(path: Path, name: str, fields: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Checks one entry of a header and returns (dtype, shape, first byte, byte after the last)."""
     where = f"{path}: tensor {name!r}"
-    entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    fields = fields if isinstance(fields, dict) else {}
+    dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BadInput(f"{where} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     if not _are_sizes(shape):
@@ -130,19 +131,19 @@ def _lazy_array(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], 
     def read(index: Index) -> np.ndarray:
         if 0 in shape:  # nothing to map
             return np.empty(shape, dtype)[index]
-        # The copy is what makes the mapping end, and its pages leave our memory, on return.
+        # Copying lets the mapping end on return, so that its pages no longer count as memory of the process.
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
 
     return LazyArray(shape, dtype, read, f"{path}: tensor {name!r}")
 
 
 def write_folder(folder: str | Path, tensors: Mapping[str, LazyArray], shard_bytes: int) -> None:
-    """Writes tensors, one in memory at a time, as model.safetensors or as shards with an index.
+    """Writes model.safetensors, or several shards with an index; one tensor is in memory at a time.
 
     Args:
-      folder: where to.
-      tensors: by name, in the order to write.
-      shard_bytes: most bytes of tensors in one file; a larger tensor has a file of its own.
+      folder: target folder.
+      tensors: tensors by name, in the order in which they are assigned to shards.
+      shard_bytes: most bytes of tensors per file; a larger tensor gets a file of its own.
 
     Raises:
       OSError: the disk is full, or the folder cannot be written.
@@ -171,9 +172,9 @@ def write_folder(folder: str | Path, tensors: Mapping[str, LazyArray], shard_byt
 
 def _write_file(path: Path, tensors: Mapping[str, LazyArray]) -> None:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    # Wider types first, so that every tensor begins at a multiple of its own width.
+    # Wider dtypes first, so that every tensor is aligned to its item size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # `transformers` wants to be told
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by `transformers`
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes

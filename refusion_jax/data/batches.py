@@ -1,4 +1,4 @@
-"""Batches prepared ahead, each a function of its number, by threads or by processes."""
+"""Batches that threads or processes prepare ahead; each batch is a function of its number."""
 
 import collections
 import functools
@@ -20,7 +20,15 @@ Batch = dict[str, np.ndarray]
 
 
 class Batches:
-    """make(0), make(1), … without end, prepared ahead; what is ahead is not part of the state."""
+    """An iterator over make(0), make(1), ... without end.
+
+    Batches are prepared ahead. The state counts the batches that were taken, not those prepared.
+
+    Args:
+      make: batch number -> batch.
+      executor: where `make` is called.
+      ahead: number of batches to prepare ahead.
+    """
 
     def __init__(self, make: Callable[[int], Batch], executor: Executor, ahead: int):
         self._make, self._executor, self._ahead = make, executor, ahead
@@ -37,7 +45,7 @@ class Batches:
         return self._pending.popleft().result()
 
     def get_state(self) -> dict[str, int]:
-        """`{"next_index": t}`, t being the number of batches taken."""
+        """`{"next_index": t}`, where t is the number of batches taken."""
         return {"next_index": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
@@ -45,7 +53,7 @@ class Batches:
         self._next = int(state["next_index"])
 
     def close(self) -> None:
-        """Ends threads and processes; what they prepared is dropped."""
+        """Ends the threads or processes and drops the batches that they prepared."""
         self._drop()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -56,9 +64,9 @@ class Batches:
 
 
 def stacked(examples: Examples, step: int, *, batch_size: int, first: int, rows: int) -> Batch:
-    """Rows `first` … `first + rows - 1` of batch number `step`."""
+    """Stacks rows `first` to `first + rows - 1` of batch number `step`."""
     begin = step * batch_size + first
-    taken = [examples[place] for place in range(begin, begin + rows)]
+    taken = [examples[row_index] for row_index in range(begin, begin + rows)]
     return {key: np.stack([row[key] for row in taken]) for key in taken[0]}
 
 
@@ -67,13 +75,14 @@ def by_threads(make: Callable[[int], Batch], threads: int) -> Batches:
 
 
 def by_processes(open_examples: Callable[[], Examples], workers: int, **of_batch: Any) -> Batches:
-    """Batches by so many processes, each of which opens the examples for itself.
+    """Batches prepared by `workers` processes, each of which opens the examples itself.
 
     Args:
-      open_examples: is pickled, to be called in each.
-      of_batch: the other arguments of `stacked`, but for `step`.
+      open_examples: pickled, and called once in each process.
+      workers: number of processes.
+      of_batch: arguments of `stacked` other than `examples` and `step`.
     """
-    context = multiprocessing.get_context("spawn")  # what JAX has running must not be forked
+    context = multiprocessing.get_context("spawn")  # JAX runs threads, which must not be forked
     opened = (open_examples, of_batch)
     executor = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=opened)
     return Batches(_make_in_worker, executor, 2 * workers)
@@ -84,16 +93,16 @@ _of_this_worker: Callable[[int], Batch]
 
 def _begin_worker(open_examples: Callable[[], Examples], of_batch: dict[str, int]) -> None:
     global _of_this_worker
-    # The signals are for the run, which finishes its step and then ends its workers.
+    # The run itself handles these signals: it finishes its step and then ends its workers.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.disable(logging.WARNING)  # the run has said it
+    logging.disable(logging.WARNING)  # the run logs the same
     _of_this_worker = functools.partial(stacked, open_examples(), **of_batch)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed ends nobody: its workers would wait for it without end."""
+    """Ends this process when its parent ends: a killed parent cannot end its workers, which would wait on."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""Examples as fixed-length rows of token ids, in one endless sequence with random access."""
+"""Examples as rows of token ids of fixed length, in one endless sequence with random access."""
 
 import hashlib
 import logging
@@ -15,13 +15,13 @@ from refusion_jax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import grain
 
-_SCAN = 1024  # examples tokenised at a time, and how many of an endless task are looked at
+_SCAN = 1024  # examples tokenised at a time; also the number of examples of an endless task that are scanned
 
 Row = dict[str, np.ndarray]
 
 
 class Counts(NamedTuple):
-    """What became of the examples scanned: a whole finite source, or the first of an endless one."""
+    """Numbers of usable and of dropped examples, of a whole finite source or of the first _SCAN of a task."""
 
     kept: int
     too_long: int
@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Ids of the prompt, and of the response with EOS; both empty if the response is."""
+    """Token ids of a prompt, and of its response with EOS; both are empty if the response is empty."""
 
     prompt: list[int]
     response: list[int]
@@ -46,9 +46,13 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Examples to token ids and rows of `max_length`; knows which examples can be used.
+    """Converts examples to token ids and to rows of `max_length` tokens, and decides which can be used.
 
-    `template` are options of the chat template, `eos_multiple` and `eos_extra_blocks` as in DataConfig.
+    Args:
+      tokenizer: encodes prompts and responses.
+      max_length: tokens per row.
+      template: variables of the chat template.
+      eos_multiple, eos_extra_blocks: as in DataConfig.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Encoder:
         self._eos_extra_blocks = eos_extra_blocks
 
     def encode(self, examples: Sequence[Example], numbers: Sequence[int]) -> list[Encoded]:
-        """Ids of examples; the number of each decides how far it is filled up."""
+        """Token ids of examples. The number of an example determines how many extra EOS it gets."""
         prompts = self._tokenizer.encode_prompts([example.query for example in examples], **self._template)
         responses = self._tokenizer.encode_batch([example.response for example in examples])
         return [
@@ -75,17 +79,22 @@ class Encoder:
         ]
 
     def _ended(self, response: list[int], number: int) -> list[int]:
-        """The response with its EOS, and those that fill it up."""
+        """The response followed by EOS, up to a multiple of `eos_multiple` and `eos_extra_blocks` beyond."""
         blocks = len(response) // self._eos_multiple + 1
         if self._eos_extra_blocks:
             blocks += hash32(f"eos {number}") % (self._eos_extra_blocks + 1)
         return response + [self._tokenizer.eos_id] * (blocks * self._eos_multiple - len(response))
 
     def usable(self, length: int | np.ndarray) -> bool | np.ndarray:
+        """Whether an example of this many tokens (0 for an empty response) fits in a row."""
         return (length > 0) & (length <= self._max_length)
 
     def count(self, lengths: np.ndarray, what: str) -> Counts:
-        """Counts and logs what of `lengths` [N] is usable; raises BadInput when nothing is."""
+        """Counts and logs how many of the examples with these `lengths` [N] are usable.
+
+        Raises:
+          BadInput: none is usable; `what` names the source.
+        """
         too_long, empty = (int(n.sum()) for n in (lengths > self._max_length, lengths == 0))
         counts = Counts(int(self.usable(lengths).sum()), too_long, empty)
         if counts.kept == 0:
@@ -97,42 +106,57 @@ class Encoder:
         logging.getLogger(__name__).log(level, "%s: %s", what, counts)
         return counts
 
-    def row(self, encoded: Encoded, index: int) -> Row:
+    def row(self, encoded: Encoded, example_id: int) -> Row:
+        """The padded row of one example, see `Examples`."""
         tokens = np.full(self._max_length, self._tokenizer.pad_id, np.int32)
         tokens[: encoded.length] = encoded.prompt + encoded.response
         return {
             "tokens": tokens,
             "prompt_len": np.int32(len(encoded.prompt)),
             "total_len": np.int32(encoded.length),
-            "example_id": np.int32(index % 2**31),
+            "example_id": np.int32(example_id % 2**31),
         }
 
 
 class Examples(Protocol):
-    """An endless sequence of usable examples, each a function of its place.
+    """An endless sequence of rows; each row is a function of its index.
 
-    `counts` has one entry for each source.
+    Attributes:
+      counts: numbers of usable and dropped examples, by source.
     """
 
     counts: dict[str, Counts]
 
-    def __getitem__(self, place: int) -> Row:
-        """tokens [L] (prompt, response, EOS, padding), prompt_len [], total_len [], index []; int32.
+    def __getitem__(self, row_index: int) -> Row:
+        """One row, as int32 arrays:
 
-        `total_len` counts prompt, response and EOS. `index` numbers the examples over the whole
-        run: no two places share one (up to 2^31). In a finite source of N examples, those dropped
-        included, it is epoch * N + the example's number in the source.
+          tokens [L]: prompt, response, EOS, padding.
+          prompt_len []: tokens of the prompt.
+          total_len []: tokens of prompt, response and EOS.
+          example_id []: number of the example within the whole run, unique up to 2^31. In a finite source of
+            N examples, dropped ones included, it is epoch * N + the example's number in the source.
 
-        Of packed rows (see `packing`) a place holds several, back to back in `tokens`; the others are [E],
-        with a `total_len` of 0 where there is no example.
+        A packed row (see `packing`) contains several examples back to back in `tokens`. The other arrays are
+        then [E], with `total_len` 0 in unused entries.
         """
 
 
 class FiniteExamples:
-    """The usable examples of a source (`name` is for messages), epoch after epoch.
+    """The usable examples of a finite source, one per row, repeated epoch after epoch. See `Examples`.
 
-    With a `shuffle_seed` each epoch has an order of its own, otherwise that of the source. `len` is
-    the number of examples in an epoch, `lengths` [len] how many tokens each has. See `Examples`.
+    `len` is the number of usable examples.
+
+    Args:
+      encoder: encodes the examples.
+      source: the examples.
+      name: name of the source, for messages.
+      shuffle_seed: seed of the order, a new one for each epoch; None keeps the order of the source.
+
+    Attributes:
+      lengths: int [len], tokens of each usable example.
+
+    Raises:
+      BadInput: the source has no usable example.
     """
 
     def __init__(self, encoder: Encoder, source: Sequence[Example], name: str, shuffle_seed: int | None):
@@ -140,8 +164,8 @@ class FiniteExamples:
             raise BadInput(f"{name}: holds no examples")
         self._encoder = encoder
         self._source = source
-        # Everything is tokenised once before the first step. Only then is the place of an example
-        # known without a look at all those before it, which sharding and resuming rely on.
+        # All examples are tokenised once before the first step, to know which are usable. Sharding and
+        # resuming need the example at any row index without reading all examples before it.
         lengths = np.concatenate(
             [
                 _lengths(encoder, source.__getitem__, range(start, min(start + _SCAN, len(source))))
@@ -156,32 +180,45 @@ class FiniteExamples:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, place: int) -> Row:
-        return self.example(place // len(self), self._order[place])
+    def __getitem__(self, row_index: int) -> Row:
+        return self.example(row_index // len(self), self._order[row_index])
 
     def example(self, epoch: int, which: int) -> Row:
-        """The usable example `which`, of 0 … len - 1, as it is in an epoch."""
+        """The row of usable example `which`, 0 to len - 1, with its `example_id` in this epoch."""
         number = int(self._kept[which])
         (encoded,) = self._encoder.encode([self._source[number]], [number])
         return self._encoder.row(encoded, epoch * len(self._source) + number)
 
 
 class TaskExamples:
-    """Examples of tasks that take turns; one that is too long is drawn again.
+    """Examples of tasks, one per row; the tasks take turns. Examples that are too long are drawn again.
 
-    `shares` says how many turns a task has in each cycle, 1 without it; `turns` is their number in all.
-    `shortest` is the least number of tokens among the first of each task. See `Examples`.
+    See `Examples`.
+
+    Args:
+      encoder: encodes the examples.
+      tasks: the tasks.
+      split: split of the tasks.
+      seed: seed of the examples.
+      shares: turns of each task per cycle; by default 1 each.
+
+    Attributes:
+      turns: number of turns per cycle.
+      shortest: fewest tokens of an example among the first _SCAN of each task.
+
+    Raises:
+      BadInput: a task has no usable example among its first _SCAN.
     """
 
     _DRAWS = 1000
-    _NEXT_DRAW = 2**40  # far beyond any place, so that no example is used for two places
+    _NEXT_DRAW = 2**40  # far beyond any row index, so that no example is used for two rows
 
     def __init__(
         self, encoder: Encoder, tasks: Sequence[Task], split: str, seed: int, shares: Sequence[int] = ()
     ):
         self._encoder = encoder
         shares = shares or [1] * len(tasks)
-        # A task's turns, with their number among its own, are spread evenly over the cycle.
+        # The turns of a task are spread evenly over the cycle; `turn` counts the turns of one task.
         turns = [
             (task, turn, share) for task, share in zip(tasks, shares, strict=True) for turn in range(share)
         ]
@@ -197,26 +234,27 @@ class TaskExamples:
             usable.append(lengths[encoder.usable(lengths)])
         self.shortest = int(np.concatenate(usable).min())
 
-    def __getitem__(self, place: int) -> Row:
-        cycle, which = divmod(place, self.turns)
+    def __getitem__(self, row_index: int) -> Row:
+        cycle, which = divmod(row_index, self.turns)
         task, turn, share = self._cycle[which]
         number = cycle * share + turn
         for draw in range(self._DRAWS):
             example = task.example(number + draw * self._NEXT_DRAW, self._split, self._seed)
-            (encoded,) = self._encoder.encode([example], [place])
+            (encoded,) = self._encoder.encode([example], [row_index])
             if self._encoder.usable(encoded.length):
-                return self._encoder.row(encoded, place)
+                return self._encoder.row(encoded, row_index)
         raise BadInput(f"{task}: {self._DRAWS} examples in a row are longer than data.max_length")
 
 
 def _lengths(encoder: Encoder, example: Callable[[int], Example], numbers: Sequence[int]) -> np.ndarray:
+    """int [N], tokens of the examples with these numbers."""
     encoded = encoder.encode([example(number) for number in numbers], numbers)
     return np.array([one.length for one in encoded])
 
 
 def endless_order(count: int, shuffle_seed: int | None) -> "grain.MapDataset":
-    """0 … count - 1 again and again: each time in an order of its own, or as they stand without a seed."""
-    import grain  # loads JAX and Orbax, which a worker that makes examples of tasks does without
+    """0 to count - 1, repeated without end: shuffled anew in each epoch, or in order if the seed is None."""
+    import grain  # imports JAX and Orbax, which workers that make examples of tasks do not need
 
     order = grain.MapDataset.range(count)
     if shuffle_seed is not None:
@@ -225,12 +263,15 @@ def endless_order(count: int, shuffle_seed: int | None) -> "grain.MapDataset":
 
 
 def shuffled(index: int, count: int, seed: int) -> int:
-    """Where `index` of 0 … count - 1 goes in an order drawn by `seed`."""
+    """The position of `index` in a random permutation, drawn by `seed`, of 0 to count - 1."""
     import grain  # as above
 
     return grain.experimental.index_shuffle(index, count - 1, seed, 4)
 
 
 def hash32(text: str) -> int:
-    """Scatters seeds: grain adds the epoch to its seed, so seed 1 would be seed 0 an epoch later."""
+    """A 32-bit hash that derives unrelated seeds.
+
+    Grain adds the epoch to its seed, so without it seed 1 would give the order of seed 0 one epoch later.
+    """
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

@@ -1,8 +1,8 @@
-"""Several examples in a row, so that little of what is fed is padding.
+"""Packing: several examples per row, so that rows have little padding.
 
-Which examples share a row is planned over all of a finite source at once, and drawn row by row from an
-endless one. Either way a row is a function of its number, as examples are: no row depends on those before
-it, on the number of processes or on where a run was resumed.
+For a finite source the rows are planned over all examples at once; for an endless one, examples are drawn for
+each row separately. Either way a row is a function of its index: it does not depend on the rows before it, on
+the number of processes or on where a run was resumed.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ import numpy as np
 
 from refusion_jax.data.examples import FiniteExamples, Row, TaskExamples, endless_order, hash32, shuffled
 
-_MISSES = 16  # examples one after the other that do not fit, after which a row is left as it is
+_MISSES = 16  # consecutive drawn examples that do not fit, after which a row is complete
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Row r holds the examples `members[borders[r] : borders[r + 1]]`.
+    """An assignment of examples to rows: row r contains the examples `members[borders[r] : borders[r + 1]]`.
 
     Attributes:
-      members: int64 [N], every example once.
+      members: int64 [N], every example once, in the order of the rows.
       borders: int64 [rows + 1].
     """
 
@@ -32,26 +32,26 @@ class Plan:
 
 
 def best_fit(lengths: np.ndarray, row_length: int, most: int) -> Plan:
-    """Puts each example, in the order given, where it leaves the least room, or begins a new row.
+    """Best-fit packing: puts each example, in order, in the fullest row with room for it, or in a new row.
 
-    Ours, as Grain's packers work on a stream of whole examples: what stands in a row is known only once all
-    before it are packed, and each example costs 0.14 ms (a million: over two minutes, here 1.5 s).
+    Grain's packers work on a stream of whole examples: the contents of a row are known only after all rows
+    before it are packed, and each example costs 0.14 ms (over two minutes per million; here 1.5 s).
 
     Args:
-      lengths: int [N], each of 1 … row_length.
-      row_length: tokens of a row.
-      most: examples that a row has places for.
+      lengths: int [N], tokens of each example, 1 to row_length.
+      row_length: tokens per row.
+      most: most examples per row.
     """
-    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by how many tokens are left
-    some = 0  # bit n is set where with_room[n] holds a row
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by number of tokens left
+    occupied = 0  # bit n is set if with_room[n] is not empty
     row_of, held = np.empty(len(lengths), np.int64), []
     for example, length in enumerate(lengths.tolist()):
-        fitting = some >> length
+        fitting = occupied >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit set
             row = with_room[room].pop()
             if not with_room[room]:
-                some ^= 1 << room
+                occupied ^= 1 << room
         else:
             room, row = row_length, len(held)
             held.append(0)
@@ -60,18 +60,24 @@ def best_fit(lengths: np.ndarray, row_length: int, most: int) -> Plan:
         room -= length
         if room and held[row] < most:
             with_room[room].append(row)
-            some |= 1 << room
+            occupied |= 1 << room
     return Plan(np.argsort(row_of, kind="stable"), np.concatenate([[0], np.cumsum(held, dtype=np.int64)]))
 
 
 class PackedExamples:
-    """The examples of a finite source in rows, epoch after epoch; `len` is the number of rows in an epoch.
+    """The examples of a finite source in packed rows, repeated epoch after epoch. See `Examples`.
 
-    An epoch has every example once. The rows are planned once, over the examples in random order. Each epoch
-    has them in an order of its own, and each place in them goes to another example of the same length: so
-    companions change while the number of rows does not, and any row can be looked up. Without a
-    `shuffle_seed` all epochs are the same, as nearly in the order of the source as packing allows. See
-    `Examples`.
+    `len` is the number of rows per epoch. An epoch has every example once. The rows are planned once, over
+    the examples in random order. Each epoch shuffles the rows, and permutes the examples of equal length
+    among their entries of the plan. So the examples that share a row change from epoch to epoch while the
+    number of rows does not, and any row can be looked up. Without a `shuffle_seed` all epochs are the same,
+    as close to the order of the source as packing allows.
+
+    Args:
+      examples: the examples, one per row.
+      row_length: tokens per row.
+      most: most examples per row.
+      shuffle_seed: seed of the order, or None.
     """
 
     def __init__(self, examples: FiniteExamples, row_length: int, most: int, shuffle_seed: int | None):
@@ -81,40 +87,46 @@ class PackedExamples:
         self._seed = shuffle_seed
         order = np.arange(len(examples))
         if shuffle_seed is not None:
-            # By raw bits: those of Philox are fixed across versions of NumPy, its permutations are not.
+            # Sorts raw bits of Philox: they are fixed across versions of NumPy, permutations are not.
             bits = np.random.Philox(key=hash32(f"plan {shuffle_seed}")).random_raw(len(examples))
             order = np.argsort(bits, kind="stable")
         plan = best_fit(examples.lengths[order], row_length, most)
         self._by_length = np.argsort(examples.lengths, kind="stable")
         self._lengths = examples.lengths[self._by_length]  # ascending
-        self._places = np.argsort(self._by_length)[order[plan.members]]  # among `_lengths`
+        self._ranks = np.argsort(self._by_length)[order[plan.members]]  # of the members, in `_lengths`
         self._borders = plan.borders
         self._order = endless_order(len(plan), shuffle_seed)
 
     def __len__(self) -> int:
         return len(self._borders) - 1
 
-    def __getitem__(self, place: int) -> Row:
-        epoch, row = place // len(self), self._order[place]
-        members = self._places[self._borders[row] : self._borders[row + 1]]
+    def __getitem__(self, row_index: int) -> Row:
+        epoch, row = row_index // len(self), self._order[row_index]
+        ranks = self._ranks[self._borders[row] : self._borders[row + 1]]
         return pack_rows(
-            [self._examples.example(epoch, self._member(epoch, int(m))) for m in members], self._most
+            [self._examples.example(epoch, self._member(epoch, int(rank))) for rank in ranks], self._most
         )
 
-    def _member(self, epoch: int, place: int) -> int:
-        """The example that has a place among those of its length in this epoch."""
+    def _member(self, epoch: int, rank: int) -> int:
+        """The example that takes rank `rank` (by length) of the plan in this epoch."""
         if self._seed is not None:
-            length = self._lengths[place]
+            length = self._lengths[rank]
             first, after = np.searchsorted(self._lengths, [length, length + 1]).tolist()
             seed = hash32(f"pack {self._seed} {epoch} {length}")
-            place = first + shuffled(place - first, after - first, seed)
-        return int(self._by_length[place])
+            rank = first + shuffled(rank - first, after - first, seed)
+        return int(self._by_length[rank])
 
 
 class PackedTaskExamples:
-    """Examples of embedded tasks in rows; each row takes what fits of examples drawn for it alone.
+    """Examples of tasks in packed rows. Each row takes those that fit of the examples drawn for it alone.
 
-    What does not fit is passed over, so the last in a row are shorter than most. See `Examples`.
+    Drawn examples that do not fit are skipped, so the last examples of a row are shorter than average. See
+    `Examples`.
+
+    Args:
+      examples: the examples, one per row.
+      row_length: tokens per row.
+      most: most examples per row.
     """
 
     def __init__(self, examples: TaskExamples, row_length: int, most: int):
@@ -122,13 +134,13 @@ class PackedTaskExamples:
         self._examples = examples
         self._row_length = row_length
         self._most = most
-        # Beyond what a row can look at, and such that each row begins with the next task.
+        # More than the examples that a row may draw, and such that each row begins with the next task.
         turns = examples.turns
         self._stride = -(-most * _MISSES // turns) * turns + 1
 
-    def __getitem__(self, place: int) -> Row:
+    def __getitem__(self, row_index: int) -> Row:
         taken, room, misses = [], self._row_length, 0
-        candidate = place * self._stride
+        candidate = row_index * self._stride
         while len(taken) < self._most and misses < _MISSES and room >= self._examples.shortest:
             row = self._examples[candidate]
             candidate += 1
@@ -140,11 +152,11 @@ class PackedTaskExamples:
         return pack_rows(taken, self._most)
 
 
-def pack_rows(rows: Sequence[Row], places: int) -> Row:
-    """One row of the rows of one or more examples, which it has room for; see `Examples`."""
+def pack_rows(rows: Sequence[Row], most: int) -> Row:
+    """Packs rows of single examples, which must fit, into one row with `most` entries; see `Examples`."""
     tokens = [row["tokens"][: row["total_len"]] for row in rows[:-1]] + [rows[-1]["tokens"]]
     packed = {"tokens": np.concatenate(tokens)[: len(rows[0]["tokens"])]}
     for name in ("prompt_len", "total_len", "example_id"):
-        packed[name] = np.zeros(places, np.int32)
+        packed[name] = np.zeros(most, np.int32)
         packed[name][: len(rows)] = [row[name] for row in rows]
     return packed

@@ -1,12 +1,12 @@
-"""From a configured source to batches of token ids.
+"""The data pipeline: from DataConfig to batches of token ids.
 
     examples = load_examples(config, tokenizer, seed)
     batches = batch_iterator(examples, batch_size, process_index, process_count)
     batch = next(batches)
 
-The examples, one a row or packed (`data.packing`), form one endless sequence of rows, and batch t of B
-rows is its places t*B … t*B + B-1. So a batch is a function of its number, whatever the number of
-processes and wherever a run was resumed.
+The examples, one per row or packed (`data.packing`), form one endless sequence of rows. Batch t of B rows has
+rows t * B to t * B + B - 1. So a batch is a function of its number, whatever the number of processes and
+wherever a run was resumed.
 """
 
 import dataclasses
@@ -27,27 +27,28 @@ from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where examples come from and how long they may be.
+    """The source of training examples and their layout in rows.
 
-    source: "tasks" (endless), "jsonl" or "tfds".
-    tasks: for "tasks", their names, or the settings of each by its name; they take turns. `share` among
-        the settings is how many turns a task has for one of the others.
-    paths: for "jsonl" the files, for "tfds" the one folder of the prepared dataset.
-    split: for "tasks" train, validation or test; for "tfds" a split of the dataset ("train[:90%]").
-    query_field: for "jsonl" the name of a line's prompt text.
-    response_field: for "jsonl" the name of a line's response text.
-    max_length: tokens of a row, and of the longest example it can hold: prompt, response and EOS. Longer
-        examples are dropped.
-    packing: several examples share a row, as many as fit, without seeing each other; otherwise one.
-    examples_per_row: the most that may share one; 0 is one for every 32 tokens of it. On GPUs attention
-        costs more with more places, filled or not: little above what rows hold is best.
-    eos_multiple: responses are filled up with EOS to a multiple of so many tokens; 1 is the one EOS alone.
-        Losses are on all of them, so that a decoder of fixed lengths learns to fill what is left.
-    eos_extra_blocks: up to so many times eos_multiple further EOS, drawn for each example.
-    enable_thinking: false tells the chat template so; true leaves it to the template, as sampling does.
-    shuffle: a new order for each epoch of a finite source, instead of the order of the source.
-    workers: processes that prepare batches, on each host; 0 leaves it to threads of the run itself. A thread
-        makes 3,000 to 10,000 examples of tasks a second, and threads share one core.
+    Attributes:
+      source: kind of source: "tasks" (endless), "jsonl" or "tfds".
+      tasks: for "tasks": names of tasks, or a mapping of name to settings. The tasks take turns; the setting
+        `share` is the number of turns of a task per turn of the others.
+      paths: for "jsonl" the files, for "tfds" the one folder of the prepared dataset.
+      split: for "tasks" train, validation or test; for "tfds" a split of the dataset ("train[:90%]").
+      query_field: for "jsonl" the field with the prompt text.
+      response_field: for "jsonl" the field with the response text.
+      max_length: tokens per row. Examples (prompt, response and EOS) that are longer are dropped.
+      packing: put as many examples in a row as fit; they do not attend to each other. Otherwise one per row.
+      examples_per_row: most examples in a packed row; 0 is one per 32 tokens. On GPUs the cost of attention
+        grows with this number, used or not, so the best value is slightly above the number that rows contain.
+      eos_multiple: pad responses with EOS to a multiple of this many tokens; 1 adds one EOS. The losses
+        include all EOS, so that a decoder with fixed lengths learns to fill the rest of a response.
+      eos_extra_blocks: add up to this many times eos_multiple further EOS, a random number per example.
+      enable_thinking: false is passed to the chat template; true leaves the choice to the template, as in
+        sampling.
+      shuffle: a new order in each epoch of a finite source, instead of the order of the source.
+      workers: processes per host that prepare batches; 0 uses threads of the training process. A thread makes
+        3,000 to 10,000 examples of tasks per second, and all threads share one core.
     """
 
     source: str = "tasks"
@@ -67,15 +68,15 @@ class DataConfig:
 
     @property
     def max_examples_per_row(self) -> int:
-        """E, the examples that a row has room for, if they are short enough."""
+        """E, the most examples per row."""
         return (self.examples_per_row or max(1, self.max_length // 32)) if self.packing else 1
 
 
 def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Examples:
-    """Opens the source and scans it once for what can be used; see `Examples.counts`.
+    """Opens the source, scans it once for usable examples (see `Examples.counts`), and returns its rows.
 
-    Raises BadInput for settings that do not make sense, for a source that cannot be read, and for
-    one of which nothing is left.
+    Raises:
+      BadInput: a setting is invalid, the source cannot be read, or it has no usable example.
     """
     if type(config.max_length) is not int or config.max_length < 2:
         raise BadInput(f"data.max_length is {config.max_length!r}, expected 2 or more tokens")
@@ -116,7 +117,7 @@ def open_tokenizer(folder: str | None) -> Tokenizer:
 
 
 def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:
-    """A finite source and its name."""
+    """(examples, name) of a finite source."""
     paths = [config.paths] if isinstance(config.paths, str) else list(map(str, config.paths))
     if config.source == "jsonl":
         if not paths:
@@ -132,10 +133,10 @@ def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:
 
 
 def make_tasks(tasks: Mapping[str, Mapping] | Sequence[str] | str) -> tuple[list[Task], list[int]]:
-    """The tasks that `DataConfig.tasks` names, and their shares.
+    """The tasks of `DataConfig.tasks`, and their shares.
 
     Raises:
-      BadInput: there is none, or one is unknown or set wrongly.
+      BadInput: there is no task, or a task is unknown or has an invalid setting.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
@@ -164,18 +165,25 @@ def batch_iterator(
     workers: int = 0,
     open_examples: Callable[[], Examples] | None = None,
 ) -> Batches:
-    """This process's rows of every global batch of B = `batch_size` rows, without end.
+    """An endless iterator over this process's rows of every global batch of B rows.
 
-    Yields int32 arrays: tokens [B/n, L], prompt_len [B/n], total_len [B/n] and index [B/n] (see
-    `Examples`; packed, the last three are [B/n, E]), with n = `process_count`. Process p has rows
-    p*B/n … (p+1)*B/n - 1, so that the processes' rows one after the other are the batch of a single
-    process. They are prepared ahead, by threads or by `workers` further processes, each of which calls
-    `open_examples`: all the same for what they give.
+    It yields int32 arrays: tokens [B/n, L], prompt_len [B/n], total_len [B/n] and example_id [B/n] (see
+    `Examples`; for packed rows the last three are [B/n, E]), where n is the number of processes. Process p
+    has rows p*B/n to (p+1)*B/n - 1, so that the rows of all processes in order are the batch of a single
+    process. Its state (`get_state`, `set_state`) is `{"next_index": t}`, where t is the number of batches
+    taken, the same on every process.
 
-    The state for checkpoints (`get_state`, `set_state`) is `{"next_index": t}`, t being the number of
-    batches taken, and the same on every process.
+    Args:
+      examples: the rows.
+      batch_size: B, rows per global batch.
+      process_index: p.
+      process_count: n.
+      num_threads: threads that prepare batches ahead, if there are no workers.
+      workers: processes that prepare batches ahead instead. The batches are the same.
+      open_examples: called in each worker to open the examples; pickled.
 
-    Raises BadInput unless B is a positive multiple of n.
+    Raises:
+      BadInput: B is not a positive multiple of n.
     """
     if batch_size < 1 or batch_size % process_count:
         raise BadInput(
@@ -189,8 +197,8 @@ def batch_iterator(
 
 
 def row_use(examples: Examples, rows: int = 64) -> tuple[float, float]:
-    """Examples in a row, and the share of its tokens that are not padding: means over the first rows."""
-    taken = [examples[place] for place in range(rows)]
+    """(examples per row, fraction of tokens that are not padding), means over the first `rows` rows."""
+    taken = [examples[row_index] for row_index in range(rows)]
     held = sum(np.count_nonzero(row["total_len"]) for row in taken)
     used = sum(int(np.sum(row["total_len"])) for row in taken)
     return held / rows, used / sum(len(row["tokens"]) for row in taken)

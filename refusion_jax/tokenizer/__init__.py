@@ -1,8 +1,9 @@
-"""Text to token ids and back, behind one interface.
+"""Tokenizers: text to token ids and back, and chat templates.
 
-Three kinds: `tokenizers` pipelines (tokenizer.json, or vocab.json and merges.txt), SentencePiece models
-(tokenizer.model) and plain bytes. `load_tokenizer` and `load_gguf_tokenizer` read the kind from the files; no
-other code asks which one it has. SentencePiece is imported when a tokenizer of that kind is opened.
+Three kinds have one interface, `Tokenizer`: pipelines of the `tokenizers` library (tokenizer.json, or
+vocab.json and merges.txt), SentencePiece models (tokenizer.model) and plain bytes. `load_tokenizer` and
+`load_gguf_tokenizer` recognise the kind from the files; no other code depends on it. SentencePiece is
+imported only when a tokenizer of that kind is opened. Imports no other folder of the package.
 """
 
 from typing import TYPE_CHECKING

@@ -1,5 +1,4 @@
-"""What the rest of the package knows of a tokenizer, the one that needs no files, and what those that do
-have in common."""
+"""The interface `Tokenizer`, the byte tokenizer, and the base class of tokenizers read from files."""
 
 import abc
 import dataclasses
@@ -19,11 +18,11 @@ MASK_MISSING = (
 
 
 class Tokenizer(abc.ABC):
-    """Token ids of texts, texts of token ids, and what a model is fed for a prompt.
+    """Encodes texts and prompts to token ids, and decodes token ids to text.
 
-    `vocab_size` is the tokenizer's own (highest id + 1); the model's table may have more rows.
-    `encode` reads special tokens written in the text as what they stand for, as `transformers` does,
-    and adds none; `decode` leaves out special tokens and ids that have no text.
+    Attributes:
+      vocab_size: highest id of the tokenizer + 1; the model's embedding may have more rows.
+      special: ids of the special tokens.
     """
 
     def __init__(self, vocab_size: int, special: SpecialIds, begin: Sequence[int] = ()):
@@ -48,17 +47,22 @@ class Tokenizer(abc.ABC):
         return self.special.bos
 
     def need_mask(self) -> int:
-        """The mask id, for whatever cannot do without; raises BadInput when there is none."""
+        """The mask id, for code that requires one. Raises BadInput if there is none."""
         if self.special.mask is None:
             raise BadInput(MASK_MISSING)
         return self.special.mask
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Raises BadInput when the text cannot be written as UTF-8."""
+        """Token ids of `text`. Special tokens written in the text become their ids, as in `transformers`; no
+        special tokens are added.
+
+        Raises:
+          BadInput: the text cannot be encoded as UTF-8.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text; in parallel where the tokenizer can."""
+        """`encode` of each text, in parallel if the tokenizer supports it."""
         for text in texts:
             try:
                 text.encode("utf-8")
@@ -70,32 +74,38 @@ class Tokenizer(abc.ABC):
         return self._encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; special ids are skipped, bytes that are not UTF-8 become U+FFFD."""
+        """Text of `ids`. Special ids and ids without text are skipped; invalid UTF-8 becomes U+FFFD."""
         special = set(self.special.roles().values())
         ids = (int(i) for i in ids)
         return self._decode([i for i in ids if 0 <= i < self.vocab_size and i not in special])
 
     def encode_prompt(self, query: str | Sequence[Message], raw: bool = False, **options: Any) -> list[int]:
-        """The token ids a model is fed for `query`; see `encode_prompts`."""
+        """Prompt token ids of one query; see `encode_prompts`."""
         return self.encode_prompts([query], raw, **options)[0]
 
     def encode_prompts(
         self, queries: Sequence[str | Sequence[Message]], raw: bool = False, **options: Any
     ) -> list[list[int]]:
-        """The token ids a model is fed for each query, in training and in sampling alike.
+        """Prompt token ids of each query, the same in training and in sampling.
 
-        They are those of `prompt`'s text. Where it is not rendered by a chat template it begins with
-        what the tokenizer puts before a text (BOS, for Llama models); templates write that themselves.
+        These are the ids of the text that `prompt` returns. A text that was not rendered by a chat template
+        is preceded by the tokens that the tokenizer puts before a text (BOS, for Llama models); templates
+        contain them already.
+
+        Args:
+          queries: texts or conversations.
+          raw: do not apply the chat template to texts.
+          options: variables of the chat template.
         """
         texts = [self._prompt(query, raw, options) for query in queries]
         begins = [[] if self._is_rendered(query, raw) else self._begin for query in queries]
         return [begin + ids for begin, ids in zip(begins, self.encode_batch(texts), strict=True)]
 
     def prompt(self, query: str | Sequence[Message], raw: bool = False, **options: Any) -> str:
-        """The prompt text of `query`; `options` are passed to the chat template.
+        """The prompt text of `query`; `options` are variables of the chat template.
 
-        Messages are rendered. A single string is the only user message if there is a chat template
-        (and not `raw`), otherwise it is fed as it is.
+        Messages are rendered by the template. A string is rendered as a single user message if there is a
+        chat template and `raw` is false; otherwise it is the prompt itself.
         """
         if not self._is_rendered(query, raw):
             return query
@@ -117,24 +127,31 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def render(self, messages: Sequence[Message], **options: Any) -> str:
-        """The prompt text of a conversation; `options` are passed to the chat template.
+        """The prompt text of a conversation; `options` are variables of the chat template.
 
-        Which there are is up to the template: `enable_thinking=False` for Qwen3, `date_string` for
-        Llama 3. What is not given is not defined, so a Qwen3 model may think, as its authors and
-        ReFusion's have it.
+        The template decides which variables have an effect: `enable_thinking=False` for Qwen3, `date_string`
+        for Llama 3. Variables that are not given stay undefined, so Qwen3 models think by default, as in the
+        code of Qwen3 and of ReFusion.
         """
 
     @abc.abstractmethod
     def with_token(self, role: str, text: str, index: int | None = None) -> "Tokenizer":
-        """This tokenizer with a new special token, in the role of "mask" or "bos".
+        """A copy of this tokenizer with a new special token for `role`, "mask" or "bos".
 
-        Without `index` it gets the id after the highest. Raises BadInput when the text or the id is in
-        use, or the tokenizer cannot be added to. What prompts begin with stays as it is.
+        The tokens that prompts begin with do not change.
+
+        Args:
+          role: "mask" or "bos".
+          text: text of the token.
+          index: id of the token; None takes the highest id + 1.
+
+        Raises:
+          BadInput: the text or the id is in use, or this tokenizer cannot be extended.
         """
 
     @abc.abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Writes what `load_tokenizer(folder)` needs to give the same tokenizer."""
+        """Writes the files from which `load_tokenizer(folder)` loads the same tokenizer."""
 
     @abc.abstractmethod
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
@@ -144,14 +161,14 @@ class Tokenizer(abc.ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """256 byte values, then the special tokens. Needs no file."""
+    """The 256 byte values, then the special tokens. Needs no file."""
 
     PAD, BOS, EOS, MASK = range(256, 260)
 
     def __init__(self):
         super().__init__(260, SpecialIds(mask=self.MASK, eos=self.EOS, pad=self.PAD, bos=self.BOS))
 
-    has_chat_template = False  # a single prompt goes in raw; only conversations are rendered
+    has_chat_template = False  # a text is the prompt itself; only conversations are rendered
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:
         turns = (f"{m['role']}: {m['content']}\n" for m in check_messages(messages))
@@ -171,7 +188,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class TemplatedTokenizer(Tokenizer):
-    """A tokenizer from files, with the settings of its tokenizer_config.json."""
+    """A tokenizer read from files, with the settings of its tokenizer_config.json."""
 
     def __init__(
         self, vocab_size: int, special: SpecialIds, begin: Sequence[int], settings: Mapping[str, Any]
@@ -215,17 +232,18 @@ class TemplatedTokenizer(Tokenizer):
         settings = {**self._token_texts, **self._settings}
         for role, index in self.special.roles().items():
             settings.pop(f"{role}_token_id", None)
-            # By id where the text does not say it: a mask may be a spare row of the model without text.
+            # Written as an id if the text does not give it: a mask may be a spare row of the model, without
+            # text.
             text = token_text(settings.get(f"{role}_token"))
             if text is None or self._token_to_id(text) != index:
                 settings[f"{role}_token_id"] = index
-        settings.pop("auto_map", None)  # names code that is not saved along
+        settings.pop("auto_map", None)  # names code that is not saved
         write_settings(Path(folder), {**settings, **self._saved_settings()})
         self._save_vocabulary(Path(folder))
 
     @functools.cached_property
     def _token_texts(self) -> dict[str, str]:
-        """bos_token, eos_token, …: as the settings have it, and where they are silent, of the ids."""
+        """Texts of bos_token, eos_token, ...: from the settings, else from the vocabulary by id."""
         texts = {key: token_text(v) for key, v in self._settings.items() if key.endswith("_token")}
         for role, index in self.special.roles().items():
             texts.setdefault(f"{role}_token", self._id_to_token(index))
@@ -238,7 +256,7 @@ class TemplatedTokenizer(Tokenizer):
 
     @abc.abstractmethod
     def _saved_settings(self) -> dict[str, Any]:
-        """What `transformers` needs in the settings to build the same tokenizer from the saved files."""
+        """Settings that `transformers` needs to build the same tokenizer from the saved files."""
 
     @abc.abstractmethod
     def _save_vocabulary(self, folder: Path) -> None: ...

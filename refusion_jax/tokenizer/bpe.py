@@ -1,7 +1,8 @@
-"""Byte-level BPE from a list of tokens and a list of merges: what vocab.json + merges.txt and a GGUF hold.
+"""Byte-level BPE from a vocabulary and a list of merges, as in vocab.json + merges.txt and in GGUF files.
 
-Neither says how text is cut into words before it is merged; that depends on the model the vocabulary was
-made for, and a wrong guess gives other ids without an error. So it is looked up, and unknown is refused.
+These formats do not say how text is split into words before merging (pre-tokenisation). That depends on the
+model that the vocabulary was made for, and a wrong guess gives other ids without an error. So the split is
+looked up by name in `WORDS`, and an unknown name is an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,12 @@ _WORD = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
 
 
 class Words(NamedTuple):
-    """How text becomes words: each pattern in turn cuts out what it matches.
+    """How text is split into words.
 
-    With `whole`, a word that is a token is taken as it is, whatever the merges would make of it.
+    Attributes:
+      patterns: regular expressions, applied in turn; each isolates its matches.
+      nfc: normalise the text to Unicode NFC first.
+      whole: a word that is in the vocabulary becomes that token, without applying merges.
     """
 
     patterns: tuple[str, ...]
@@ -35,22 +39,23 @@ class Words(NamedTuple):
     whole: bool = False
 
 
-# By the names that GGUF files use.
+# Keys are the names in GGUF files.
 WORDS = {
     "gpt-2": Words((_GPT2,)),
     "smollm": Words((r"\p{N}", _GPT2)),
     "qwen2": Words((_CONTRACTIONS + _WORD + r"|\p{N}" + _AFTER_DIGITS,), nfc=True),
     "llama-bpe": Words((_CONTRACTIONS + _WORD + r"|\p{N}{1,3}" + _AFTER_DIGITS,), whole=True),
-    # For files whose maker knew no name; llama.cpp reads them so.
+    # The split of llama.cpp for files without a specific name.
     "default": Words((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
-CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}  # of `transformers`, with or without Fast
+# Tokenizer class of `transformers`, without the suffix Fast -> key of WORDS.
+CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
 
 
 def byte_level_bpe(
     vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], words: Words
 ) -> tokenizers.Tokenizer:
-    """The pipeline of byte-level BPE; vocabulary and merges must be consistent."""
+    """A pipeline for byte-level BPE; the vocabulary and merges must be consistent."""
     model = models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=words.whole)
     backend = tokenizers.Tokenizer(model)
     if words.nfc:
@@ -63,7 +68,7 @@ def byte_level_bpe(
 
 
 def surround(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Sets what the settings want put before and after a text: `add_bos_token`, `add_eos_token`."""
+    """Adds BOS before and EOS after a text as set by `add_bos_token` and `add_eos_token`."""
 
     def wanted(role: str) -> list[str]:
         text = token_text(settings.get(f"{role}_token"))
@@ -81,8 +86,9 @@ def surround(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None
 def read_bpe(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The pipeline of a folder with vocab.json and merges.txt.
 
-    Raises BadInput when a file is missing or malformed, when ids are missing or given twice, when a
-    merge names a token that is not there, and when the settings name no tokenizer class we know.
+    Raises:
+      BadInput: a file is missing or malformed, an id is missing or used twice, a merge needs a token that is
+        not in the vocabulary, or the settings do not name a tokenizer class in CLASSES.
     """
     words = _words_of(folder, settings)
     added = read_added_tokens(folder, settings)
@@ -136,7 +142,7 @@ def _read_merges(path: Path, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def parse_merge(line: str, where: str, vocab: Mapping[str, int]) -> tuple[str, str]:
-    """The two tokens of a merge; raises BadInput, beginning with `where`, unless the vocabulary has them."""
+    """The two tokens of a merge. Raises BadInput, starting with `where`, if the vocabulary lacks a token."""
     pair = tuple(line.split(" "))
     if len(pair) != 2:
         raise BadInput(f"{where}: {line!r} is no merge, expected two tokens with a space between")

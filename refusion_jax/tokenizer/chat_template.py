@@ -1,4 +1,4 @@
-"""Chat templates: conversations to prompt text, with Jinja in its sandbox."""
+"""Chat templates: render conversations to prompt text, with Jinja's sandbox."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +14,12 @@ from refusion_jax.errors import BadInput
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
-# Templates may ask whether these are none without asking whether they are defined.
+# Variables that templates test for none without testing whether they are defined.
 _ALWAYS_GIVEN = {"tools": None, "documents": None, "add_generation_prompt": True}
 
 
 def check_messages(messages: Sequence[Message]) -> list[Message]:
-    """The messages as a list; raises BadInput unless each has a role and a content, both text."""
+    """The messages as a list. Raises BadInput unless each has a role and a content, both text."""
     for number, message in enumerate(messages):
         for field in "role", "content":
             value = message.get(field) if isinstance(message, Mapping) else None
@@ -29,11 +29,15 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
 
 
 def compile_template(template: Any) -> Callable[..., str]:
-    """A function `(messages, **variables) -> text` from the value of a `chat_template` setting.
+    """Compiles a `chat_template` setting to a function `(messages, **variables) -> text`.
 
-    The value is text, or a list of `{"name": ..., "template": ...}` of which "default" (or the only
-    one) is taken. Raises BadInput when it is neither, when it does not parse, and, in rendering,
-    for whatever the template itself raises.
+    Args:
+      template: a template as text, or a list of `{"name": ..., "template": ...}`, from which "default" (or
+        the only one) is taken.
+
+    Raises:
+      BadInput: `template` is neither, or does not parse. The returned function raises it for any error that
+        the template raises.
     """
     try:
         compiled = _environment().from_string(_default_template(template))
@@ -46,7 +50,7 @@ def compile_template(template: Any) -> Callable[..., str]:
             raise BadInput("messages is empty, expected at least one")
         try:
             return compiled.render(**{**_ALWAYS_GIVEN, **variables, "messages": messages})
-        # The template is a program that came with the checkpoint: whatever it raises, it is input.
+        # The template is a program that comes with the checkpoint, so any exception is an error of the input.
         except Exception as error:
             raise BadInput(f"chat_template failed: {type(error).__name__}: {error}") from error
 
@@ -63,22 +67,22 @@ def _default_template(template: Any) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the words of the model; it changes nothing in the text."""
+    """The tag `{% generation %}...{% endgeneration %}`: marks text of the model without changing it."""
 
     tags = frozenset({"generation"})
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)  # what is set in the block stays in it
+        return jinja2.nodes.Scope(body, lineno=line)  # variables set in the block are local to it
 
 
 def _environment() -> jinja2.Environment:
-    """The settings and names that published templates are written for.
+    """The Jinja environment that published templates expect.
 
-    Today's date (`strftime_now`) is left undefined, unlike in `transformers`: the prompt of a request
-    must not depend on the day it is run. Templates allow for that (Llama 3 then has a date of its own);
-    who wants a date gives it as an option, as `date_string` or as a function `strftime_now`.
+    Unlike in `transformers`, today's date (`strftime_now`) is undefined, so that the prompt of a request does
+    not depend on the day. Templates allow for that (Llama 3 uses a fixed date). A caller who wants a date
+    passes it as an option: `date_string`, or a function `strftime_now`.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
@@ -89,7 +93,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # jinja's own tojson escapes HTML characters, which a prompt must keep.
+    # Jinja's own tojson escapes HTML characters, which must stay unchanged in a prompt.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,4 +1,4 @@
-"""Opens the tokenizer of a model folder, whatever files it consists of."""
+"""Loads the tokenizer of a model folder, of any kind."""
 
 from pathlib import Path
 
@@ -15,21 +15,23 @@ from refusion_jax.tokenizer.settings import (
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer stored in a model or checkpoint folder: tokenizer.json, else vocab.json and
-    merges.txt, else tokenizer.model, with the settings beside them.
+    """Loads the tokenizer of a model or checkpoint folder.
 
-    Special ids come from config.json (`mask_token_id`, …), then from tokenizer_config.json
-    (`mask_token_id`, then `mask_token` as text), then from the SentencePiece model itself.
+    The vocabulary is read from tokenizer.json, else from tokenizer.model, else from vocab.json and
+    merges.txt; the settings from the files beside it. Special ids come from config.json (`mask_token_id`,
+    ...), then from tokenizer_config.json (`mask_token_id`, then `mask_token` as text), then from the
+    SentencePiece model.
 
-    Raises BadInput, naming file and field, when the folder holds no tokenizer, a file is malformed,
-    the EOS id is missing, or an id lies outside the vocabulary.
+    Raises:
+      BadInput: the folder has no tokenizer, a file is malformed, the EOS id is missing, or an id is outside
+        the vocabulary. The message names file and field.
     """
     folder = Path(folder)
     settings = read_settings(folder)
     if settings.get("tokenizer_class") == "ByteTokenizer":
         return ByteTokenizer()
     if (folder / SENTENCE_PIECE).is_file() and not (folder / hugging_face.FILE).is_file():
-        from refusion_jax.tokenizer import sentence_piece  # loads SentencePiece, which few models need
+        from refusion_jax.tokenizer import sentence_piece  # imports SentencePiece, which few models need
 
         return sentence_piece.load(folder, settings)
     if (folder / hugging_face.FILE).is_file():

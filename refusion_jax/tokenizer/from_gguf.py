@@ -14,19 +14,20 @@ from refusion_jax.tokenizer.settings import SpecialIds
 if TYPE_CHECKING:
     from refusion_jax.checkpoints.gguf_file import GGUFFile
 
-# Kinds of token; SentencePiece counts the same way.
+# Types of tokens, with the same numbers as in SentencePiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 ROLES = {"eos": "eos", "bos": "bos", "pad": "padding", "unk": "unknown", "mask": "mask"}
 
 
 def load_gguf_tokenizer(file: "GGUFFile") -> Tokenizer:
-    """The tokenizer inside a GGUF file: byte-level BPE, or a SentencePiece model.
+    """Loads the tokenizer of a GGUF file: byte-level BPE or a SentencePiece model.
 
-    Ids are those of the tokenizer that the file was converted from, where it is one of those whose way of
-    cutting text into words we know (`bpe.WORDS`); rows of padding at the end of the vocabulary are left
-    out. `save` writes it in Hugging Face's layout.
+    It gives the ids of the tokenizer that the file was converted from, provided that its split of text into
+    words is in `bpe.WORDS`. Padding tokens at the end of the vocabulary are left out. `save` writes Hugging
+    Face's layout.
 
-    Raises BadInput, naming file and field, when a field is missing, malformed or of a kind we do not know.
+    Raises:
+      BadInput: a field is missing, malformed or of an unknown kind. The message names file and field.
     """
     kind = file.need("tokenizer.ggml.model", str)
     builders = {"gpt2": _byte_level, "llama": _sentence_piece}
@@ -41,7 +42,14 @@ def load_gguf_tokenizer(file: "GGUFFile") -> Tokenizer:
 
 
 class _Vocabulary:
-    """Tokens and their kinds without the padding at the end, and the tokens with a role."""
+    """The vocabulary of a GGUF file, without the padding at its end.
+
+    Attributes:
+      tokens: text of each token, by id.
+      kinds: type of each token, by id.
+      ids: text -> id.
+      roles: role, a key of ROLES -> text of its token.
+    """
 
     def __init__(self, file: "GGUFFile"):
         self.tokens = file.need("tokenizer.ggml.tokens", list, str)
@@ -126,7 +134,7 @@ def _sentence_piece(
 
 
 def _add_flags(file: "GGUFFile", bos: bool) -> dict[str, bool]:
-    """add_bos_token and add_eos_token; llama.cpp's defaults where the file does not say."""
+    """The settings add_bos_token and add_eos_token; the defaults of llama.cpp if the file lacks them."""
     flags = {"add_bos_token": bos, "add_eos_token": False}
     found = {name: file.get(f"tokenizer.ggml.{name}", bool) for name in flags}
     return flags | {name: value for name, value in found.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Tokenizers that run as a pipeline of the `tokenizers` library."""
+"""Tokenizers that are pipelines of the `tokenizers` library."""
 
 import json
 import tempfile
@@ -18,7 +18,7 @@ FILE = "tokenizer.json"
 
 
 class HuggingFaceTokenizer(TemplatedTokenizer):
-    """A `tokenizers.Tokenizer` (byte-level BPE, WordLevel, …) and its settings."""
+    """A `tokenizers.Tokenizer` (byte-level BPE, WordLevel, ...) and its settings."""
 
     def __init__(self, backend: tokenizers.Tokenizer, special: SpecialIds, settings: Mapping[str, Any]):
         super().__init__(highest_id(backend) + 1, special, _begin(backend), settings)
@@ -51,9 +51,10 @@ class HuggingFaceTokenizer(TemplatedTokenizer):
         return {
             "added_tokens_decoder": added_tokens_decoder(self._backend.get_added_tokens_decoder()),
             "clean_up_tokenization_spaces": self._settings.get("clean_up_tokenization_spaces", False),
-            # The classes named for a model build its usual pipeline anew and ignore parts of
-            # tokenizer.json (SmolLM2's is GPT2Tokenizer, which knows nothing of its digits); this one
-            # takes it as it is. Qwen's own is right, and has a form that reads the older files.
+            # Tokenizer classes named after a model rebuild that model's usual pipeline and ignore parts of
+            # tokenizer.json (GPT2Tokenizer, which SmolLM2 names, ignores its split of digits).
+            # PreTrainedTokenizerFast uses the file as it is. Qwen2Tokenizer gives the same ids, and has a
+            # version that reads vocab.json and merges.txt.
             "tokenizer_class": "Qwen2Tokenizer" if self._is_qwen else "PreTrainedTokenizerFast",
         }
 
@@ -67,21 +68,23 @@ class HuggingFaceTokenizer(TemplatedTokenizer):
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """The pipeline in a tokenizer.json; raises BadInput where it cannot be read or is not consistent."""
+    """The pipeline in a tokenizer.json. Raises BadInput if the file cannot be read or is inconsistent."""
     text = read_text(path)
     raw = parse_json(text, path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    # The bindings raise bare `Exception`, there is nothing narrower to catch.
+    # The bindings raise bare `Exception`; nothing narrower can be caught.
     except Exception as error:
         raise BadInput(f"{path}: not a tokenizer.json that can be read: {error}") from error
-    backend.no_padding()  # a file may carry settings of whoever saved it; ids must not depend on
-    backend.no_truncation()  # them
+    # A file may contain the padding and truncation that were set when it was saved; ids must not depend on
+    # them.
+    backend.no_padding()
+    backend.no_truncation()
     vocab = raw["model"].get("vocab")
     if isinstance(vocab, dict) and len(set(vocab.values())) < len(vocab):
         raise BadInput(f"{path}: model.vocab gives one id to several tokens")
     for token in raw.get("added_tokens") or []:
-        # The library numbers added tokens on from the vocabulary, whatever is written beside them.
+        # The library numbers added tokens consecutively after the vocabulary and ignores the ids in the file.
         if (index := backend.token_to_id(token["content"])) != token["id"]:
             raise BadInput(
                 f"{path}: added token {token['content']!r} has id {token['id']}, expected {index}, the "
@@ -91,9 +94,10 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def add_tokens(backend: tokenizers.Tokenizer, tokens: Mapping[int, AddedToken]) -> tokenizers.Tokenizer:
-    """The pipeline with these tokens under these ids; the one given is used up.
+    """Adds tokens with the given ids to a pipeline. `backend` may be changed; use the returned pipeline.
 
-    Raises BadInput for a token that cannot have its id.
+    Raises:
+      BadInput: a token cannot have its id.
     """
     before = backend.get_vocab(with_added_tokens=True)
     wanted = before | {token.content: index for index, token in tokens.items()}
@@ -105,8 +109,8 @@ def add_tokens(backend: tokenizers.Tokenizer, tokens: Mapping[int, AddedToken]) 
             had = before[token.content]
             raise BadInput(f"added token {token.content!r} has the id {index}, in the vocabulary it is {had}")
     if max(wanted.values(), default=-1) >= len(wanted):
-        # The library numbers added tokens on from the vocabulary of the model, whatever their ids were;
-        # where that leaves a gap they keep their ids only as a part of that vocabulary.
+        # The library numbers added tokens consecutively after the model's vocabulary. If the wanted ids leave
+        # a gap, the tokens keep them only as entries of that vocabulary.
         state = json.loads(backend.to_str())
         if isinstance(state["model"].get("vocab"), dict):
             state["model"]["vocab"] = wanted
@@ -125,14 +129,14 @@ def complete(
     recorded: Mapping[int, AddedToken],
     settings: Mapping[str, Any],
 ) -> tokenizers.Tokenizer:
-    """The pipeline of a folder with the tokens recorded outside it, and those its settings call special.
+    """Adds to a folder's pipeline the tokens `recorded` outside it and the special tokens of its settings.
 
-    A special token that no file gives an id is left out: the model has no row for it either.
+    A special token to which no file gives an id is left out: the model has no row for it.
     """
-    there = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = {index: token for index, token in recorded.items() if token.content not in there}
-    there |= {token.content for token in recorded.values()}
-    for text in special_texts(settings) - there:
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = {index: token for index, token in recorded.items() if token.content not in present}
+    present |= {token.content for token in recorded.values()}
+    for text in special_texts(settings) - present:
         if (index := backend.token_to_id(text)) is not None:
             missing[index] = AddedToken(text, special=True, normalized=False)
     try:
@@ -146,9 +150,9 @@ def highest_id(backend: tokenizers.Tokenizer) -> int:
 
 
 def _begin(backend: tokenizers.Tokenizer) -> list[int]:
-    """What the pipeline's post-processor puts before a text.
+    """Ids of the tokens that the pipeline's post-processor puts before a text.
 
-    What it puts after one (EOS) is left out: a prompt is there to be continued.
+    Tokens that it puts after a text (EOS) are ignored, since the model continues the prompt.
     """
     if backend.post_processor is None:
         return []

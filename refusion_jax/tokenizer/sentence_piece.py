@@ -1,4 +1,4 @@
-"""Tokenizers that run as a SentencePiece model."""
+"""Tokenizers that are SentencePiece models."""
 
 import itertools
 import re
@@ -29,10 +29,11 @@ Piece = ModelProto.SentencePiece
 class SentencePieceTokenizer(TemplatedTokenizer):
     """A SentencePiece model, the tokens added to it, and its settings.
 
-    SentencePiece never produces control symbols (`</s>`, …) from text, but chat templates write them as
-    text; so those and added tokens are split off first, and the stretches between are encoded. The
-    space that SentencePiece puts before a text stands before every stretch or (`legacy` is false in the
-    settings) only at the very beginning, as in the Llama tokenizers of `transformers`.
+    SentencePiece never produces control symbols (`</s>`, ...) from text, but chat templates write them as
+    text. So text is first split at control symbols and added tokens, and the segments between them are
+    encoded by SentencePiece. The space that SentencePiece prepends to a text is added to every segment, or,
+    if `legacy` is false in the settings, only at the start of the text, as in the Llama tokenizers of
+    `transformers`.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class SentencePieceTokenizer(TemplatedTokenizer):
 
     def _encode(self, text: str) -> list[int]:
         ids = []
-        # Splitting at the marks gives stretch, mark, stretch, …, stretch.
+        # Splitting gives segment, mark, segment, ..., segment.
         for number, part in enumerate(self._split(text)):
             if number % 2:
                 ids.append(self._marks[part])
@@ -80,7 +81,7 @@ class SentencePieceTokenizer(TemplatedTokenizer):
         for is_added, run in itertools.groupby(ids, lambda i: i in self._added):
             if is_added:
                 text += "".join(self._added[i].content for i in run)
-            else:  # only at the very beginning a space is SentencePiece's own
+            else:  # only a space at the start of the text was added by SentencePiece
                 processor = self._inner if text else self._first
                 text += processor.decode([i for i in run if i < len(self._model.pieces)])
         return text
@@ -163,15 +164,15 @@ def _token_to_id(
     for index, token in added.items():
         if token.content == text:
             return index
-    index = processor.piece_to_id(text)  # the unknown id for whatever is not in the vocabulary
+    index = processor.piece_to_id(text)  # the unknown id if the text is not in the vocabulary
     return index if processor.id_to_piece(index) == text else None
 
 
 def _is_legacy(settings: Mapping[str, Any]) -> bool:
-    return settings.get("legacy") is not False  # null is what settings of old times say
+    return settings.get("legacy") is not False  # old settings have null
 
 
 def _adds_bos(settings: Mapping[str, Any]) -> bool:
-    """Whether a text begins with BOS: as the settings say, else as Llama's class (not T5's, say) does."""
+    """Whether BOS precedes a text: `add_bos_token`; its default is true for the Llama class only."""
     is_llama = str(settings.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer"
     return bool(settings.get("add_bos_token", is_llama))

@@ -1,5 +1,5 @@
-"""What the small files beside a vocabulary say: tokenizer_config.json, what older formats kept apart from
-it, and the special ids of config.json."""
+"""The settings files beside a vocabulary: tokenizer_config.json, the older files that it replaced, and the
+special ids in config.json."""
 
 import dataclasses
 import json
@@ -14,14 +14,15 @@ from refusion_jax.files import read_json_if_there, read_text, write_atomically
 
 SENTENCE_PIECE = "tokenizer.model"
 SETTINGS = "tokenizer_config.json"
-EXTRA_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # its name before and since 2025
+# Names of the field before and since 2025.
+EXTRA_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, completed from chat_template.jinja and special_tokens_map.json.
 
-    The template file comes first, as in `transformers`; the map counts only where the settings are of
-    the time before they recorded added tokens.
+    The template file overrides the setting, as in `transformers`. The map is read only for old settings that
+    do not record added tokens.
     """
     settings = read_json_if_there(folder / SETTINGS)
     template = folder / "chat_template.jinja"
@@ -38,7 +39,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Tokens recorded outside the vocabulary, by id: of the settings, else of added_tokens.json."""
+    """Tokens recorded outside the vocabulary, by id: from the settings, else from added_tokens.json."""
     path, recorded = folder / SETTINGS, settings.get("added_tokens_decoder")
     if recorded is None:
         path = folder / "added_tokens.json"
@@ -66,7 +67,7 @@ def read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, Ad
 
 
 def added_token(fields: Mapping[str, Any]) -> AddedToken:
-    """An added token from its JSON object; a special one is not looked for in normalised text."""
+    """An added token from its JSON object. By default special tokens are not matched in normalised text."""
     special = bool(fields.get("special", False))
     flags = {name: bool(fields.get(name, False)) for name in ("single_word", "lstrip", "rstrip")}
     normalized = bool(fields.get("normalized", not special))
@@ -74,13 +75,13 @@ def added_token(fields: Mapping[str, Any]) -> AddedToken:
 
 
 def added_tokens_decoder(tokens: Mapping[int, AddedToken]) -> dict[str, dict[str, Any]]:
-    """Added tokens as the settings record them."""
+    """The setting `added_tokens_decoder` for these tokens."""
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in sorted(tokens.items())}
 
 
 def special_texts(settings: Mapping[str, Any]) -> set[str]:
-    """Every text that the settings call a special token."""
+    """The texts of all special tokens in the settings."""
     named = [value for key, value in settings.items() if key.endswith("_token")]
     for field in EXTRA_SPECIAL:
         extra = settings.get(field) or []
@@ -89,17 +90,20 @@ def special_texts(settings: Mapping[str, Any]) -> set[str]:
 
 
 def token_text(value: Any) -> str | None:
-    """A token of the settings: text, or the fields of an added token."""
+    """The text of a token in the settings, which is a string or an object with the field `content`."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """Ids with a meaning of their own.
+    """Ids of the special tokens.
 
-    A model that only decodes left to right needs no `mask`; `bos` may be absent too. A missing `pad` is
-    the EOS id: padding is never attended to, so sharing it is harmless.
+    Attributes:
+      eos: end of text.
+      mask: mask token; None for a model that only decodes left to right.
+      pad: padding; by default the EOS id, which is harmless since padding is never attended to.
+      bos: beginning of text, or None.
     """
 
     eos: int
@@ -112,7 +116,7 @@ class SpecialIds:
             object.__setattr__(self, "pad", self.eos)
 
     def roles(self) -> dict[str, int]:
-        """The ids there are, by role; without padding where that is only the EOS."""
+        """The ids that are set, by role; `pad` is left out if it equals `eos`."""
         ids = dataclasses.asdict(self) | {"pad": None if self.pad == self.eos else self.pad}
         return {role: index for role, index in ids.items() if index is not None}
 
@@ -124,16 +128,22 @@ def find_special_ids(
     token_to_id: Callable[[str], int | None],
     own: Mapping[str, int] | None = None,
 ) -> SpecialIds:
-    """Special ids from a folder's files.
+    """Finds the special ids of a folder: in config.json (`mask_token_id`, ...), else in the settings
+    (`mask_token_id`, then `mask_token` as text), else in `own`.
 
-    Those of config.json come first (`mask_token_id`, …), then those of the settings (`mask_token_id`,
-    then `mask_token` as text), then `own`, which the vocabulary itself declares.
+    Args:
+      folder: the model folder.
+      settings: its settings, from `read_settings`.
+      vocab_size: highest id of the tokenizer + 1.
+      token_to_id: text of a token -> its id, None if it is not in the vocabulary.
+      own: role -> id as declared by the vocabulary itself.
 
-    Raises BadInput, naming file and field, for an id or text outside the vocabulary, when there is no
-    EOS, and when mask and EOS are the same.
+    Raises:
+      BadInput: an id or text is outside the vocabulary, there is no EOS, or mask and EOS are the same. The
+        message names file and field.
     """
     config = read_json_if_there(folder / "config.json")
-    # The embedding table is often padded beyond the tokenizer, and a spare row makes a fine mask.
+    # The embedding often has more rows than the tokenizer has tokens, and a spare row can be the mask.
     rows = config.get("vocab_size")
     limit = max(vocab_size, rows) if isinstance(rows, int) else vocab_size
 
@@ -148,7 +158,7 @@ def find_special_ids(
         for file, fields in ("config.json", config), (SETTINGS, settings):
             value = fields.get(f"{role}_token_id")
             if role == "eos" and isinstance(value, list) and value:
-                # Of several ids that may end a text, the tokenizer's ends a turn (Llama 3).
+                # Of several EOS ids, the one that the settings name ends a turn (Llama 3).
                 chosen = by_text(role)
                 value = chosen if chosen in value else value[0]
             if value is None:

@@ -1,5 +1,4 @@
-"""Transformations of parameter trees.
+"""Transformations of parameter trees: lazy reading, fused projections, int8, LoRA, rows for new tokens.
 
-Lazy reading, fused projections, int8, low-rank adaptation, rows for new tokens. Imports no file format and no
-decoder; `checkpoints` reads and writes what is transformed here.
+Imports no other folder of the package. `checkpoints` reads and writes the trees that are transformed here.
 """

@@ -1,7 +1,7 @@
-"""Arrays that lie on disk and are read when, and as far as, they are needed.
+"""Arrays on disk that are read only when, and only as far as, their values are needed.
 
-Loading and conversion work on trees of `LazyArray` in the structure of a model's parameters. So whatever
-the layouts at both ends, a process holds a few tensors at a time, and only its own parts of those.
+Loading and conversion work on trees of `LazyArray` in the structure of a model's parameters. So, whatever the
+source and target layouts, a process holds a few tensors at a time, and only its own shards of them.
 """
 
 import dataclasses
@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-Index = tuple[slice, ...]  # one slice for each axis, within its bounds or open, without a step
+Index = tuple[slice, ...]  # one slice per axis: step 1, bounds inside the axis or open
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """One array on disk. JAX takes it for a leaf of a tree.
+    """One array on disk; a leaf in JAX trees.
 
     Attributes:
-      shape: of the whole.
-      dtype: of the whole.
-      read: (one slice for each axis) -> that part as a numpy array, which maps no file.
-      where: the file and what it is called there, for messages.
+      shape: shape of the array.
+      dtype: dtype of the array.
+      read: Index -> the part of the array at that index, a numpy array in memory (not mapped to a file).
+      where: file and name of the array, for messages.
     """
 
     shape: tuple[int, ...]
@@ -32,22 +32,22 @@ class LazyArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole, uncompressed."""
+        """Size of the array in bytes, uncompressed."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def whole(self) -> np.ndarray:
-        """All of it."""
+        """Reads the whole array."""
         return self.read((slice(None),) * len(self.shape))
 
     def astype(self, dtype: Any) -> "LazyArray":
-        """The same, cast as it is read."""
+        """The same array, cast to `dtype` when it is read."""
         dtype = np.dtype(dtype)
         return dataclasses.replace(
             self, dtype=dtype, read=lambda index: self.read(index).astype(dtype, copy=False)
         )
 
     def transpose(self, order: Sequence[int]) -> "LazyArray":
-        """The same with its axes in that order."""
+        """The same array with its axes permuted to `order`."""
         order = tuple(order)
 
         def read(index: Index) -> np.ndarray:
@@ -56,7 +56,7 @@ class LazyArray:
         return dataclasses.replace(self, shape=tuple(self.shape[axis] for axis in order), read=read)
 
     def split(self, shape: Sequence[int]) -> "LazyArray":
-        """The same in a shape where one of its axes is two; nothing is read beyond what is asked for."""
+        """The same array reshaped so that one axis becomes two; only the requested part is read."""
         axis = next(axis for axis, size in enumerate(self.shape) if size != shape[axis])
         size = shape[axis + 1]
 
@@ -70,19 +70,19 @@ class LazyArray:
         return dataclasses.replace(self, shape=tuple(shape), read=read)
 
     def reshape(self, shape: Sequence[int]) -> "LazyArray":
-        """The same in any other shape; it is read whole."""
+        """The same array in any other shape; every read reads the whole array."""
         return dataclasses.replace(
             self, shape=tuple(shape), read=lambda index: self.whole().reshape(shape)[index]
         )
 
 
 def bounds(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of each slice of `index` in an array of that shape."""
+    """(start, stop) per axis of `index` in an array of this shape."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def concatenate(parts: Sequence[LazyArray], axis: int) -> LazyArray:
-    """LazyArray arrays as one along `axis`; of each no more is read than is asked for."""
+    """Concatenates arrays along `axis`; only the requested parts are read."""
     borders = np.cumsum([0] + [part.shape[axis] for part in parts])
     first = parts[0]
     shape = (*first.shape[:axis], int(borders[-1]), *first.shape[axis + 1 :])
@@ -100,13 +100,13 @@ def concatenate(parts: Sequence[LazyArray], axis: int) -> LazyArray:
     return LazyArray(shape, np.result_type(*(part.dtype for part in parts)), read, where)
 
 
-def load_to_devices(stored: Any, abstract: Any) -> Any:
-    """A tree of LazyArray as arrays on devices; each process reads only what its devices hold.
+def load_to_devices(params: Any, abstract: Any) -> Any:
+    """Reads a tree of LazyArray onto devices; each process reads only the shards of its own devices.
 
     Args:
-      arrays: tree of LazyArray.
-      abstract: ShapeDtypeStructs in the same structure: the dtypes and shardings wanted (None is the
-        default device).
+      params: tree of LazyArray.
+      abstract: ShapeDtypeStructs in the same structure, with the dtypes and shardings of the result. A
+        sharding of None is the default device.
 
     Returns:
       a tree of jax.Array.
@@ -118,17 +118,17 @@ def load_to_devices(stored: Any, abstract: Any) -> Any:
 
         def part(index: Index) -> np.ndarray:
             key = bounds(index, leaf.shape)
-            if key not in parts:  # devices along an axis that splits nothing hold the same
+            if key not in parts:  # devices along an axis that replicates the array share one read
                 parts[key] = leaf.read(index).astype(wanted.dtype, copy=False)
             return parts[key]
 
         return jax.make_array_from_callback(leaf.shape, wanted.sharding or here, part)
 
-    return jax.tree.map(read, stored, abstract)
+    return jax.tree.map(read, params, abstract)
 
 
 def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the unrolled model from those of either, yet to be read."""
+    """Lazy parameters of the unrolled model from those of either the unrolled or the scanned model."""
     if "layers" not in params:
         return dict(params)
 
@@ -146,7 +146,7 @@ def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the scanned model from those of the unrolled one, yet to be read."""
+    """Lazy parameters of the scanned model from those of the unrolled model."""
 
     def stacked(*layers: LazyArray) -> LazyArray:
         def read(index: Index) -> np.ndarray:

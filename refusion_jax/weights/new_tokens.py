@@ -1,9 +1,9 @@
 """Rows for new tokens in a model's embedding and head.
 
-A new token's row of the embedding, and its column of an untied head, is the mean of those of the tokens
-there are, taken in float32: what the model knows least about without being thrown by it. Tables often have
-more rows than the tokenizer has tokens (Qwen3: 151,936 for 151,669). Such spare rows were never trained, so
-a new token that takes one overwrites it with the mean as well; the table grows only when there is none left.
+The row of a new token in the embedding, and its column in an untied head, is the mean over the known tokens,
+computed in float32: an uninformative row in the range of the trained rows. Embeddings often have more rows
+than the tokenizer has tokens (Qwen3: 151,936 rows, 151,669 tokens). The spare rows were never trained, so a
+new token that takes one overwrites it with the mean too. The embedding grows only when no spare row is left.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
-BLOCK = 4096  # rows read at once for the mean
+BLOCK = 4096  # rows per read when computing the mean
 
 
 def add_rows(params: Mapping[str, Any], ids: Collection[int], num_known: int) -> dict[str, Any]:
@@ -41,9 +41,9 @@ def add_rows(params: Mapping[str, Any], ids: Collection[int], num_known: int) ->
 
 
 def _with_means(table: LazyArray, axis: int, size: int, ids: Collection[int], num_known: int) -> LazyArray:
-    """A matrix whose `axis` has `size` entries, with the mean of the first `num_known` at `ids`."""
-    had = table.shape[axis]
-    mean = _mean(table, axis, min(num_known, had)).astype(table.dtype)
+    """`table` with `axis` extended to `size`, and the mean of its first `num_known` rows at each of `ids`."""
+    old_size = table.shape[axis]
+    mean = _mean(table, axis, min(num_known, old_size)).astype(table.dtype)
     shape = tuple(size if i == axis else n for i, n in enumerate(table.shape))
 
     def read(index: Index) -> np.ndarray:
@@ -51,8 +51,8 @@ def _with_means(table: LazyArray, axis: int, size: int, ids: Collection[int], nu
         start, stop = spans[axis].start, spans[axis].stop
         part = np.empty([span.stop - span.start for span in spans], table.dtype)
         rows = np.moveaxis(part, axis, 0)
-        if start < had:
-            spans[axis] = slice(start, min(stop, had))
+        if start < old_size:
+            spans[axis] = slice(start, min(stop, old_size))
             rows[: spans[axis].stop - start] = np.moveaxis(table.read(tuple(spans)), axis, 0)
         for new in ids:
             if start <= new < stop:
@@ -63,7 +63,7 @@ def _with_means(table: LazyArray, axis: int, size: int, ids: Collection[int], nu
 
 
 def _mean(table: LazyArray, axis: int, count: int) -> np.ndarray:
-    """Mean of the first `count` entries along `axis`, float32."""
+    """float32 mean of the first `count` rows of a matrix, where rows lie along `axis`."""
     total = np.zeros(table.shape[1 - axis], np.float64)
     for start in range(0, count, BLOCK):
         index = [slice(None), slice(None)]

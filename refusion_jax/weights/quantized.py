@@ -1,8 +1,8 @@
-"""int8 weights for decoding: symmetric, one scale for each output channel, activations left as they are.
+"""int8 weights for decoding: symmetric, one scale per output channel; activations are not quantised.
 
-Own code, not qwix (0.1.8): that quantises arrays held whole, by names it finds by tracing the model's
-products, where a checkpoint is to be quantised as it is read, each process its part; and its products are
-those of XLA, which on GPUs read int8 no faster than bfloat16 (triton_int8.py does).
+Why not qwix (0.1.8): it quantises whole arrays, which it finds by tracing the model's matrix products. Here a
+checkpoint is quantised while it is read, by each process for its own shards. And qwix multiplies with XLA,
+which on GPUs reads int8 no faster than bfloat16; `model.kernels.triton_int8` does.
 """
 
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ import numpy as np
 from refusion_jax.weights.lazy import Index, LazyArray
 
 LARGEST = 127
-# The matrices, and how many of their first axes are summed over.
+# Name of each quantised matrix -> number of leading axes that its product contracts.
 MATRICES = {"q": 1, "k": 1, "v": 1, "qkv": 1, "o": 2, "gate": 1, "up": 1, "gate_up": 1, "down": 1, "head": 1}
 
 
 def quantize(params: Mapping[str, Any], rest: Any = None) -> dict[str, Any]:
-    """Parameters of a model with `int8` from those of one without.
+    """Converts the parameters of a Transformer without `int8` to those of one with it.
 
     Args:
-      params: arrays, or LazyArray yet to be read, of an unrolled model, joined or not. Those of a tied head
-        keep it: it is the embedding.
-      rest: dtype of what is not quantised, the norms say; None leaves it as it is.
+      params: arrays or LazyArrays of an unrolled model, fused or not. A tied head is not quantised, since it
+        is the embedding.
+      rest: dtype of all other parameters, such as norms; None keeps theirs.
 
     Returns:
-      the same, with each matrix [summed over ..., outputs ...] as int8 `name` [outputs ..., summed over ...]
+      the same tree in which each matrix [inputs ..., outputs ...] is int8 `name` [outputs ..., inputs ...]
       and float32 `name_scale` [outputs ...].
     """
     found = {}
@@ -50,11 +50,11 @@ def _of_array(matrix: Any, num_in: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _of_lazy(matrix: LazyArray, num_in: int) -> tuple[LazyArray, LazyArray]:
-    """As they are read, of no more outputs than are asked for."""
+    """The quantised matrix and its scales as LazyArrays; only the requested outputs are read."""
     num_out = len(matrix.shape) - num_in
     turned = matrix.transpose((*range(num_in, len(matrix.shape)), *range(num_in)))
     everything = (slice(None),) * num_in
-    scales: dict[str, np.ndarray] = {}  # those of the matrix serve once more when they are asked for
+    scales: dict[str, np.ndarray] = {}  # kept from reading the matrix, for reading the scales
 
     def scale(outputs: Index) -> np.ndarray:
         key = repr(outputs)
@@ -77,7 +77,7 @@ def _outputs_first(matrix: jax.Array, num_in: int) -> jax.Array:
 
 
 def _scale(matrix: Any, num_in: int, numpy: Any) -> Any:
-    """What 1 stands for in each output [outputs ...] of a matrix [outputs ..., summed over ...]."""
+    """The value of one int8 step per output, [outputs ...], for a matrix [outputs ..., inputs ...]."""
     largest = numpy.max(numpy.abs(matrix), axis=tuple(range(-num_in, 0)))
     return (numpy.where(largest > 0, largest, 1) / LARGEST).astype(numpy.float32)
 

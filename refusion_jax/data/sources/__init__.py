@@ -1,1 +1,4 @@
-"""Where examples come from: JSON lines, TFDS datasets."""
+"""Sources of examples: JSON lines, TFDS datasets.
+
+Imports `tokenizer` for the format of messages.
+"""

@@ -1,4 +1,4 @@
-"""What every source gives."""
+"""The example, which every source and every task returns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from refusion_jax.tokenizer.chat_template import Message
 
 
 class Example(NamedTuple):
-    """A prompt and its response. A query of several messages is a conversation so far."""
+    """A prompt (`query`) and its response. A query is a text or the messages of a conversation so far."""
 
     query: str | Sequence[Message]
     response: str

@@ -1,4 +1,4 @@
-"""Prompt and response examples from JSONL files."""
+"""Examples from JSONL files."""
 
 import gzip
 import json
@@ -15,18 +15,26 @@ FIELDS = ("query", "response")
 
 
 def load_jsonl(paths: Sequence[str | Path], fields: tuple[str, str] = FIELDS) -> list[Example]:
-    """All examples of the files, in order. For more than fits in memory see `tfds_source`.
+    """All examples of the files, in order. For data that does not fit in memory see `sources.tfds`.
 
-    Raises BadInput for a file that cannot be read or holds no example, and for a malformed line.
+    Raises:
+      BadInput: a file cannot be read or has no example, or a line is malformed.
     """
     return [example for path in paths for example in read_jsonl(path, fields)]
 
 
 def read_jsonl(path: str | Path, fields: tuple[str, str] = FIELDS) -> Iterator[Example]:
-    """The examples of one file, one JSON object a line; blank lines are skipped.
+    """Reads the examples of one file with one JSON object per line; blank lines are skipped.
 
-    A line is `{"query": text, "response": text}`, with the names that `fields` has for them, or
-    `{"messages": [{"role", "content"}, …]}`; see `read_record`. A name in .gz is decompressed.
+    A line is `{"query": text, "response": text}` or `{"messages": [{"role", "content"}, ...]}`, see
+    `read_record`.
+
+    Args:
+      path: the file; one with the suffix .gz is decompressed.
+      fields: names of the fields of query and response.
+
+    Raises:
+      BadInput: as for `load_jsonl`.
     """
     count = 0
     open_file = gzip.open if str(path).endswith(".gz") else open
@@ -36,7 +44,7 @@ def read_jsonl(path: str | Path, fields: tuple[str, str] = FIELDS) -> Iterator[E
                 if line.strip():
                     yield _read_line(line, f"{path}:{number}", fields)
                     count += 1
-    except (OSError, EOFError, zlib.error) as error:  # the last two of damaged .gz files
+    except (OSError, EOFError, zlib.error) as error:  # the last two are raised for damaged .gz files
         raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if count == 0:
         raise BadInput(f"{path}: holds no examples, expected one JSON object a line")
@@ -55,10 +63,18 @@ def _read_line(line: bytes, where: str, fields: tuple[str, str]) -> Example:
 
 
 def read_record(record: Mapping[str, Any], where: str, fields: tuple[str, str] = FIELDS) -> Example:
-    """The example in a record with query and response, by the names in `fields`, or with `messages`.
+    """The example in a record with query and response, or with `messages`.
 
-    Of messages the last one by the assistant is the response and those before it are the query;
-    whatever comes after is not used. Raises BadInput, beginning with `where`, for anything else.
+    The last message of the assistant is the response, and the messages before it are the query. Messages
+    after it are ignored.
+
+    Args:
+      record: fields of the record.
+      where: file and line, for messages.
+      fields: names of the fields of query and response.
+
+    Raises:
+      BadInput: the record has another form. The message begins with `where`.
     """
     if "messages" in record:
         return _read_messages(record["messages"], where)

@@ -1,8 +1,8 @@
-"""Examples kept by TensorFlow Datasets as ArrayRecord: random access to more than fits in memory.
+"""Examples in TensorFlow Datasets' ArrayRecord format: random access to data that does not fit in memory.
 
-Works without TensorFlow. A folder is written once with `jsonl_to_tfds` (or is any TFDS dataset
-prepared with `file_format="array_record"` whose features are `query` and `response`) and is then
-read with `TfdsSource`. Importing tfds takes a while, so nothing else imports this module up front.
+Works without TensorFlow. `jsonl_to_tfds` writes a dataset and `TfdsSource` reads it; any TFDS dataset
+prepared with `file_format="array_record"` and the features `query` and `response` can be read too. Importing
+tfds is slow, so other modules import this one only when it is needed.
 """
 
 import json
@@ -19,18 +19,18 @@ from refusion_jax.errors import BadInput
 
 
 class JsonlExamples(tfds.core.GeneratorBasedBuilder):
-    """JSONL files as a TFDS dataset; `splits` names the files of each split."""
+    """A TFDS dataset built from JSONL files; `splits` maps each split to its files."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    # A dataset that was written before is opened by its name alone, hence the default.
+    # TFDS opens an existing dataset by its name alone, without `splits`.
     def __init__(self, splits: Mapping[str, Sequence[str | Path]] | None = None, **kwargs):
         self._paths = splits or {}
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
-        # `messages` is JSON, and empty where `query` is the whole prompt.
+        # `messages` is JSON text; it is empty if `query` is the whole prompt.
         features = tfds.features.FeaturesDict({"query": text, "messages": text, "response": text})
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
@@ -50,8 +50,12 @@ class JsonlExamples(tfds.core.GeneratorBasedBuilder):
 def jsonl_to_tfds(splits: Mapping[str, Sequence[str | Path]], folder: str | Path) -> Path:
     """Writes the JSONL files of each split as ArrayRecord under `folder`, in order.
 
-    Returns the folder of the dataset, for `TfdsSource`. Raises BadInput for a malformed file, and
-    if the folder holds such a dataset already (it would be left as it is).
+    Returns:
+      the folder of the dataset, for `TfdsSource`.
+
+    Raises:
+      BadInput: a file is malformed, or `folder` already contains such a dataset, which TFDS would not
+        replace.
     """
     builder = JsonlExamples(splits, data_dir=str(folder), file_format="array_record")
     path = Path(builder.data_path)
@@ -63,17 +67,18 @@ def jsonl_to_tfds(splits: Mapping[str, Sequence[str | Path]], folder: str | Path
 
 
 class TfdsSource(Sequence[Example]):
-    """One split of a prepared dataset, as a sequence of examples read on demand.
+    """One split of a prepared dataset, as a sequence of examples that are read on demand.
 
-    Raises BadInput if the folder holds no dataset, or one without random access, without the split
-    or without the features `query` and `response`.
+    Raises:
+      BadInput: the folder has no dataset, or the dataset lacks random access, the split, or the features
+        `query` and `response`.
     """
 
     def __init__(self, folder: str | Path, split: str):
         path = _dataset_folder(Path(folder))
         try:
             builder = tfds.builder_from_directory(str(path))
-        # Damaged descriptions surface as whatever the parser that met them raises.
+        # Damaged metadata makes various parsers raise various exceptions.
         except Exception as error:
             raise BadInput(f"{path}: cannot be read as a TFDS dataset: {error}") from error
         missing = {"query", "response"} - set(builder.info.features)
@@ -83,7 +88,7 @@ class TfdsSource(Sequence[Example]):
             )
         try:
             self._records = builder.as_data_source(split=split)
-            next(iter(self._records))  # files are opened by the first read: a bad one shows now
+            next(iter(self._records))  # the first read opens the files, so a damaged file fails here
         except NotImplementedError as error:
             raise BadInput(
                 f"{path}: is stored as {builder.info.file_format.value}, expected array_record"
@@ -100,7 +105,7 @@ class TfdsSource(Sequence[Example]):
 
     def __getitem__(self, number: int) -> Example:
         if not 0 <= number < len(self):
-            raise IndexError(number)  # which ends an iteration
+            raise IndexError(number)  # ends an iteration
         record = {key: _text(value) for key, value in self._records[number].items()}
         messages = record.pop("messages", "")
         if isinstance(messages, str) and messages:
@@ -109,12 +114,12 @@ class TfdsSource(Sequence[Example]):
 
 
 def _text(value: Any) -> Any:
-    """TFDS gives text as bytes; what is neither is left for `read_record` to refuse."""
+    """Decodes text, which TFDS returns as bytes. `read_record` reports values of other types."""
     return value.decode("utf-8") if isinstance(value, bytes) else value
 
 
 def _dataset_folder(folder: Path) -> Path:
-    """The folder with dataset_info.json: `folder`, or the only one below it (name/config/version)."""
+    """The folder with dataset_info.json: `folder` itself, or the only one below it (name/config/version)."""
     patterns = ("", "*/", "*/*/", "*/*/*/")
     found = sorted(p.parent for s in patterns for p in folder.glob(f"{s}dataset_info.json"))
     if len(found) != 1:

@@ -1,4 +1,5 @@
-"""Generated and file-based tasks with their judges, and the sandbox that runs code a model wrote.
+"""Tasks with their verifiers, generated or read from files, and the sandbox for code written by a model.
 
-`sandbox_child` runs in a process of its own and is imported by no module.
+`registry` lists the tasks. `sandbox_child` is a script that runs in its own process; no module imports it.
+Imports `data.sources` and `tokenizer`.
 """

@@ -1,4 +1,4 @@
-"""Addition, subtraction and multiplication of multi-digit numbers, worked out on paper."""
+"""Addition, subtraction and multiplication of multi-digit numbers, with the steps of written arithmetic."""
 
 import dataclasses
 import re
@@ -22,11 +22,15 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic(Generator):
-    """Operands are uniform in 0 … 10^digits - 1; `operations` is any of "+-*".
+    """One operation on two integers, each uniform from 0 to 10^digits - 1.
 
-    Sums and differences are written column by column, lowest first, with the carry (or borrow) as
-    the third number; products as one partial product per digit of the right operand, then the sums.
+    Sums and differences are worked out column by column, the lowest digit first, with the carry (or borrow)
+    as the third number. Products are one partial product per digit of the right operand, then their sums.
     Differences are never negative.
+
+    Attributes:
+      digits: most digits of an operand.
+      operations: signs to draw from, some of "+-*".
     """
 
     digits: int = 3
@@ -47,7 +51,7 @@ class Arithmetic(Generator):
         return Problem(left, operation, right)
 
     def _key(self, problem: Problem) -> str:
-        # Unordered: whoever has seen 4+3 knows 3+4.
+        # Unordered, so that 4+3 and 3+4 are in the same split.
         low, high = sorted((problem.left, problem.right))
         return f"{low}{problem.operation}{high}"
 
@@ -69,7 +73,7 @@ class Arithmetic(Generator):
 
 
 def _columns(left: int, right: int) -> list[tuple[int, int]]:
-    """The digits of both numbers side by side, lowest first, the shorter filled with zeros."""
+    """Pairs of digits of both numbers, the lowest first; the shorter number is padded with zeros."""
     width = max(len(str(left)), len(str(right)))
     top, bottom = (map(int, reversed(f"{number:0{width}}")) for number in (left, right))
     return list(zip(top, bottom, strict=True))

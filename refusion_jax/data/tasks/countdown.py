@@ -1,4 +1,4 @@
-"""The numbers game: reach a target with given numbers, each used at most once."""
+"""The numbers game Countdown: reach a target with given numbers, each used at most once."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from refusion_jax.data.tasks.task import Dice, Generator
 
-_MOST_NUMBERS = 5  # so that a search tries all ways within a second
+_MOST_NUMBERS = 5  # an exhaustive search then takes less than a second
 _WORDINGS = (
     "Use {numbers} to make {target}.",
     "Make {target} from {numbers}.",
@@ -26,16 +26,17 @@ _STEP = re.compile(r"([0-9]{1,12}) ?([-+*/]) ?([0-9]{1,12}) ?= ?([0-9]{1,12})")
 class Problem(NamedTuple):
     numbers: tuple[int, ...]
     target: int
-    way: tuple[str, ...] = ()  # steps to the target, where known: queries do not tell them
+    way: tuple[str, ...] = ()  # steps to the target; empty if the problem was parsed from a query
 
 
 @dataclasses.dataclass(frozen=True)
 class Countdown(Generator):
-    """`numbers` numbers of 2 … `largest`; the target and all on the way to it are at most `largest_target`.
+    """Reach a target from `numbers` numbers between 2 and `largest`.
 
-    Steps join two of the numbers at hand, which the result replaces: by + - * /, nothing negative,
-    no fractions. The response is the way by which the problem was made, which uses all numbers, or (of
-    three and more) all but one, one after the other; any other way is as right.
+    A step combines two of the available numbers by + - * /, without negative results or fractions, and its
+    result replaces them. The target and all intermediate results are at most `largest_target`. The response
+    is the sequence of steps from which the problem was made. It uses the numbers one after another, all of
+    them or (of three or more) all but one. Any other valid sequence is accepted.
     """
 
     numbers: int = 4
@@ -54,7 +55,7 @@ class Countdown(Generator):
             numbers = [dice.between(2, self.largest) for _ in range(self.numbers)]
             value, way = numbers[0], []
             for number in numbers[1 : dice.between(max(2, self.numbers - 1), self.numbers)]:
-                choices = [join for join in _joins(value, number) if 2 <= join[1] <= self.largest_target]
+                choices = [step for step in _steps(value, number) if 2 <= step[1] <= self.largest_target]
                 if not choices:
                     break
                 step, value = dice.pick(choices)
@@ -104,8 +105,8 @@ def _holds(left: int, sign: str, right: int, result: int) -> bool:
     return result == {"+": left + right, "-": left - right, "*": left * right}[sign]
 
 
-def _joins(a: int, b: int) -> list[tuple[str, int]]:
-    """What two numbers can be made into, by steps that change something."""
+def _steps(a: int, b: int) -> list[tuple[str, int]]:
+    """(expression, result) of each step that combines two numbers, without x * 1, x / 1 and x - x."""
     high, low = max(a, b), min(a, b)
     found = [(f"{a}+{b}", a + b)]
     if high > low:
@@ -118,10 +119,10 @@ def _joins(a: int, b: int) -> list[tuple[str, int]]:
 
 
 def _search(numbers: tuple[int, ...], target: int, tried: set[tuple[int, ...]]) -> tuple[str, ...] | None:
-    """Steps that lead from some of the numbers, ascending, to the target, if there are any."""
+    """Searches exhaustively for steps from some of `numbers` (ascending) to the target; None without any."""
     tried.add(numbers)
     for i, j in itertools.combinations(range(len(numbers)), 2):
-        for step, value in _joins(numbers[i], numbers[j]):
+        for step, value in _steps(numbers[i], numbers[j]):
             way = (f"{step}={value}",)
             if value == target:
                 return way

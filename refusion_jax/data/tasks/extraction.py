@@ -1,4 +1,4 @@
-"""Reading facts out of a short text into JSON (one record) or a table (several)."""
+"""Extraction of facts from a short text into JSON (one record) or a table (several records)."""
 
 import dataclasses
 import json
@@ -44,12 +44,12 @@ class Fact(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Extraction(Generator):
-    """`records` people with `fields` facts each, and `distractors` facts each that are not asked for.
+    """Facts about `records` people: `fields` requested ones and `distractors` others per person.
 
-    All facts stand in random order, each in one of several wordings; the values are random letters
-    and digits, so there is nothing to know, only to find and copy. The fields asked for are always
-    the first of `FIELDS`, in that order. One record becomes a JSON object, several a table with one
-    line a person, in the order of first mention.
+    The facts are in random order, each in one of several wordings. The values are `value_length` random
+    letters and digits, so the task needs no knowledge, only finding and copying. The requested fields are
+    always the first of `FIELDS`, in that order. The response for one person is a JSON object; for several it
+    is a table with one line per person, in the order of first mention.
     """
 
     fields: int = 3
@@ -106,7 +106,7 @@ class Extraction(Generator):
 def draw_facts(
     dice: Dice, records: int, asked: Sequence[str], distractors: int, value_length: int
 ) -> tuple[Fact, ...]:
-    """Facts in random order: of each of `records` people the fields `asked` and some others."""
+    """Facts in random order: for each of `records` people the fields `asked` and `distractors` others."""
     rest = [field for field in FIELDS if field not in asked]
     facts = []
     for name in dice.sample(NAMES, records):
@@ -117,14 +117,14 @@ def draw_facts(
 
 
 def tell(facts: Sequence[Fact], dice: Dice) -> str:
-    """One sentence a fact, each in one of its wordings."""
+    """The text with one sentence per fact, each in a random wording."""
     return " ".join(
         dice.pick(_WORDINGS[fact.field]).format(name=fact.name, value=fact.value) + "." for fact in facts
     )
 
 
 def read_facts(sentences: Sequence[str]) -> tuple[Fact, ...] | None:
-    """The facts told by sentences (without their full stops); None if one is none, or is told twice."""
+    """The facts in sentences (without full stops); None if a sentence is not a fact or a fact is repeated."""
     facts = [_read_fact(sentence) for sentence in sentences]
     if None in facts or len({(fact.name, fact.field) for fact in facts}) < len(facts):
         return None
@@ -132,7 +132,7 @@ def read_facts(sentences: Sequence[str]) -> tuple[Fact, ...] | None:
 
 
 def rows_of(facts: Sequence[Fact], asked: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The values asked for, by name in the order of first mention, then by field in the order of `asked`."""
+    """name -> field -> value of the fields `asked`; names in the order of first mention."""
     rows: dict[str, dict[str, str]] = {fact.name: {} for fact in facts}
     for field in asked:
         for fact in facts:
@@ -153,7 +153,7 @@ def _lines(rows: dict[str, dict[str, str]]) -> list[tuple[str, ...]]:
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """JSON lets a key stand twice and keeps the last value; an exact answer names each once."""
+    """A dict of the pairs. Raises ValueError for a repeated key, of which json would keep the last value."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)

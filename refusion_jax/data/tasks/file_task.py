@@ -1,4 +1,4 @@
-"""Tasks whose examples stand in files."""
+"""The base class of tasks whose examples are read from files."""
 
 import abc
 import dataclasses
@@ -14,10 +14,13 @@ from refusion_jax.errors import BadInput
 
 @dataclasses.dataclass(frozen=True)
 class FileTask(Task):
-    """Examples of JSON-lines files (.gz too), each line in one split for good.
+    """Examples of JSON-lines files (also .gz); each line belongs to one split.
 
-    Held-out splits keep the order of the file; training has a new order each time round, which the seed
-    decides. An index beyond the last example begins again.
+    Held-out splits keep the order of the file. The training split has a new order in each epoch, determined
+    by the seed. An index beyond the last example starts the next epoch.
+
+    Raises:
+      BadInput: `path` is not a text, or a file cannot be used.
     """
 
     path: str = ""
@@ -25,7 +28,7 @@ class FileTask(Task):
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
             raise BadInput(f"{self.name}.path is {self.path!r}, expected a JSON-lines file")
-        _ = self.splits  # whatever is wrong with the files is said at once
+        _ = self.splits  # reads the files now, so that errors in them are reported at once
 
     @functools.cached_property
     def splits(self) -> dict[str, Sequence[Example]]:
@@ -43,17 +46,17 @@ class FileTask(Task):
         count = self.size(split)
         if count == 0:
             raise BadInput(f"{self}: there is no example of the {split} split")
-        epoch, place = divmod(index, count)
+        epoch, number = divmod(index, count)
         if split == "train":
-            place = _order(count, seed, epoch)[place]
-        return self.splits[split][place]
+            number = _order(count, seed, epoch)[number]
+        return self.splits[split][number]
 
     @abc.abstractmethod
     def _read(self) -> Iterable[tuple[str, Example]]:
-        """Every example with its split."""
+        """(split, example) of every example."""
 
 
 @functools.lru_cache(maxsize=16)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """0 … count - 1 in random order."""
+    """A random permutation of 0 to count - 1, int64 [count]."""
     return np.argsort(Dice("order", seed, epoch).raw(count), kind="stable")

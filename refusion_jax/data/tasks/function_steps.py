@@ -1,22 +1,22 @@
-"""The steps that functions to be written are made of: how each is told, written and computed."""
+"""The steps of which the functions of the task `functions` are made: wordings, code and reference."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# By kind of value: the variable that holds it, and what a query calls it.
+# Kind of value -> its variable in the code, and its name in a query.
 VARIABLES = {"list": "xs", "text": "s", "number": "n"}
 NOUNS = {"list": "a list xs of whole numbers", "text": "a string s", "number": "a whole number n"}
 
 
 class Step(NamedTuple):
-    """One step on a value.
+    """One step that transforms a value.
 
     Attributes:
-      takes, gives: kinds of value, keys of VARIABLES.
-      code: an expression in the variable of what it takes; `{k}` stands for the parameter.
-      run: the same, computed: (value, k) -> value.
-      choices: what k may be; (None,) without a parameter.
-      wordings: what a query says.
+      takes, gives: kinds of the input and the output, keys of VARIABLES.
+      code: Python expression in the variable of the input; `{k}` stands for the parameter.
+      run: the same computation, (value, k) -> value.
+      choices: possible values of k; (None,) for a step without a parameter.
+      wordings: descriptions of the step in a query.
     """
 
     takes: str

@@ -1,4 +1,4 @@
-"""Small Python functions written from a description, and judged by running them."""
+"""Small Python functions to be written from a description, verified by running them."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from refusion_jax.data.tasks.function_steps import NOUNS, STEPS, VARIABLES
 from refusion_jax.data.tasks.sandbox import Job, run_all
 from refusion_jax.data.tasks.task import Dice, Generator
 
-_FORMS = (  # opening, what stands between the steps, and whether they are told in reverse
+_FORMS = (  # opening, separator of the steps, whether the steps are listed in reverse
     ("Write a Python function f of {}: ", ", then ", False),
     ("Python: f takes {}. Steps: ", "; ", False),
     ("Write a Python function f of {}. Lastly, ", ". Before that, ", True),
@@ -32,7 +32,7 @@ _PROBES = {
 _FEWEST_OUTPUTS = 3
 _LONGEST_OUTPUT = 200  # characters
 _MOST_STEPS = 8
-_LONGEST = 5_000  # characters of a response; far beyond any solution
+_LONGEST = 5_000  # characters of a response, far beyond any solution
 
 
 class Problem(NamedTuple):
@@ -44,10 +44,10 @@ class Problem(NamedTuple):
 class Functions(Generator):
     """Functions of `min_steps` to `max_steps` steps on a list, a string or a number.
 
-    The query tells the steps, in order or from the last to the first, and one input with its output.
-    Every step makes a difference to what comes out. The response is the code alone. It is right if
-    the function `f` that it defines gives, in a sandbox (see there what this does and does not protect
-    from), the reference's output for hidden inputs, edge cases among them, which the problem decides.
+    The query describes the steps, in order or from last to first, and gives one input with its output. Every
+    step affects the output. The response is only code. It is right if the function `f` that it defines
+    returns the reference's outputs for hidden inputs, which include edge cases and are determined by the
+    problem. The code runs in a sandbox; see `sandbox` for the protection that it gives.
     """
 
     min_steps: int = 3
@@ -68,7 +68,7 @@ class Functions(Generator):
                 steps.append((name, dice.pick(STEPS[name].choices)))
                 kind = STEPS[name].gives
             problem = Problem(takes, tuple(steps))
-            if _all_counts(problem):
+            if _every_step_matters(problem):
                 return problem
 
     def _key(self, problem: Problem) -> str:
@@ -108,9 +108,10 @@ class Functions(Generator):
         return self.check_all([(query, response)])[0]
 
     def check_all(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """All answers in one sandbox, each in a process of its own.
+        """Checks all responses in one sandbox, each in its own process.
 
-        Raises RuntimeError where no sandbox can be had: that is no fault of the answers.
+        Raises:
+          RuntimeError: the sandbox does not work on this system.
         """
         problems = [self.parse(query) if len(response) <= _LONGEST else None for query, response in pairs]
         inputs = [problem and _hidden_inputs(problem) for problem in problems]
@@ -118,7 +119,7 @@ class Functions(Generator):
         found = run_all([Job(pairs[i][1], "f", inputs[i]) for i in runs])
         right = [False] * len(pairs)
         for i, outputs in zip(runs, found, strict=True):
-            # As texts: what comes out of the sandbox is not even parsed here.
+            # Compared as text: output of the sandbox is not parsed here.
             right[i] = outputs == json.dumps([_run(problems[i], given) for given in inputs[i]])
         return right
 
@@ -128,13 +129,14 @@ _STEPS_OF = {kind: [name for name, step in STEPS.items() if step.takes == kind] 
 
 
 def _run(problem: Problem, value: Any) -> Any:
-    """What the reference gives."""
+    """The reference's output for an input."""
     for name, k in problem.steps:
         value = STEPS[name].run(value, k)
     return value
 
 
 def _draw_input(kind: str, dice: Dice) -> Any:
+    """A random value of a kind."""
     if kind == "number":
         return dice.between(1, 99)
     if kind == "text":
@@ -143,13 +145,13 @@ def _draw_input(kind: str, dice: Dice) -> Any:
 
 
 def _hidden_inputs(problem: Problem) -> list[Any]:
-    """Edge cases and the like, and some drawn as those in queries are."""
+    """The inputs of verification: edge cases, and six inputs drawn as in queries."""
     dice = Dice("inputs", problem)
     return [*_PROBES[problem.takes], *(_draw_input(problem.takes, dice) for _ in range(6))]
 
 
-def _all_counts(problem: Problem) -> bool:
-    """Whether the probes give several outputs, none of them long, and others without any one step."""
+def _every_step_matters(problem: Problem) -> bool:
+    """Whether the probes give several outputs, all short, and other outputs if any one step is left out."""
     states = [_PROBES[problem.takes]]
     for name, k in problem.steps:
         run = STEPS[name].run
@@ -160,7 +162,7 @@ def _all_counts(problem: Problem) -> bool:
     for i, (name, _) in enumerate(problem.steps):
         if STEPS[name].takes == STEPS[name].gives:
             rest = Problem(STEPS[name].gives, problem.steps[i + 1 :])
-            # From the last probe on, which most often tells.
+            # The last probe first, since it most often shows a difference.
             pairs = zip(reversed(states[i]), reversed(states[-1]), strict=True)
             if all(_run(rest, before) == output for before, output in pairs):
                 return False
@@ -168,6 +170,7 @@ def _all_counts(problem: Problem) -> bool:
 
 
 def _read_steps(kind: str, told: Sequence[str]) -> Problem | None:
+    """The problem with this kind of input and these wordings of steps; None if they are not valid."""
     takes, steps = kind, []
     for text in told:
         step = _told(kind).get(text)
@@ -180,7 +183,7 @@ def _read_steps(kind: str, told: Sequence[str]) -> Problem | None:
 
 @functools.cache
 def _told(kind: str) -> dict[str, tuple[str, Any]]:
-    """Every step on this kind of value by every wording of it."""
+    """wording -> (name of the step, k), for every step on this kind of value."""
     return {
         wording.format(k=k): (name, k)
         for name in _STEPS_OF[kind]

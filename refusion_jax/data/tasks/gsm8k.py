@@ -1,4 +1,4 @@
-"""GSM8K: word problems of grade-school mathematics (Cobbe et al. 2021, arXiv 2110.14168)."""
+"""GSM8K: grade-school math word problems (Cobbe et al. 2021, arXiv 2110.14168)."""
 
 import dataclasses
 import functools
@@ -17,8 +17,8 @@ _FIELDS = ("question", "answer")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 _NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 
-# Some questions of the published test set, as `_fingerprint` has them: a file with one of them is not
-# the training set, whatever its name.
+# `_fingerprint` of some questions of the published test set. A file with one of them is not the training set,
+# whatever its name.
 _TEST_QUESTIONS = {
     0xE474AC65A7F8698D801CA78471B55783,
     0xFB97E83C738E616D556665C30F4EB5F6,
@@ -33,15 +33,21 @@ _TEST_QUESTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Gsm8k(FileTask):
-    """The files as published, lines of `question` and `answer`; nothing of them comes with this package.
+    """The files as published, lines of `question` and `answer`. They do not come with this package.
 
-    `path` is the training file: 5 in 100 of its problems, which a hash of the question decides, are the
-    validation split, the others the train split. `test_path` is the test file, needed for the test
-    split only. A question of the test file, or of the published test set, is never in another split:
-    the former are left out of them, and a `path` with some of the latter is refused.
+    The train and validation splits come from the training file; a hash of the question puts 5 % in the
+    validation split. The test split is the test file. Questions of the test file are left out of the other
+    splits, and a training file with questions of the published test set is an error.
 
-    The response is the published solution without the calculator's marks <<…>>. It is judged by the
-    number after `####`; commas, a dollar sign and a full stop make no difference.
+    The response is the published solution without the calculator annotations <<...>>. The verifier compares
+    the numbers after `####`, ignoring commas, a dollar sign and a full stop.
+
+    Attributes:
+      path: the training file.
+      test_path: the test file, needed for the test split only.
+
+    Raises:
+      BadInput: a file cannot be used, or the training file contains questions of the published test set.
     """
 
     test_path: str = ""
@@ -69,7 +75,7 @@ class Gsm8k(FileTask):
         return {example.query: example.response for examples in self.splits.values() for example in examples}
 
     def parse(self, query: str) -> str | None:
-        """The problem is the question itself, if it is one of the files'."""
+        """The question itself, if it is in the files."""
         return query if query in self._answers else None
 
     def _solution(self, problem: str) -> str:
@@ -89,7 +95,7 @@ def _examples(path: str) -> Iterator[Example]:
 
 
 def _fingerprint(question: str) -> int:
-    """The same for all spellings of a question: letters and digits count alone."""
+    """A hash of the letters and digits of a question, the same for all ways to write it."""
     return stable_hash(re.sub(r"[\W_]+", "", question.lower()))
 
 

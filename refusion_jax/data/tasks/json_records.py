@@ -1,4 +1,4 @@
-"""Several records read out of a text into JSON whose keys and nesting the query prescribes."""
+"""Extraction of several records from a text into JSON with the keys and nesting that the query prescribes."""
 
 import dataclasses
 import json
@@ -26,11 +26,11 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class JsonRecords(Generator):
-    """`records` people with `fields` facts each, told as in `extraction`, and `distractors` not asked for.
+    """Facts about `records` people, `fields` requested ones and `distractors` others each.
 
-    The query says which keys an object has and in what order; `nested` of the fields stand in an
-    object of their own. The response is one list of objects, in the order of first mention.
-    Spacing is free, the order of keys is not.
+    The facts are worded as in `extraction`. The query prescribes the keys of an object and their order;
+    `nested` of the fields are in an inner object. The response is a list of objects, in the order of first
+    mention. White space is free; the order of keys is not.
     """
 
     records: int = 2
@@ -78,7 +78,7 @@ class JsonRecords(Generator):
 
     def _accepts(self, problem: Problem, response: str) -> bool:
         try:
-            # Objects as tuples of their items: order counts, and so does a key that stands twice.
+            # Objects become tuples of items, so that the order of keys and repeated keys count.
             found = json.loads(response, object_pairs_hook=tuple)
         except (ValueError, RecursionError):
             return False
@@ -103,7 +103,7 @@ def _records(problem: Problem) -> list[dict[str, Any]]:
 
 
 def _read_schema(text: str) -> tuple[Key, ...] | None:
-    """What `a, b, group(c, d)` says, if it names each person, and each field at most once."""
+    """Parses `a, b, group(c, d)`; None unless it has the key `name` and each field at most once."""
     keys = []
     for part in re.split(r", (?![^(]*\))", text):
         match = _KEY.fullmatch(part)

@@ -1,4 +1,4 @@
-"""Products of multi-digit numbers, by partial products and their running sum."""
+"""Products of multi-digit numbers, worked out by partial products and their running sum."""
 
 import dataclasses
 import re
@@ -12,10 +12,10 @@ _QUERY = re.compile("|".join(re.escape(w).replace(r"\{\}", "([0-9]{1,12})") for 
 
 @dataclasses.dataclass(frozen=True)
 class Multiplication(Generator):
-    """A number of exactly `left_digits` digits times one of exactly `right_digits`.
+    """The product of a number with exactly `left_digits` digits and one with exactly `right_digits`.
 
-    Written as one partial product for each digit of the right number, the lowest first, then the sums.
-    A problem is the pair of numbers.
+    The response has one partial product per digit of the right number, the lowest first, then their sums. A
+    problem is the pair of numbers.
     """
 
     left_digits: int = 3
@@ -35,7 +35,7 @@ class Multiplication(Generator):
         return left, right
 
     def _key(self, problem: tuple[int, int]) -> str:
-        # Unordered: whoever has seen 4 times 3 knows 3 times 4.
+        # Unordered, so that 4 times 3 and 3 times 4 are in the same split.
         low, high = sorted(problem)
         return f"{low}*{high}"
 
@@ -55,8 +55,8 @@ class Multiplication(Generator):
 
 
 def product_steps(left: int, right: int) -> list[str]:
-    """One partial product for each digit of `right`, the lowest first, then their running sum."""
-    parts = [int(d) * 10**place for place, d in enumerate(str(right)[::-1])]
+    """One partial product per digit of `right`, the lowest first, then their running sums."""
+    parts = [int(d) * 10**power for power, d in enumerate(str(right)[::-1])]
     steps = [f"{left}*{part}={left * part}" for part in parts]
     total = left * parts[0]
     for part in parts[1:]:

@@ -1,4 +1,4 @@
-"""The shortest route in a small directed graph, found by breadth-first search."""
+"""Shortest paths in small directed graphs, worked out by breadth-first search."""
 
 import dataclasses
 import itertools
@@ -26,18 +26,18 @@ _QUERIES = [
 
 
 class Problem(NamedTuple):
-    edges: tuple[str, ...]  # "AB" from A to B, in the order told
+    edges: tuple[str, ...]  # "AB" from A to B, in the order of the query
     start: str
     goal: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths(Generator):
-    """Graphs of `nodes` nodes with one shortest route, of `min_steps` to `max_steps` edges.
+    """Graphs of `nodes` nodes with a unique shortest path, of `min_steps` to `max_steps` edges.
 
-    Every node can be reached from the start, and `extra` edges more than that takes lead on to no
-    node sooner or on no other shortest route. The response names, node by node as a breadth-first search
-    comes to them, the nodes seen from there for the first time, until the goal is seen.
+    Every node can be reached from the start. Up to `extra` further edges shorten no distance from the start
+    and create no second shortest path. The response lists, for each node in the order of a breadth-first
+    search, the nodes first seen from it, until the goal is seen.
     """
 
     nodes: int = 10
@@ -56,8 +56,8 @@ class Paths(Generator):
     def _draw(self, dice: Dice) -> Problem:
         steps = dice.between(self.min_steps, self.max_steps)
         names = dice.sample(string.ascii_uppercase, self.nodes)
-        # By distance from the start, the route's own node first. Of the nodes before it only the route's
-        # leads to a node of the route, so there is no second route as short.
+        # Nodes by distance from the start, the node of the path first. A node of the path has an edge only
+        # from the previous node of the path among the nodes one step nearer, so the shortest path is unique.
         levels = [[name] for name in names[: steps + 1]]
         edges = {a[0] + b[0] for a, b in itertools.pairwise(levels)}
         distance = {name: i for i, name in enumerate(names[: steps + 1])}
@@ -105,7 +105,7 @@ class Paths(Generator):
 
 
 def _search(problem: Problem) -> tuple[Sequence[str], list[tuple[str, list[str]]]]:
-    """A shortest route, empty if there is none, and what a breadth-first search sees first from where."""
+    """(a shortest path, empty if there is none; for each node searched, the nodes first seen from it)."""
     after: dict[str, list[str]] = {}
     for a, b in problem.edges:
         after.setdefault(a, []).append(b)

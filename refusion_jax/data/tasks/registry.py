@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""All tasks by name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def make_task(name: str, parameters: Mapping[str, Any]) -> Task:
-    """The task `name` with its fields set; raises BadInput for an unknown name or field."""
+    """The task `name` with these settings. Raises BadInput for an unknown name or setting."""
     if name not in TASKS:
         raise BadInput(f"task is {name!r}, expected one of {', '.join(TASKS)}")
     fields = [field.name for field in dataclasses.fields(TASKS[name])]

@@ -1,21 +1,22 @@
-"""Runs code that a model wrote, in child processes with limits, and brings back what it returned.
+"""Runs code written by a model in child processes with limits, and returns its outputs.
 
     run_all([Job("def f(x): return x + 1", "f", [1, 2])])  # ["[2, 3]"]
 
-Against mistakes of a model this is tight: endless loops, memory eaten up, files written, processes
-started, output without end, an early exit, a crash of the interpreter: they cost the answer that makes
-them and no other. Every answer runs in a process of its own (forked from a Python started with -I -S in
-an empty environment and an empty temporary folder, whose modules are none of ours), with limits on CPU
-time, memory and wall-clock time; files cannot be written to or grow (RLIMIT_FSIZE 0), no file, socket or
-pipe can be opened (RLIMIT_NOFILE 0) and no process started (RLIMIT_NPROC 0); and its process group is
-killed when it is done. What it prints goes nowhere. It learns inputs, never the outputs expected, and
-what comes back is text that is compared, not parsed or run.
+This protects against the mistakes of a model: endless loops, use of all memory, written files, started
+processes, endless output, an early exit, a crash of the interpreter. A mistake fails its own answer and no
+other.
 
-It is no wall against code that sets out to attack. The kernel is shared, system calls are not filtered.
-Files can be removed or renamed with the rights of whoever runs this, and its other processes killed,
-except where that is root and may change its user: then answers run as user 65534 ("nobody"). Where it
-is root and may not, RLIMIT_NPROC means nothing. For code that nobody can vouch for use a container or a
-virtual machine around the whole.
+- Every answer runs in its own process, forked from a Python that is started with -I -S in an empty
+  environment and an empty temporary folder, and that imports none of our modules.
+- CPU time, memory and wall-clock time are limited. Files cannot be written to or grow (RLIMIT_FSIZE 0); no
+  file, socket or pipe can be opened (RLIMIT_NOFILE 0); no process can be started (RLIMIT_NPROC 0).
+- The process group is killed at the end. Printed output is discarded.
+- The code gets inputs, never the expected outputs. Its results are compared as text, not parsed or executed.
+
+This does not protect against deliberate attacks. The kernel is shared and system calls are not filtered. The
+code can remove or rename files and kill processes with the rights of the user who runs it, unless that is
+root and may change its user: then answers run as user 65534 ("nobody"). For a root that may not, RLIMIT_NPROC
+has no effect. For untrusted code run the whole in a container or a virtual machine.
 
 Needs an operating system with fork and resource limits: Linux, macOS.
 """
@@ -35,7 +36,7 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
 class Job(NamedTuple):
-    """A function to run: the code, the name it defines, and one argument a call (as JSON has them)."""
+    """A function to run: code, the name of the function that it defines, and one JSON argument per call."""
 
     code: str
     name: str
@@ -43,7 +44,7 @@ class Job(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a job may use: seconds of CPU and wall-clock time, bytes of memory and of its outputs as JSON."""
+    """Limits of a job: seconds of CPU and of wall-clock time, bytes of memory and of its outputs as JSON."""
 
     cpu_seconds: int = 1
     seconds: int = 4
@@ -56,12 +57,13 @@ _PROBE = Job("def f(x):\n    return x", "f", [[1, "a"]])
 
 
 def run_all(jobs: Sequence[Job], limits: Limits = _LIMITS) -> list[str | None]:
-    """For each job its outputs in a JSON list (`json.dumps`), or None if there are none.
+    """Runs jobs and returns the outputs of each as a JSON list (`json.dumps`), or None if it failed.
 
-    There are none if the code fails in any way, exceeds a limit, or returns something else than
-    numbers, strings, booleans, None and lists of them.
+    A job fails if its code fails in any way, exceeds a limit, or returns anything else than numbers, strings,
+    booleans, None and lists of them.
 
-    Raises RuntimeError where no sandbox can be had.
+    Raises:
+      RuntimeError: the sandbox does not work on this system.
     """
     done: list[str | None] = []
     while len(done) < len(jobs):
@@ -69,13 +71,13 @@ def run_all(jobs: Sequence[Job], limits: Limits = _LIMITS) -> list[str | None]:
         probe, *found = _run_in_one_child(rest, limits) or [None]
         if probe != json.dumps(_PROBE.inputs):
             raise RuntimeError("the sandbox does not run on this system: a trivial function failed in it")
-        # If the child is gone, the job at hand took it along: the others go on in another.
+        # If the child ended early, the current job ended it: the remaining jobs run in another child.
         done += found if len(found) == len(rest) else [*found, None]
     return done
 
 
 def _run_in_one_child(jobs: Sequence[Job], limits: Limits) -> list[str | None]:
-    """Results of the probe and of the jobs, in order, as far as they were reached."""
+    """Results of the probe and then of the jobs, in order; fewer if the child ended early."""
     work = {"limits": limits._asdict(), "jobs": [job._asdict() for job in (_PROBE, *jobs)]}
     with tempfile.TemporaryDirectory() as folder:
         child = subprocess.Popen(
@@ -88,18 +90,19 @@ def _run_in_one_child(jobs: Sequence[Job], limits: Limits) -> list[str | None]:
             start_new_session=True,
         )
         try:
-            # The child itself sees to the limit of each job; this one is for a child that hangs.
+            # The child enforces the limits of each job; this timeout is for a child that hangs.
             out, _ = child.communicate(json.dumps(work).encode(), timeout=60 + limits.seconds * len(jobs))
         except subprocess.TimeoutExpired:
             child.kill()
             out, _ = child.communicate()
         finally:
             _kill_group(child)
-    lines = out.decode().split("\n")[:-1]  # the last has no end if the child was cut short
+    lines = out.decode().split("\n")[:-1]  # the last line is incomplete if the child was killed
     return [json.loads(line) for line in lines[: len(jobs) + 1]]
 
 
 def _kill_group(child: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; macOS says the latter of zombies
+    # The group may have ended already; for zombies macOS raises PermissionError.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

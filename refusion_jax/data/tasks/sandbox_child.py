@@ -1,7 +1,7 @@
-"""The other side of `sandbox`: a script, run by a bare Python that knows no other module of ours.
+"""The child process of `sandbox`: a script for a bare Python that can import no other module of ours.
 
-Reads the jobs from standard input as one JSON object and writes one line of JSON a job: its outputs as
-a string, or null. Forks for each job; only the fork runs its code.
+It reads the jobs from standard input as one JSON object and writes one line of JSON per job: its outputs as a
+string, or null. It forks for each job; only the fork runs the job's code.
 """
 
 import gc
@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 
-# What answers may import: they cannot open files themselves.
+# Modules that answers may import. They are imported here, since answers cannot open files.
 MODULES = ["bisect", "collections", "functools", "heapq", "itertools", "math"]
 MODULES += ["operator", "re", "string", "typing"]
 
@@ -33,7 +33,7 @@ def main():
 
 
 def run_apart(job, limits):
-    """The job's outputs as text, or None."""
+    """Runs one job in a fork and returns its outputs as text, or None if it failed."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -42,22 +42,22 @@ def run_apart(job, limits):
             send(outputs_of(job))
             os._exit(0)
         finally:
-            os._exit(1)  # whatever happened, SystemExit included
+            os._exit(1)  # after any exception, SystemExit included
     os.close(writing)
     text = receive(reading, limits)
     os.close(reading)
     try:
-        os.killpg(pid, signal.SIGKILL)  # before it is waited for: until then the number is taken
+        os.killpg(pid, signal.SIGKILL)  # before waitpid, after which the pid could be reused
     except OSError:
-        os.kill(pid, signal.SIGKILL)  # has no group yet
+        os.kill(pid, signal.SIGKILL)  # it has no process group yet
     os.waitpid(pid, 0)
     return text
 
 
 def confine(writing, limits):
-    """Leaves the process with one pipe to write to, and next to no rights."""
+    """Restricts this process: one pipe to write to, no other files, minimal rights and the limits."""
     os.setsid()
-    signal.alarm(limits["seconds"] + 1)  # should nobody be left to kill it
+    signal.alarm(limits["seconds"] + 1)  # in case the parent is gone and cannot kill it
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -69,7 +69,7 @@ def confine(writing, limits):
             os.setgid(NOBODY)
             os.setuid(NOBODY)
         except OSError:
-            pass  # a container's root that may not
+            pass  # root of a container that may not change its user
     for kind, limit in (
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_AS, limits["memory"]),
@@ -84,14 +84,14 @@ def confine(writing, limits):
 def outputs_of(job):
     space = {"__name__": "answer"}
     exec(compile(job["code"], "answer", "exec"), space)
-    inputs = [json.dumps(given) for given in job["inputs"]]  # an answer may change what it is given
+    inputs = [json.dumps(given) for given in job["inputs"]]  # copies, since an answer may modify its input
     outputs = [space[job["name"]](json.loads(given)) for given in inputs]
     require_plain(outputs)
     return json.dumps(outputs)
 
 
 def require_plain(value):
-    """Raises TypeError for what JSON would change, like tuples, or call code of, like subclasses."""
+    """Raises TypeError for values that JSON would change (tuples) or run the code of (subclasses)."""
     if type(value) is list:
         for item in value:
             require_plain(item)
@@ -106,7 +106,7 @@ def send(text):
 
 
 def receive(reading, limits):
-    """All that is written, or None if that is nothing, too much or takes too long."""
+    """All text that the job writes; None if it is empty, exceeds the limit or takes too long."""
     deadline = time.monotonic() + limits["seconds"]
     data = b""
     while len(data) <= limits["output"]:

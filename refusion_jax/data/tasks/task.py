@@ -1,4 +1,4 @@
-"""What every task shares: examples as a function of their number, splits, verification."""
+"""The base classes of tasks: numbered examples, splits, verification of responses."""
 
 import abc
 import dataclasses
@@ -13,19 +13,19 @@ from refusion_jax.errors import BadInput
 
 T = TypeVar("T")
 
-# Share of all problems, in percent; what is left over is for training.
+# Share of all problems in percent; the rest is the split "train".
 HELD_OUT = {"validation": 5, "test": 5}
 SPLITS = ("train", *HELD_OUT)
 
-# A held-out split gets 1 problem in 20, so that 1000 draws miss it once in 1e22: unless there is
-# no such problem at all.
+# A held-out split has 1 problem in 20, so 1000 draws miss it with probability 1e-22, unless there is no such
+# problem at all.
 _MAX_DRAWS = 1000
 
 
 class Dice:
-    """Random choices keyed by whatever it is made from: the same key gives the same choices.
+    """A random generator seeded by a key: the same key always gives the same choices.
 
-    Reads the raw stream of Philox, which unlike NumPy's distributions is fixed across versions.
+    It uses the raw bits of Philox, which are fixed across versions of NumPy, unlike NumPy's distributions.
     """
 
     def __init__(self, *key: Any):
@@ -33,17 +33,17 @@ class Dice:
         self._pool: list[int] = []
 
     def raw(self, count: int) -> np.ndarray:
-        """`count` integers of 64 random bits, uint64 [count]."""
+        """uint64 [count] of random bits."""
         return self._bits.random_raw(count)
 
     def below(self, stop: int) -> int:
-        """An integer of 0 … stop-1."""
+        """A random integer from 0 to stop - 1."""
         if not self._pool:
             self._pool = self._bits.random_raw(32).tolist()
         return self._pool.pop() % stop
 
     def between(self, low: int, high: int) -> int:
-        """An integer of low … high, both included."""
+        """A random integer from low to high, both included."""
         return low + self.below(high - low + 1)
 
     def pick(self, items: Sequence[T]) -> T:
@@ -57,10 +57,11 @@ class Dice:
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-    """Examples by number, in splits that never meet, and a judge of answers to them.
+    """Numbered examples in disjoint splits, and a verifier of responses. Its fields are the task's settings.
 
     Attributes:
-      judged: whether there is such a judge; `check` of a task without one accepts nothing.
+      name: name in the registry.
+      judged: whether the task has a verifier; without one, `check` accepts nothing.
     """
 
     name: ClassVar[str]
@@ -68,36 +69,33 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def example(self, index: int, split: str = "train", seed: int = 0) -> Example:
-        """Example number `index` of a split: a pure function of the arguments and the fields.
+        """Example number `index` of a split, a pure function of the arguments and the fields.
 
-        Raises BadInput for an unknown split, or if the split holds no example.
+        Raises:
+          BadInput: the split is unknown or has no example.
         """
 
     def size(self, split: str) -> int | None:
-        """How many examples a split has before they come again; None if there is no end of them."""
+        """Number of different examples in a split; None if it is unlimited."""
         return None
 
     def solution(self, query: str) -> str | None:
-        """A full response to a query, worked out from the query alone."""
+        """A correct full response to a query, from the query alone; None if the query is not of this task."""
         problem = self.parse(query)
         return None if problem is None else self._solution(problem)
 
     def check(self, query: str, response: str) -> bool:
-        """Whether the response's final answer is right; never raises, whatever the texts."""
+        """Whether the final answer of the response is right. Never raises because of the texts."""
         problem = self.parse(query)
         return problem is not None and self._accepts(problem, response)
 
     def check_all(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """`check` of many pairs of query and response, for tasks that do it faster at once."""
+        """`check` of many pairs of query and response; some tasks do this faster than one at a time."""
         return [self.check(query, response) for query, response in pairs]
-
-    def check_exact(self, query: str, response: str) -> bool:
-        """Whether the response is `solution`, every step of it, character by character."""
-        return response == self.solution(query)
 
     @abc.abstractmethod
     def parse(self, query: str) -> Any | None:
-        """The problem that a query poses, or None if it is not one of this task's."""
+        """The problem that a query poses; None if the query is not of this task."""
 
     @abc.abstractmethod
     def _solution(self, problem: Any) -> str | None: ...
@@ -117,11 +115,10 @@ class Task(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Generator(Task):
-    """A generator of problems with an exact verifier; its fields set the difficulty.
+    """A task that generates problems and verifies them exactly; its fields set the difficulty.
 
-    A problem is what has to be solved, apart from how it is worded. Its key alone decides which
-    split it belongs to, so no wording of a held-out problem is ever seen in training, at whatever
-    difficulty.
+    A problem is independent of its wording. Its key alone determines its split, so no wording of a held-out
+    problem occurs in training, at any difficulty.
     """
 
     def example(self, index: int, split: str = "train", seed: int = 0) -> Example:
@@ -134,6 +131,7 @@ class Generator(Task):
         raise BadInput(f"{self}: no problem of the {split} split in {_MAX_DRAWS} draws; make it more varied")
 
     def split_of(self, problem: Any) -> str:
+        """The split of a problem."""
         return split_of(f"{self.name}:{self._key(problem)}")
 
     @abc.abstractmethod
@@ -142,7 +140,7 @@ class Generator(Task):
 
     @abc.abstractmethod
     def _key(self, problem: Any) -> str:
-        """The same text for all problems that are the same to solve."""
+        """A text that is equal for all problems that are solved in the same way; it determines the split."""
 
     @abc.abstractmethod
     def _word(self, problem: Any, dice: Dice) -> str:
@@ -150,21 +148,21 @@ class Generator(Task):
 
 
 def split_of(key: str) -> str:
-    """The split of whatever a text stands for."""
-    place = stable_hash(key) % 100
+    """The split of an item, determined by its key."""
+    percentile = stable_hash(key) % 100
     for split, share in HELD_OUT.items():
-        if place < share:
+        if percentile < share:
             return split
-        place -= share
+        percentile -= share
     return "train"
 
 
 def final_answer(response: str) -> str | None:
-    """What stands after the last `####`, GSM8K's mark of the final answer."""
+    """The text after the last `####`, GSM8K's mark of the final answer; None without the mark."""
     _, mark, answer = response.rpartition("####")
     return answer.strip() if mark else None
 
 
 def stable_hash(text: str) -> int:
-    """128 bits of a hash that, unlike `hash`, is the same in every process."""
+    """A 128-bit hash that, unlike `hash`, is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

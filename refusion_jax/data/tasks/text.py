@@ -1,4 +1,4 @@
-"""General text, to be trained on beside the tasks."""
+"""General text from JSON-lines files, to train on beside the tasks."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from refusion_jax.data.tasks.task import split_of
 
 @dataclasses.dataclass(frozen=True)
 class Text(FileTask):
-    """Lines of `query` and `response`, or of `messages`, as the source "jsonl" reads them.
+    """Lines with `query` and `response`, or with `messages`, in the format of the source "jsonl".
 
-    5 in 100 are the validation split and 5 the test split, which a hash of the query decides: so equal
-    queries are in the same. Nothing judges an answer.
+    A hash of the query puts 5 % of the lines in the validation split and 5 % in the test split, so equal
+    queries are in the same split. There is no verifier.
     """
 
     name: ClassVar[str] = "text"

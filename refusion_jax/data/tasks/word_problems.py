@@ -1,4 +1,4 @@
-"""Word problems in plain English, two to six steps of arithmetic each."""
+"""Word problems in plain English with two to six steps of arithmetic."""
 
 import dataclasses
 import functools
@@ -12,15 +12,15 @@ from refusion_jax.data.tasks.task import Dice, Generator
 _NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas")
 _ITEMS = ("apples", "books", "coins", "cards", "eggs", "marbles", "pens", "shells", "stamps")
 
-# Every sentence is worded and read back by the same templates.
+# The same templates word sentences and parse them.
 _START = ("{name} has {n} {item}.", "{name} owns {n} {item}.", "{name} starts with {n} {item}.")
-_CHANGES = {  # of the one person's number
+_CHANGES = {  # sign -> sentences that change the number of the one person
     "+": ("{name} buys {n} more.", "A friend gives {name} {n} more.", "{name} finds another {n}."),
     "-": ("{name} gives away {n}.", "{name} loses {n} of them.", "Then {n} of the {item} break."),
     "*": ("{name} swaps them for {n} times as many.", "A trade turns each one into {n}."),
     "/": ("{name} makes {n} equal piles and keeps one pile.", "{name} keeps one of {n} equal shares."),
 }
-_RELATIONS = {  # of a new person to the one before
+_RELATIONS = {  # sign -> sentences that relate a new person to the previous one
     "+": ("{name} has {n} more {item} than {other}.", "{name} has as many as {other} and {n} more."),
     "-": ("{name} has {n} fewer {item} than {other}.", "{other} has {n} more {item} than {name}."),
     "*": ("{name} has {n} times as many {item} as {other}.", "{name} has {n} for each of {other}'s."),
@@ -49,10 +49,11 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WordProblems(Generator):
-    """Stories of `min_steps` to `max_steps` steps, no number on the way above `largest`.
+    """Stories of `min_steps` to `max_steps` steps, with no intermediate number above `largest`.
 
-    Either one person's number changes step by step, or each person's number is told relative to the
-    person before; then the last number is asked for, or (which takes as many steps again) the sum.
+    Either the number of one person changes step by step, and the last number is asked for; or the number of
+    each person is given relative to the previous person, and the last number or the sum is asked for. A sum
+    takes as many steps again.
     """
 
     min_steps: int = 2
@@ -79,7 +80,7 @@ class WordProblems(Generator):
         return Problem(story, start, tuple(steps))
 
     def _draw_step(self, dice: Dice, value: int, signs: str) -> tuple[str, int]:
-        """A step that leaves at least 2 and at most `largest`: plurals stay plurals."""
+        """A random step with a result between 2, so that plurals stay correct, and `largest`."""
         choices = {
             "+": range(2, self.largest - value + 1),
             "-": range(2, value - 1),
@@ -90,7 +91,7 @@ class WordProblems(Generator):
         return sign, dice.pick(choices[sign])
 
     def _key(self, problem: Problem) -> str:
-        # The first two stories are one and the same sum, told differently.
+        # "changes" and "relations" word the same calculation.
         return f"{problem.start}{problem.steps}{problem.story == 'total'}"
 
     def _word(self, problem: Problem, dice: Dice) -> str:
@@ -142,7 +143,7 @@ def _apply(value: int, sign: str, number: int) -> int:
 
 
 def _read_story(story: str, sentences: Sequence[str]) -> Problem | None:
-    """The problem that the sentences tell as this kind of story, or None."""
+    """The problem in the sentences, read as this kind of story; None if they are not one."""
     start, *middle, question = sentences
     opening = _read(_START, start)
     if opening is None:
@@ -165,7 +166,7 @@ def _read_story(story: str, sentences: Sequence[str]) -> Problem | None:
 
 
 def _read_step(story: str, sentence: str, known: dict[str, str]) -> tuple[str, int, str] | None:
-    """Sign, number and the person whose number results."""
+    """(sign, number, person whose number results) of a step; None if the sentence is not one."""
     for sign, wordings in (_CHANGES if story == "changes" else _RELATIONS).items():
         if found := _read(wordings, sentence, **known):
             return sign, int(found["n"]), found["name"]
@@ -173,7 +174,7 @@ def _read_step(story: str, sentence: str, known: dict[str, str]) -> tuple[str, i
 
 
 def _read(wordings: Sequence[str], sentence: str, **known: str) -> dict[str, str] | None:
-    """What fills the gaps of the first wording that gives `sentence` and agrees with `known`."""
+    """Gap -> value in the first wording that matches `sentence` and agrees with `known`; None without one."""
     for wording in wordings:
         if match := _pattern(wording).fullmatch(sentence):
             found = match.groupdict()
