@@ -1,18 +1,18 @@
-"""Trains on a TPU slice of Google Kubernetes Engine, one pod for each host of the slice.
+"""Trains on a TPU slice of Google Kubernetes Engine, with one pod per host of the slice.
 
     python launch/gke.py --name=tiny --image=IMAGE --tpu=v5p --topology=2x2x4 \\
         --config=configs/tiny.py --workdir=gs://BUCKET/tiny
     python launch/gke.py … --xpk_cluster=CLUSTER   # through xpk and its queue instead of kubectl
     python launch/gke.py … --dry_run               # prints the commands, manifest included
 
-Needs kubectl with the cluster's credentials (or xpk 1.16); in the cluster JobSet, the Cloud Storage FUSE CSI
-driver and a node pool of that TPU and topology, four chips a host; IMAGE from launch/Dockerfile; a bucket
-with a hierarchical namespace, in which a checkpoint is renamed in one go, that --service_account may write.
-All other flags go to train; FILE is a path in the image.
+Requirements: kubectl with the cluster's credentials (or xpk 1.16); in the cluster JobSet, the Cloud Storage
+FUSE CSI driver, and a node pool of that TPU and topology with four chips per host; IMAGE, built from
+launch/Dockerfile; a bucket that --service_account can write, with a hierarchical namespace, where renaming a
+checkpoint is atomic. All other flags are passed to train; FILE is a path in the image.
 
-When a pod is evicted or fails, all are started again and go on from the newest checkpoint, up to --restarts
-times. A pod that is evicted has --grace seconds to save; spot machines leave it less. Exit code 2, input
-that cannot be used, ends the run at once.
+When a pod is evicted or fails, all pods restart from the newest checkpoint, up to --restarts times. An
+evicted pod has --grace seconds to save; spot machines leave it less. Exit code 2, input that cannot be used,
+ends the run immediately.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from typing import Any
 
 import yaml
 
-# --tpu: as GKE labels its nodes, as xpk calls it.
+# --tpu -> (GKE's node label, xpk's name).
 TPUS = {
     "v4": ("tpu-v4-podslice", "v4"),
     "v5e": ("tpu-v5-lite-podslice", "v5litepod"),
     "v5p": ("tpu-v5p-slice", "v5p"),
     "v6e": ("tpu-v6e-slice", "v6e"),
 }
-CHIPS = 4  # of a host
+CHIPS = 4  # per host
 CONTAINER = "train"
-# Every host has to see at once what another one wrote.
+# No metadata cache: each host must see what another host wrote immediately.
 MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
 
 
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def jobset(flags: argparse.Namespace, bucket: str, mount: str, train: list[str]) -> dict[str, Any]:
-    """The manifest, jobset.x-k8s.io/v1alpha2."""
+    """The JobSet manifest, jobset.x-k8s.io/v1alpha2."""
     chips = math.prod(map(int, flags.topology.split("x")))
     hosts = max(chips // CHIPS, 1)
     selector = {
@@ -66,7 +66,7 @@ def jobset(flags: argparse.Namespace, bucket: str, mount: str, train: list[str])
         "name": CONTAINER,
         "image": flags.image,
         "command": train,
-        "ports": [{"containerPort": 8471}, {"containerPort": 8482}],  # libtpu, coordinator of JAX
+        "ports": [{"containerPort": 8471}, {"containerPort": 8482}],  # libtpu, JAX's coordinator
         "resources": {"limits": {"google.com/tpu": min(chips, CHIPS)}},
         "volumeMounts": [{"name": "bucket", "mountPath": mount}],
     }
@@ -82,7 +82,7 @@ def jobset(flags: argparse.Namespace, bucket: str, mount: str, train: list[str])
     job = {
         "parallelism": hosts,
         "completions": hosts,
-        "backoffLimit": 0,  # one pod alone is never started again
+        "backoffLimit": 0,  # JobSet restarts all pods together; a pod never restarts alone
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": bad_input}]},
         "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod},
     }
@@ -111,7 +111,7 @@ def _xpk(flags: argparse.Namespace, bucket: str, mount: str, train: list[str]) -
         *("xpk", "workload", "create", f"--workload={flags.name}", f"--cluster={flags.xpk_cluster}"),
         *(f"--tpu-type={TPUS[flags.tpu][1]}-{flags.topology}", f"--docker-image={flags.image}"),
         *(f"--storage={bucket}", f"--max-restarts={flags.restarts}"),
-        # 127 to 255 are among them already; 1 is also how a process ends that lost another one.
+        # xpk already includes 127 to 255. 1 is also the exit code of a process that lost another process.
         "--restart-on-exit-codes=1",
         f"--termination-grace-period-seconds={flags.grace}",
         *(["--spot"] if flags.spot else []),
@@ -121,7 +121,7 @@ def _xpk(flags: argparse.Namespace, bucket: str, mount: str, train: list[str]) -
 
 
 def _run(dry_run: bool, *commands: list[str], text: str | None = None) -> int:
-    """Runs, or prints, commands one after the other until one fails; `text` is their standard input."""
+    """Runs or prints commands in order until one fails; `text` is their standard input."""
     for command in commands:
         if dry_run:
             print(shlex.join(command) + (f" <<'EOF'\n{text}EOF" if text else ""))
@@ -134,18 +134,30 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="as train takes it")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration file for train")
     parser.add_argument("--workdir", required=True, metavar="gs://BUCKET/DIR", help="folder of the run")
-    parser.add_argument("--name", required=True, help="of the JobSet, or the xpk workload")
-    parser.add_argument("--image", required=True, help="with refusion_jax[tpu] installed")
+    parser.add_argument("--name", required=True, help="name of the JobSet or of the xpk workload")
+    parser.add_argument("--image", required=True, help="image with refusion_jax[tpu] installed")
     parser.add_argument("--tpu", required=True, choices=TPUS)
-    parser.add_argument("--topology", required=True, help="of the slice, 2x2x4 or 4x4")
-    parser.add_argument("--spot", action="store_true", help="on spot machines")
-    parser.add_argument("--service_account", default="default", help="of Kubernetes (%(default)s)")
-    parser.add_argument("--grace", type=int, default=300, metavar="SECONDS", help="(%(default)s)")
-    parser.add_argument("--restarts", type=int, default=10, metavar="N", help="at most (%(default)s)")
-    parser.add_argument("--xpk_cluster", default="", metavar="CLUSTER", help="start through xpk")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands instead")
+    parser.add_argument("--topology", required=True, help="chip grid of the slice, for example 2x2x4 or 4x4")
+    parser.add_argument("--spot", action="store_true", help="use spot machines")
+    parser.add_argument(
+        "--service_account", default="default", help="Kubernetes service account (default %(default)s)"
+    )
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="time to save on eviction (default %(default)s)",
+    )
+    parser.add_argument(
+        "--restarts", type=int, default=10, metavar="N", help="most restarts (default %(default)s)"
+    )
+    parser.add_argument(
+        "--xpk_cluster", default="", metavar="CLUSTER", help="start through xpk in this cluster"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands without running them")
     flags, overrides = parser.parse_known_args()
     for name, pattern in (
         ("workdir", r"gs://[^/]+(/.*)?"),

@@ -1,14 +1,14 @@
-"""Trains in several processes on this machine, which talk over loopback.
+"""Trains in several processes on this machine, which communicate over loopback.
 
     python launch/localhost.py --processes=2 --config=configs/tiny.py --workdir=runs/tiny
     python launch/localhost.py --processes=4 --platform=gpu --config=FILE --workdir=DIR
 
-Needs the package installed in the Python that runs this. With --platform=cpu each process has --devices
-simulated devices, with --platform=gpu as many GPUs of its own. All other flags go to train.
+The Python that runs this script needs refusion_jax installed. With --platform=cpu each process has --devices
+simulated devices; with --platform=gpu it has --devices GPUs of its own. All other flags are passed to train.
 
-When a process is killed by a signal, or saves and exits with 143 because it got SIGTERM, all are started
-again and go on from the newest checkpoint, up to --restarts times. When one fails with exit code 1 or 2 all
-are stopped, and the exit code is that. SIGTERM to this script makes them save, and ends it with 143.
+When a process is killed by a signal, or saves after SIGTERM and exits with 143, all processes restart from
+the newest checkpoint, up to --restarts times. When one process fails with exit code 1 or 2, all are stopped,
+and the script exits with that code. On SIGTERM the script makes all processes save and exits with 143.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 import time
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code of a process that got SIGTERM and saved
-GRACE = 60  # seconds that the others have when one has ended well
+GRACE = 60  # seconds for the other processes to end after one has ended well
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
             return 128 + signal.SIGINT
         finally:
             for process in running:
-                process.kill()  # those left wait for one that is gone
+                process.kill()  # the remaining ones wait for a process that is gone
                 process.wait()
         code = _outcome(codes)
         if code != PREEMPTED or terminated:
@@ -60,13 +60,21 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="as train takes it")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration file for train")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="how many (%(default)s)")
-    parser.add_argument("--devices", type=int, default=1, metavar="D", help="of each process (%(default)s)")
-    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu", help="(%(default)s)")
-    parser.add_argument("--restarts", type=int, default=3, metavar="N", help="at most (%(default)s)")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands instead")
+    parser.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="number of processes (default %(default)s)"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="D", help="devices per process (default %(default)s)"
+    )
+    parser.add_argument(
+        "--platform", choices=("cpu", "gpu"), default="cpu", help="kind of devices (default %(default)s)"
+    )
+    parser.add_argument(
+        "--restarts", type=int, default=3, metavar="N", help="most restarts (default %(default)s)"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands without running them")
     flags, to_train = parser.parse_known_args()
     for name, least in (("processes", 1), ("devices", 1), ("restarts", 0)):
         if getattr(flags, name) < least:
@@ -75,14 +83,14 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _commands(flags: argparse.Namespace, to_train: list[str]) -> list[tuple[list[str], dict[str, str]]]:
-    """For each process its command and the environment variables to set for it."""
+    """Command and environment variables of each process."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        coordinator = f"127.0.0.1:{server.getsockname()[1]}"  # free, and taken soon
+        coordinator = f"127.0.0.1:{server.getsockname()[1]}"  # a free port, which process 0 binds next
     commands = []
     for index in range(flags.processes):
         variables = {
             "JAX_PLATFORMS": "cuda" if flags.platform == "gpu" else "cpu",
-            "JAX_COORDINATOR_BIND_ADDRESS": coordinator,  # JAX would listen on every network of the machine
+            "JAX_COORDINATOR_BIND_ADDRESS": coordinator,  # by default JAX listens on every network interface
         }
         if flags.platform == "gpu":
             first = index * flags.devices
@@ -97,7 +105,7 @@ def _commands(flags: argparse.Namespace, to_train: list[str]) -> list[tuple[list
 
 
 def _wait(running: list[subprocess.Popen], terminated: list[bool]) -> list[int | None]:
-    """The exit codes once the processes are at an end: all of them, or one and what it leaves undone."""
+    """Exit codes once all processes have ended, one has failed, or GRACE is over; None while one runs."""
     ended_at = None
     told = False
     while True:
@@ -117,8 +125,8 @@ def _wait(running: list[subprocess.Popen], terminated: list[bool]) -> list[int |
 
 
 def _outcome(codes: list[int | None]) -> int:
-    """One exit code for all: 0 done, PREEMPTED to start again, 1 or 2 to stop."""
-    # JAX aborts a process that misses another one: that alone says nothing about why the other is gone.
+    """One exit code for all processes: 0 done, PREEMPTED restart, 1 or 2 stop."""
+    # JAX aborts a process that lost another one; SIGABRT says nothing about why the other one is gone.
     causes = [code for code in codes if code != -signal.SIGABRT] or codes
     if 2 in causes:
         return 2

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains on GPUs under SLURM, one process for each GPU, which is what JAX expects there.
+# Trains on GPUs under SLURM, with one process per GPU, as JAX expects there.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh --config=FILE --workdir=DIR
-#   bash launch/slurm.sh --dry_run --config=FILE --workdir=DIR     # prints what a job would execute
+#   bash launch/slurm.sh --dry_run --config=FILE --workdir=DIR     # prints the command of a job
 #
-#   --restarts=N   requeue at most N times (10)
-#   --python=PATH  the Python that has refusion_jax[gpu] installed, on every node (python)
-#   All other flags go to train. DIR and FILE have to be on a disk that all nodes mount.
+#   --restarts=N   requeue at most N times (default 10)
+#   --python=PATH  Python with refusion_jax[gpu] installed, on every node (default python)
+#   All other flags are passed to train. DIR and FILE must be on a disk that all nodes mount.
 #
 # Two minutes before the time limit, and when the job is preempted, all processes get SIGTERM. They save the
-# same step and exit with 143; the job then requeues itself and goes on from there. After any other end,
-# except that of a node, for which SLURM requeues by itself, it stays ended, with that exit code.
+# same step and exit with 143; the job then requeues itself and resumes from that step. With any other exit
+# code the job ends with that code. After the failure of a node SLURM requeues the job by itself.
 #
 #SBATCH --job-name=refusion
 #SBATCH --requeue
@@ -33,7 +33,7 @@ for flag in --config --workdir; do
 done
 [[ $restarts =~ ^[0-9]+$ ]] || { echo "error: --restarts: must be a number, found '$restarts'" >&2; exit 2; }
 
-# Every process sees all GPUs of its node and takes the one of its local number; SLURM must not hide them.
+# Every process sees all GPUs of its node and uses the one with its local rank; SLURM must not hide them.
 run=(srun --kill-on-bad-exit=1 --gpu-bind=none "$python" -m refusion_jax.train "${to_train[@]}")
 if [[ $dry_run ]]; then
   printf '%q ' "${run[@]}" && echo
@@ -46,7 +46,7 @@ if [[ ${gpus##*:} != "$tasks" || $tasks == none ]]; then
   exit 2
 fi
 
-# Not to srun itself, which would kill the processes outright. Theirs is step 0, the job has no other.
+# The signal must not go to srun, which would kill the processes. They are step 0, the only step of the job.
 told=''
 trap 'told=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 "${run[@]}" &

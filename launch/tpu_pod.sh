@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice of Compute Engine, one process on each of its machines, through a queued resource.
+# Trains on a TPU slice of Compute Engine, with one process per machine, through a queued resource.
 #
 #   launch/tpu_pod.sh --name=tiny --zone=us-east5-a --accelerator_type=v5p-32 \
 #     --runtime_version=v2-alpha-tpuv5 --spot --config=configs/tiny.py --workdir=gs://BUCKET/tiny
 #
-#   --project=NAME  instead of that of `gcloud config`
-#   --restarts=N    start again at most N times (10)
-#   --delete        delete the slice at the end; otherwise it stays, and costs
-#   --dry_run       print the commands in the order of a run that ends well
-#   All other flags go to train. What runs is the newest commit of this clone; FILE is a path in it.
+#   --project=NAME  Google Cloud project (default: that of `gcloud config`)
+#   --restarts=N    restart at most N times (default 10)
+#   --delete        delete the slice at the end; without this flag it stays and costs money
+#   --dry_run       print the commands of a run without failures
+#   All other flags are passed to train. The newest commit of this clone runs; FILE is a path in it.
 #
-# Needs gcloud, logged in, and this script alive while training goes on. gs://BUCKET is mounted on every
-# machine with Cloud Storage FUSE: it needs a hierarchical namespace, in which a checkpoint is renamed in one
-# go, and the machines' service account the role Storage Object User. Any other --workdir must be on a disk
-# that all machines mount already.
+# Requirements: gcloud, logged in; this script must keep running during training. gs://BUCKET is mounted on
+# every machine with Cloud Storage FUSE. The bucket needs a hierarchical namespace, where renaming a
+# checkpoint is atomic, and the machines' service account needs the role Storage Object User. Any other
+# --workdir must be on a disk that all machines already mount.
 #
-# When the slice is preempted it is deleted, requested again, set up, and the run goes on from the newest
-# checkpoint. When processes are killed on a slice that stays they are started again. Exit codes 1 and 2 of
-# training end the script with that code.
+# When the slice is preempted, it is deleted, requested again and set up, and the run resumes from the newest
+# checkpoint. When processes are killed on a slice that stays, they restart. Exit code 1 or 2 of training ends
+# the script with that code.
 set -euo pipefail
 
 name='' zone='' project='' accelerator_type='' runtime_version='' config='' workdir=''
@@ -44,7 +44,7 @@ run() {
   if [[ $dry_run ]]; then printf '%q ' "$@" && echo; else "$@"; fi
 }
 
-on_all() { # runs a line of shell on every machine
+on_all() { # runs shell code on every machine
   run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"
 }
 
@@ -57,7 +57,7 @@ state() {
     2>/dev/null || echo MISSING
 }
 
-# Returns when the slice is there; requests it when it is not, or not any more.
+# Returns when the slice is active; requests it when it is missing or was preempted.
 await_slice() {
   local create=(gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${where[@]}"
     "--accelerator-type=$accelerator_type" "--runtime-version=$runtime_version" ${spot:+--spot})
@@ -79,7 +79,7 @@ await_slice() {
   done
 }
 
-# The lines below run on the machines, whose own variables are meant.
+# The quoted lines run on the machines; their variables are expanded there.
 # shellcheck disable=SC2016
 set_up() {
   run git -C "$(dirname "$0")/.." archive --format=tar.gz "--output=$bundle" HEAD || return
@@ -90,7 +90,7 @@ python3 -m pip install --user --quiet uv
 ~/.local/bin/uv venv --quiet --allow-existing --python=3.12 venv
 ~/.local/bin/uv pip install --quiet --python=venv/bin/python "./refusion_jax[tpu]"' || return
   [[ $bucket ]] || return 0
-  # Caches of metadata are off: every machine has to see at once what another one wrote.
+  # No metadata cache: each machine must see what another machine wrote immediately.
   on_all 'set -e
 if ! command -v gcsfuse >/dev/null; then
   curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
@@ -102,19 +102,19 @@ sudo mkdir -p '"$mount"' && sudo chown "$USER" '"$mount"'
 mountpoint -q '"$mount"' || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 '"$bucket $mount"
 }
 
-# Trains on all machines; returns 0 done, 1 or 2 failed, 143 to start again.
+# Trains on all machines; returns 0 done, 1 or 2 failed, 143 restart.
 train() {
   local command codes
   command=$(printf '%q ' ../venv/bin/python -m refusion_jax.train "--config=$config" "--workdir=$folder" \
     ${overrides[@]+"${overrides[@]}"})
-  # What a lost connection left behind holds the TPU. The brackets keep the pattern from matching itself.
+  # Processes left over from a lost connection hold the TPU. The brackets keep the pattern from matching itself.
   on_all 'pkill -9 -f "[p]ython -m refusion_jax.train"; rm -f exit_code' || return 143
-  # gcloud does not say how a command ended on each machine.
+  # gcloud does not report the exit code of each machine.
   if on_all "cd refusion_jax && $command; code=\$?; echo \$code >~/exit_code; exit \$code"; then return 0; fi
   [[ $(state) == ACTIVE ]] || return 143
   codes=$(on_all 'cat exit_code' 2>/dev/null) || true
   if grep -qx 2 <<<"$codes"; then return 2; fi
-  # Killed by a signal. 134, SIGABRT, is how JAX ends processes that miss one, whatever became of that.
+  # Killed by a signal, except 134 (SIGABRT), with which JAX ends the processes that lost another one.
   if grep -qxE '129|13[0-35-9]|1[4-9][0-9]' <<<"$codes"; then return 143; fi
   if grep -qx 1 <<<"$codes"; then return 1; fi
   return 143
