@@ -105,7 +105,7 @@ def lazy_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / checkpoint.FOLDER).is_dir():
         return hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
-    params = lazy.unstack(lora.merge_stored(checkpoint.saved_params(folder)))
+    params = lazy.unstack(lora.merge_lazy(checkpoint.saved_params(folder)))
     checkpoint.check_shapes(folder, params, sharding.unbox(boxed_params(Transformer(config))))
     return params
 

@@ -1,4 +1,4 @@
-"""Saving and restoring on 8 simulated devices, and what happens when a checkpoint is not what it was."""
+"""Saving and restoring on 8 simulated devices, and the errors for damaged or other checkpoints."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ OPTIMIZER = optax.adamw(1e-3)
 
 
 def spread(tree, *sizes, axes=("fsdp", "tensor")):
-    """The tree with its matrices split over a mesh of these sizes, everything else on all devices."""
+    """The tree with its matrices sharded over a mesh of these sizes, all else replicated."""
     mesh = make_mesh(MeshConfig(*sizes))
     return jax.tree.map(
         lambda x: jax.device_put(x, NamedSharding(mesh, P(*axes) if x.ndim == 2 else P())), tree
@@ -90,7 +90,7 @@ def test_keeps_the_newest(tmp_path):
 
 
 def test_a_save_is_not_touched_by_what_follows(tmp_path):
-    """Training goes on, in the same buffers, while a checkpoint is being written."""
+    """Training continues in the same buffers while a checkpoint is written."""
     state = spread(jnp.arange(2.0**20).reshape(2**10, -1), 2, 2, 2)
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -137,7 +137,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's other reads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from Orbax's other reads
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint(copy, damage):
     DAMAGE[damage](copy / "checkpoints" / "7")

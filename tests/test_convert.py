@@ -1,4 +1,4 @@
-"""Conversion both ways: the same bytes come back, memory stays small, and a failure leaves nothing."""
+"""Conversion in both directions: bytes are preserved, memory stays small, and a failure leaves no files."""
 
 import dataclasses
 import hashlib
@@ -76,7 +76,7 @@ def run(*arguments) -> tuple[int, list[Path]]:
     return convert.main([str(argument) for argument in arguments])
 
 
-# There and back.
+# Round trips.
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -118,7 +118,7 @@ def test_types_are_kept_or_cast(tmp_path, dtype):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_what_training_saved_is_exported(tmp_path, scan_layers):
-    """On a mesh, layers scanned or not, float32, the optimiser's state beside it."""
+    """Exports a training checkpoint: float32, on a mesh, layers scanned or not, with optimizer state."""
     source = hugging_face(tmp_path / "hf", dtype=np.float32)
     params = load_params(source, QWEN3)
     params = stack_layers(params) if scan_layers else params
@@ -130,7 +130,7 @@ def test_what_training_saved_is_exported(tmp_path, scan_layers):
     assert run(run_folder, tmp_path / "back") == 0
     assert hashes(tmp_path / "back") == hashes(source)
     assert raw_config(tmp_path / "back")["objective"] == "refusion"
-    if scan_layers:  # each in chunks of its own, so that one can be read without the others
+    if scan_layers:  # each layer in its own chunks, so that it can be read alone
         path = f"{run_folder}/checkpoints/7/params/"
         kvstore = {"driver": "ocdbt", "base": f"file://{path}", "path": "layers.mlp.up/"}
         array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
@@ -190,7 +190,7 @@ def test_what_config_json_says_survives(tmp_path):
 
 
 def without_mask(folder: Path, config: ModelConfig, num_tokens=260) -> Path:
-    """A base model: its tokenizer has `num_tokens` words, an EOS token and nothing else special."""
+    """A base model whose tokenizer has `num_tokens` words and EOS as its only special token."""
     hugging_face(
         folder, config, np.float32, mask_token_id=None, eos_token_id=2, pad_token_id=None, bos_token_id=None
     )
@@ -219,10 +219,10 @@ def test_new_tokens_take_spare_rows_first(tmp_path, tied, to):
     for name, table in tables.items():
         assert table.shape == (262, 16)
         np.testing.assert_array_equal(table[:260], old[name][:260], err_msg=name)
-        mean = old[name][:260].mean(0)  # row 260 was spare, of no token
+        mean = old[name][:260].mean(0)  # row 260 was a spare row
         np.testing.assert_allclose(table[260:], np.stack([mean, mean]), rtol=0, atol=1e-6, err_msg=name)
     assert tokenizer.encode("w7<|mask|>w8") == [7, 261, 8]
-    # All else is as it was.
+    # Everything else is unchanged.
     rest = fuse_projections(load_params(source, config))
     for name in rest.keys() - {"embedding", "head"}:
         jax.tree.map(np.testing.assert_array_equal, params[name], rest[name])
@@ -272,7 +272,7 @@ def test_a_token_the_model_has_is_not_added_again(tmp_path, capsys):
 
 
 def test_a_new_bos_takes_the_role_of_the_old(tmp_path):
-    """Qwen3 has one, and the authors train with one of their own."""
+    """Qwen3 has a BOS token, and the authors train with a new one."""
     source = without_mask(tmp_path / "base", QWEN3)
     raw = raw_config(source)
     (source / "config.json").write_text(json.dumps(raw | {"bos_token_id": 1}))
@@ -305,7 +305,7 @@ def test_any_part_of_a_table_with_new_rows_can_be_read_alone():
 
 
 def failures(tmp_path):
-    """(arguments, complaint) of conversions that cannot be."""
+    """(arguments, part of the message) of conversions that fail."""
     good = hugging_face(tmp_path / "good")
     yield (good, good), "exists, expected a folder to be made"
     (tmp_path / "there").mkdir()
@@ -411,7 +411,7 @@ def test_memory_stays_at_a_few_tensors(tmp_path):
     source = hugging_face(tmp_path / "hf", config)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     command = [sys.executable, "-c", MEASURE, str(Path(__file__).parent), str(source)]
-    # One arena: what glibc keeps for each thread that once allocated is not what is measured here.
+    # One arena, so that memory that glibc keeps per thread is not measured.
     env = os.environ | {"MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=env)
     assert done.returncode == 0, done.stderr[-2000:]

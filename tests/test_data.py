@@ -1,4 +1,4 @@
-"""Sources and pipeline: what is read, dropped and refused, and batches as a function of the step."""
+"""Sources and pipeline: reading, dropped examples, errors, and batches as a function of the step."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ def write_lines(path, *lines):
 
 
 def numbered(path, count):
-    """A file whose example i asks for i."""
+    """A file in which example i is about the number i."""
     records = ({"query": f"say {i}", "response": str(i)} for i in range(count))
     return write_lines(path, *records)
 
@@ -59,7 +59,7 @@ def assert_same(batches, others):
 
 
 def read_back(batch, row):
-    """Prompt and response of one row as text, checking the layout on the way."""
+    """Prompt and response of one row as text; checks the layout of the row."""
     tokens = batch["tokens"][row].tolist()
     prompt, total = int(batch["prompt_len"][row]), int(batch["total_len"][row])
     assert tokens[total - 1] == TOKENIZER.eos_id
@@ -237,12 +237,12 @@ def test_a_damaged_dataset_is_bad_input(tfds_folder, tmp_path, file, old, new, m
     ("source", "unwanted"),
     [
         ("tasks=('arithmetic',)", "jax flax optax orbax tensorstore grain sentencepiece tensorflow_datasets"),
-        # A finite source has an order, which is Grain's; Grain imports JAX and Orbax.
+        # The order of a finite source comes from Grain, which imports JAX and Orbax.
         ("source='jsonl', paths=('lines.jsonl',)", "flax optax sentencepiece tensorflow_datasets"),
     ],
 )
 def test_what_a_worker_imports(tmp_path, source, unwanted):
-    """It is handed a function of the data package, and starts none of JAX's backends."""
+    """A worker unpickles a function of the data package and starts no backend of JAX."""
     (tmp_path / "lines.jsonl").write_text('{"query": "1", "response": "2"}\n' * 4)
     worker = f"""
 import functools, pickle, sys
@@ -286,7 +286,7 @@ def test_responses_are_filled_up_with_eos(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", *({"query": "ab", "response": "x" * n} for n in (1, 3, 4, 9)))
     config = jsonl_config(path, max_length=12, shuffle=False, eos_multiple=4)
     examples = load_examples(config, TOKENIZER)
-    assert examples.counts[path] == Counts(3, 1, 0)  # 9 and their EOS become 12
+    assert examples.counts[path] == Counts(3, 1, 0)  # 9 tokens and EOS are padded to 12
     batch = next(batch_iterator(examples, 3))
     assert batch["total_len"].tolist() == [6, 6, 10]
     assert [row[2:] for row in batch["tokens"].tolist()] == [
@@ -342,13 +342,13 @@ def test_unusable_examples_are_dropped_whole_and_counted(tmp_path, caplog):
     path = write_lines(tmp_path / "a.jsonl", *records)
     with caplog.at_level(logging.WARNING):
         examples = load_examples(jsonl_config(path, max_length=10, shuffle=False), TOKENIZER)
-    # A prompt of 8, one of response and EOS just fit.
+    # 8 tokens of prompt, 1 of response and EOS just fit.
     assert examples.counts == {path: Counts(kept=6, too_long=2, empty=2)}
     assert len(examples) == 6
     assert "6 examples kept, 2 longer than max_length and 2 with an empty response" in caplog.text
     batch = next(batch_iterator(examples, 12))
     assert batch["prompt_len"].tolist() == [1, 2, 4, 6, 7, 8] * 2
-    # Numbers are those of the source, dropped examples included, and go on in the next epoch.
+    # Ids count all examples of the source, dropped ones included, and continue in the next epoch.
     assert batch["example_id"].tolist() == [0, 1, 3, 5, 6, 7, 10, 11, 13, 15, 16, 17]
 
 
@@ -444,7 +444,7 @@ def test_tasks_have_as_many_turns_as_their_share():
     for i, task in enumerate(made):
         found = [pair for pair, turn in zip(pairs, turns, strict=True) if turn == i]
         assert found == [task.example(number) for number in range(len(found))]
-    # Packed, a row begins with the next turn.
+    # A packed row begins with the next turn.
     config = dataclasses.replace(config, packing=True, examples_per_row=1)
     packed = next(batch_iterator(load_examples(config, TOKENIZER), 6))
     rows = [packed["tokens"][row, : packed["prompt_len"][row, 0]] for row in range(6)]
@@ -508,7 +508,7 @@ def test_resuming_gives_the_rest_of_the_run(examples, num_threads):
     take(iterator, 4)
     iterator.set_state(state)
     assert_same(take(iterator, 11), uninterrupted[9:])
-    # The state of one process serves another number of processes too.
+    # The state of one process also fits another number of processes.
     second = batch_iterator(examples, 8, 1, 2)
     second.set_state(state)
     assert next(second)["example_id"].tolist() == uninterrupted[9]["example_id"][4:].tolist()

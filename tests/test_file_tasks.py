@@ -1,4 +1,4 @@
-"""Tasks whose examples stand in files: GSM8K and general text."""
+"""Tasks read from files: GSM8K and general text."""
 
 import gzip
 import json
@@ -57,7 +57,7 @@ def test_every_problem_is_in_one_split(files):
     assert [e.query for e in found["test"]] == [question(n, "pears") for n in range(2000, 2030)]
     validation = [e.query for e in found["validation"]]
     assert validation == sorted(validation, key=lambda text: int(text.split()[2]))  # the file's order
-    # The split belongs to the problem, whatever else is in the file.
+    # The split of a problem does not depend on the rest of the file.
     fewer = make_task("gsm8k", {"path": write(Path(files["path"]).with_name("few"), problems(range(2, 50)))})
     assert {e.query for e in everything(fewer, "validation")} <= set(validation)
     assert not {e.query for e in everything(fewer, "train")} & set(validation)
@@ -81,7 +81,7 @@ def test_training_has_a_new_order_each_time_round(files):
 
 
 def test_training_never_sees_a_problem_of_the_test_file(tmp_path):
-    """Not even spelled or spaced another way, nor with the files swapped or the same."""
+    """Not even with other spelling or spacing, with the files swapped, or with one file for both."""
     tested = problems(range(2, 52))
     respelled = [{**p, "question": f"  {p['question'].upper()}".replace(" ", "\n")} for p in tested]
     paths = {

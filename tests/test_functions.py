@@ -1,4 +1,4 @@
-"""Functions judged by running them, and the sandbox that they run in."""
+"""The task of functions, verified by running them, and the sandbox in which they run."""
 
 import json
 import time
@@ -15,7 +15,7 @@ QUICK = Limits(seconds=2)
 GOOD = Job("def f(x):\n    return [x, 'é', None, True]", "f", [1, 2])
 GOOD_RESULT = r'[[1, "\u00e9", null, true], [2, "\u00e9", null, true]]'
 
-# What costs the answer that does it, and no other.
+# Mistakes that fail their own answer and no other.
 BAD = {
     "no code": "",
     "prose": "The function is f.",
@@ -76,7 +76,7 @@ def test_what_is_printed_is_no_result():
     printed = "print('[1, 2]', flush=True)\nimport os\nos.write(1, b'[1, 2]')\n"
     jobs = [Job(printed + "def f(x): print(x)", "f", [1, 2]), Job(printed + "os._exit(0)", "f", [1, 2])]
     assert run_all(jobs, QUICK) == ["[null, null]", None]
-    # Not even where results go: a line of its own there is no line of another's.
+    # Nor to the pipe of results: a line that it writes there is not taken as another job's result.
     forged = r"import os" + "\n" + r"os.write(3, b'[1]\n\"[1, 2]\"\n')" + "\nos._exit(0)"
     forged, good = run_all([Job(forged, "f", [1, 2]), GOOD], QUICK)
     assert forged != "[1, 2]"
@@ -117,7 +117,7 @@ def test_a_sandbox_that_cannot_run_is_no_wrong_answer():
 
 
 def test_steps_compute_what_their_code_does():
-    """Each step's reference and its code agree on what queries show and on hidden inputs."""
+    """The reference and the code of each step agree on the inputs of queries and on hidden inputs."""
     jobs, expected = [], []
     for name, step in STEPS.items():
         variable = VARIABLES[step.takes]

@@ -1,4 +1,4 @@
-"""GGUF files made here with the gguf package: weights and shape come back as Hugging Face has them."""
+"""GGUF files written here with the gguf package: weights and shape are read with Hugging Face's layout."""
 
 import builtins
 import dataclasses
@@ -38,13 +38,13 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """q or k as Llama GGUF files have it: channels i and i + H/2 of a head side by side."""
+    """q or k in the order of Llama GGUF files: channels i and i + H/2 of a head are adjacent."""
     split = rows.reshape(heads, 2, -1, rows.shape[-1])
     return np.stack([split[:, 0], split[:, 1]], axis=2).reshape(rows.shape)
 
 
 def write(path, family, tensors, kind=KINDS.F32, change=None):
-    """A GGUF file of Hugging Face tensors; `change` gets the metadata before it is written."""
+    """A GGUF file of Hugging Face tensors; `change` modifies the metadata before it is written."""
     c = FAMILIES[family]
     metadata = {
         "block_count": c.num_layers,
@@ -100,7 +100,7 @@ def test_tensors_and_shape_come_back(tmp_path, family, kind):
     for name, array in tensors.items():
         whole = found[name].whole()
         assert whole.dtype == np.float32 and whole.shape == array.shape == found[name].shape
-        if array.ndim > 1:  # rows are quantised each on its own, so their order changes nothing
+        if array.ndim > 1:  # each row is quantised separately, so their order has no effect
             array = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
         np.testing.assert_array_equal(whole, array, err_msg=name)
         rows = slice(3, 9) if array.shape[0] > 9 else slice(None)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read and written, against the safetensors library, and what is refused."""
+"""Hugging Face folders: reading and writing compared with the safetensors library, and error messages."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, layout, make_mesh, unbox, with_shardings
 from refusion_jax.weights.lazy import LazyArray, bounds, load_to_devices
 
-QWEN3 = ModelConfig(40, 2, 16, 4, 2, 6, 24)  # heads x head_dim is not the width
+QWEN3 = ModelConfig(40, 2, 16, 4, 2, 6, 24)  # heads x head_dim differs from the width
 FAMILIES = {
     "qwen3": QWEN3,
     "qwen2": dataclasses.replace(QWEN3, qk_norm=False, qkv_bias=True, head_dim=4),
@@ -108,7 +108,7 @@ def test_any_part_can_be_read_alone(tmp_path):
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_process_reads_its_own_parts_once(tmp_path, scanned):
-    """On data=2, fsdp=2, tensor=2: every part once though two devices hold it, straight to its place."""
+    """On data=2, fsdp=2, tensor=2: each shard is read once, though two devices hold it."""
     tensors = random_tensors(QWEN3)
     folder = write(tmp_path, tensors)
     model = Transformer(QWEN3, scan_layers=scanned)
@@ -133,7 +133,7 @@ def test_a_process_reads_its_own_parts_once(tmp_path, scanned):
 
 
 def test_what_others_write_beside_the_weights_is_left_alone(tmp_path):
-    """A tied model's own head, and the RoPE buffers of old Llama files, as `transformers` does."""
+    """The head of a tied model and the RoPE buffers of old Llama files are ignored, as in `transformers`."""
     config = FAMILIES["llama"]
     tensors = random_tensors(config)
     extra = {
@@ -184,7 +184,7 @@ def test_shards_and_their_index(tmp_path):
 
 
 def broken_folders(tmp_path):
-    """(what is wrong, a folder with it, the complaint)."""
+    """(name of the mistake, a folder with it, part of the message)."""
     good = random_tensors(QWEN3)
     names = list(good)
     halves = [{name: good[name] for name in part} for part in (names[:5], names[5:])]
@@ -412,7 +412,7 @@ def test_what_the_model_does_not_do_is_refused(tmp_path, fields, complaint):
 
 
 def test_the_config_that_is_written(tmp_path):
-    """Foreign fields survive; what they say of the shape does not; Python files are not pointed at."""
+    """Unknown fields are kept; fields of the shape are replaced; references to Python files are dropped."""
     extra = {
         "max_position_embeddings": 40960,
         "eos_token_id": [1, 2],
@@ -429,7 +429,7 @@ def test_the_config_that_is_written(tmp_path):
 
 
 def test_no_memory_of_ours_is_the_files(tmp_path):
-    """What is read stays when the file goes."""
+    """Loaded arrays stay valid after the file is deleted."""
     folder = write(tmp_path, random_tensors(QWEN3))
     tensor = safetensors_io.read_folder(folder)["model.embed_tokens.weight"]
     part = tensor.read((slice(3, 5), slice(0, 4)))

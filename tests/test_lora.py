@@ -115,7 +115,7 @@ def test_merged_as_it_is_read(scan_layers, dtype):
     """Whole and in slices, to the last bit but one of float32; bfloat16 is rounded once."""
     params = adapted(LoraConfig(rank=3), base_params(scan_layers))
     params["base"] = jax.tree.map(lambda x: x.astype(dtype), params["base"])
-    wanted, stored = lora.merge(params), lora.merge_stored(on_disk(params))
+    wanted, stored = lora.merge(params), lora.merge_lazy(on_disk(params))
     tolerance = {"atol": 1e-6} if dtype == "float32" else {"rtol": 2**-7}
 
     def same(leaf, value):
@@ -132,7 +132,7 @@ def test_plain_parameters_pass_through():
     base = base_params()
     assert lora.init(LoraConfig(), jax.random.key(0), base, jnp.float32) is base
     assert lora.split(base) == (base, {}) and lora.combine(base, {}) is base
-    assert lora.merge(base) is base and lora.merge_stored(base) is base
+    assert lora.merge(base) is base and lora.merge_lazy(base) is base
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

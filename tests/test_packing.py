@@ -1,4 +1,4 @@
-"""Rows of several examples: what shares a row, and that nobody in it notices."""
+"""Packed rows: which examples share a row, and that they do not affect each other."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def config(request, path):
 
 
 def examples_of(row) -> list[tuple[int, list[int], int]]:
-    """(number, tokens, prompt length) of each example in a row, checking the layout on the way."""
+    """(number, tokens, prompt length) of each example in a row; checks the layout of the row."""
     found, at = [], 0
     totals = row["total_len"].tolist()
     held = np.count_nonzero(totals)
@@ -71,7 +71,7 @@ def assert_same(batches, others):
     jax.tree.map(np.testing.assert_array_equal, batches, others)
 
 
-# What shares a row.
+# Which examples share a row.
 
 
 @pytest.mark.parametrize("most", [1, 4, 100])
@@ -84,7 +84,7 @@ def test_a_plan_is_whole_and_fits(most):
     assert max(map(len, rows)) <= most
     totals = np.array([lengths[row].sum() for row in rows])
     assert totals.min() > 0 and totals.max() <= 100
-    # Halved lengths would fit anywhere: only the number of places is left as a limit, and hardly that.
+    # Halved lengths fit almost anywhere; only the number of entries limits the rows, and rarely.
     if most == 4:
         assert totals.mean() > 98
     np.testing.assert_array_equal(best_fit(lengths, 100, most).members, plan.members)
@@ -92,7 +92,7 @@ def test_a_plan_is_whole_and_fits(most):
 
 def test_a_small_plan():
     plan = best_fit(np.array([60, 50, 39, 10, 41, 100]), 100, 3)
-    # 39 leaves 1 beside 60 and 11 beside 50; 10 goes beside 50 for want of room there; 41 to nobody.
+    # 39 leaves 1 beside 60 but 11 beside 50; 10 has room only beside 50; 41 fits in no row.
     assert [row.tolist() for row in np.split(plan.members, plan.borders[1:-1])] == [[0, 2], [1, 3], [4], [5]]
 
 
@@ -112,7 +112,7 @@ def test_each_epoch_has_every_example_once_and_whole_in_new_company(path):
         assert sum(map(len, rows)) == len(found) == COUNT - EMPTY
         assert found == wanted
         epochs.append({frozenset(number % COUNT for number, *_ in row) for row in rows if len(row) > 1})
-    # Few examples of very many lengths: chance brings some together again.
+    # There are few examples of very many lengths, so some share a row again by chance.
     assert all(len(a & b) < len(a) / 3 for a, b in [epochs[:2], epochs[1:], epochs[::2]])
     other = load_examples(config, TOKENIZER, seed=4)
     assert examples_of(other[0]) != examples_of(packed[0])
@@ -165,7 +165,7 @@ def test_places_are_a_limit(path):
 
 
 def test_batches_are_functions_of_their_number(config):
-    """Whatever the number of processes, and wherever a run is resumed."""
+    """Rows are the same for any number of processes and after resuming."""
     examples = load_examples(config, TOKENIZER)
     whole = take(batch_iterator(examples, 12), 6)
     places = config.max_length // 32
@@ -186,7 +186,7 @@ def test_batches_are_functions_of_their_number(config):
     assert_same(take(resumed, 2), whole[4:])
 
 
-# What becomes of it in training.
+# Packed rows in training.
 
 CONFIGS = [DiffusionConfig((4, 8), normalisation=name) for name in diffusion.NORMALISATIONS]
 
@@ -209,7 +209,7 @@ def rows_of(groups, width: int, places: int | None):
 
 @pytest.fixture(scope="module")
 def packed_and_alone():
-    """The same examples in 8 rows of up to 6, and in a row each; some prompts and responses are empty."""
+    """The same examples in 8 rows of up to 6, and one per row; some prompts and responses are empty."""
     dice = np.random.default_rng(5)
     groups, number = [], 1000
     for count in (6, 1, 4, 5, 2, 3, 6, 0):
@@ -228,7 +228,7 @@ def packed_and_alone():
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda config: config.normalisation)
 def noised(request, packed_and_alone):
-    """Draws and what is fed, of the same examples packed and alone."""
+    """Draws and model inputs of the same examples, packed and one per row."""
     config = request.param
 
     def of(batch):
@@ -271,7 +271,7 @@ def test_losses_and_gradients_are_those_of_the_examples_alone(noised):
     model = Transformer(ModelConfig(260, 1, 16, 2, 1, 8, 32))
     nothing = jnp.zeros((1, 1), jnp.int32)
     params = sharding.unbox(jax.jit(model.init)(jax.random.key(0), nothing, nothing))
-    params = jax.tree.map(lambda x: x * 5, params)  # so that who attends to whom matters
+    params = jax.tree.map(lambda x: x * 5, params)  # so that the attention mask matters
 
     def loss(params, part, segments):
         logits, _ = model.apply(params, part.tokens, part.positions, segments=segments)

@@ -1,4 +1,4 @@
-"""int8 weights: how they are made, what a model makes of them, and the kernel, interpreted."""
+"""int8 weights: quantisation, models with them, and the Triton kernel in interpret mode."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def params_of(config: ModelConfig):
 
 
 def restored(params):
-    """Plain parameters from quantised ones."""
+    """Dequantised parameters."""
     found = {}
     for name, leaf in params.items():
         if isinstance(leaf, dict):
@@ -43,7 +43,7 @@ PARAMS = params_of(CONFIG)
 
 
 def on_disk(params, reads: list | None = None):
-    """Parameters as LazyArray; notes how much is read."""
+    """Parameters as LazyArrays; `reads` collects the sizes that are read."""
 
     def stored(leaf: np.ndarray) -> LazyArray:
         def read(index) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_each_output_channel_has_its_scale():
         np.testing.assert_allclose(found, wanted, rtol=0, atol=np.abs(wanted).max() / LARGEST / 2 + 1e-7)
 
     jax.tree_util.tree_map_with_path(check, restored(made), PARAMS)
-    # To the last bit as far as can be: half a step of each channel's own scale, whose largest is 127.
+    # The error is at most half a step of the channel's scale, and the largest value of a channel is 127.
     o, scale = np.asarray(layer["o"], np.float32), np.asarray(layer["o_scale"])[:, None, None]
     wanted = np.moveaxis(PARAMS["layers_1"]["attention"]["o"], 2, 0)
     assert (np.abs(o * scale - wanted) <= scale / 2 * (1 + 1e-5)).all()
@@ -85,7 +85,7 @@ def test_a_channel_of_zeros_stays_so():
 
 
 def close(found, wanted):
-    """XLA multiplies by 1 / 127 where NumPy divides: a tie may be rounded either way."""
+    """Equal up to the rounding of ties: XLA multiplies by 1 / 127, NumPy divides by 127."""
     assert found.dtype == wanted.dtype
     found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1.0 if found.max() > 100 else 0)
@@ -94,7 +94,7 @@ def close(found, wanted):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_read_is_quantised_on_the_way(tied):
-    """The same numbers as from arrays, on a mesh of which each device takes its part."""
+    """The same values as from arrays, sharded over a mesh."""
     config = ModelConfig(40, 2, 16, 4, 2, 8, 24, tie_embeddings=tied, qkv_bias=True)
     params, mesh = params_of(config), make_mesh(MeshConfig(2, 1, 4))
     wanted = quantize(fuse_projections(params))
@@ -167,7 +167,7 @@ def test_a_model_with_the_kernel_is_one_without():
 
 @pytest.mark.parametrize("N", [1, 64])
 def test_it_lowers_for_a_gpu(N):
-    """As far as one gets without a GPU: to the code handed to its compiler."""
+    """Without a GPU, up to the code that its compiler would get."""
     spec = jax.ShapeDtypeStruct
     program = jax.jit(lambda x, matrix: triton_int8.product(x, matrix, interpret=False))
     traced = program.trace(spec((N, 4096), jnp.bfloat16), spec((151671, 4096), jnp.int8))

@@ -1,4 +1,4 @@
-"""What lies where: on 8 simulated devices, and for the full-size model without its memory."""
+"""Shardings on 8 simulated devices, and of the full-size model without allocating it."""
 
 import dataclasses
 import math
@@ -73,10 +73,10 @@ def test_every_array_of_an_8b_training_state_is_split(scan_layers):
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         assert isinstance(leaf.sharding, jax.sharding.NamedSharding), path
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
-        # Norms over heads (128 numbers a layer) and counters are all that may lie everywhere.
+        # Only norms over heads (128 numbers per layer) and counters may be replicated.
         assert shard < leaf.size or leaf.size <= 36 * 128, path
         held += shard
-    # fsdp x tensor = 4 parts of parameters and of both of Adam's averages.
+    # fsdp x tensor = 4 shards of the parameters and of both moments of Adam.
     assert held == pytest.approx(3 * params / 4, rel=1e-3)
 
 
@@ -97,7 +97,7 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
     layout = sharding.layout(boxed, make_mesh(MeshConfig(2, 2, 2)))
     attention = layout.shardings["layers_0"]["attention"]
     assert attention["k"].spec == P("fsdp", None, None)
-    assert attention["q"].spec == P("fsdp", None, None)  # nine heads over two neither
+    assert attention["q"].spec == P("fsdp", None, None)  # nor do nine heads over two devices
     assert layout.shardings["layers_0"]["mlp"]["up"].spec == P("fsdp", "tensor")
     rules = dict(layout.rules)
     assert rules["act_kv_heads"] is rules["act_heads"] is None
@@ -106,7 +106,7 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
 
 @pytest.mark.parametrize("config", [ModelConfig.tiny(), THREE_KV_HEADS])
 def test_the_forward_pass_is_split_and_unchanged(config):
-    """Constraints must reach the compiler (they are silently nothing without a mesh in scope)."""
+    """Constraints reach the compiler (without a mesh in scope they are silently ignored)."""
     config = dataclasses.replace(config, num_layers=1)
     model, boxed = boxed_params(config)
     mesh = make_mesh(MeshConfig(2, 2, 2))

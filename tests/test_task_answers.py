@@ -1,4 +1,4 @@
-"""Verifiers of tasks that have many right answers, or whose answers have parts."""
+"""Verifiers of tasks with several right answers, or with answers of several parts."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ RECORDS += '{"info":{"team":"tan","size":"xl"},"name":"Bob","code":"q1"}]'
     "steps",
     [
         "25+7=32, 50+32=82",
-        "3+3=6, 50+25=75, 75+7=82",  # a step that leads nowhere is no mistake
+        "3+3=6, 50+25=75, 75+7=82",  # an unused step is allowed
         "7+25=32,32 + 50 = 82",
         "3*25=75, 75+7=82",
         "3/3=1, 50+25=75, 75+7=82, 82*1=82",
@@ -74,7 +74,7 @@ def test_countdown_solves_what_it_is_asked():
 
 
 def reachable(numbers, target):
-    """Whether some of the numbers make the target, by trying it all."""
+    """Whether some of the numbers give the target, by exhaustive search."""
     if target in numbers:
         return True
     for i, j in itertools.permutations(range(len(numbers)), 2):

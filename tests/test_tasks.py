@@ -1,4 +1,4 @@
-"""Embedded tasks: right solutions, exact verifiers, splits that never meet, determinism."""
+"""Tasks: right solutions, exact verifiers, disjoint splits, determinism."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ SETTINGS = [
     ("functions", {"min_steps": 2, "max_steps": 8}),
 ]
 GENERATED = sorted({name for name, _ in SETTINGS})
-# Of these an answer is right by what it does, not by what it says.
+# Responses of these tasks are verified by their effect, not by their text.
 MANY_ANSWERS = ("countdown", "functions")
 EQUATIONS = ("arithmetic", "multiplication", "countdown", "word_problems")
 NONSENSE = ["", " ", "####", "#### ", "{", "null", "[" * 5000, "\ud800", "#### " + "9" * 5000]
@@ -80,14 +80,14 @@ def test_many_answers_are_judged_as_one_is(task):
 
 @pytest.mark.parametrize("task", [s for s in SETTINGS if s[0] != "functions"], indirect=True)
 def test_a_corrupted_answer_is_rejected(task):
-    """Changing, dropping or doubling any one character that belongs to the answer."""
+    """Responses with one character of the answer changed, dropped or doubled."""
     dice = Dice("corrupt")
     for query, response in examples(task, 100):
         answer = re.search(r"(?<=#### ).+$", response)
         places = range(*answer.span()) if answer else range(len(response))
         places = [place for place in places if response[place] != " "]
         place = dice.pick(places)
-        # A letter or digit for another one, so that a JSON value changes and not its notation.
+        # A letter or digit replaces another, so that the value of the JSON changes.
         for other in "7", "":
             wrong = response[:place] + other + response[place + 1 :]
             if wrong != response:
@@ -121,7 +121,7 @@ def test_queries_of_other_tasks_are_not_understood(task):
         assert task.parse(query) is None
 
 
-# Solutions, recomputed by other means
+# Solutions, recomputed independently
 
 
 def test_arithmetic_agrees_with_python():
@@ -135,7 +135,7 @@ def test_arithmetic_agrees_with_python():
 
 @pytest.mark.parametrize("task", [s for s in SETTINGS if s[0] in EQUATIONS], indirect=True)
 def test_written_steps_are_true(task):
-    """Every equation of a worked solution holds, and the answer follows from them."""
+    """Every equation of a solution holds, and the answer follows from them."""
     for _, response in examples(task):
         steps, answer = response.split(" #### ")
         for step in steps.split(", "):
@@ -153,7 +153,7 @@ def test_written_steps_are_true(task):
 
 
 def read_columns(steps):
-    """The number that column sums and differences spell, lowest digit first."""
+    """The number given by column sums or differences, lowest digit first."""
     *totals, last = [int(step.split("=")[1]) for step in steps.split(", ")]
     digits = [str(total % 10) for total in totals]
     return int("".join([str(last), *reversed(digits)]))
@@ -183,7 +183,7 @@ def test_word_problem_known_solutions():
     }
     for rest, answer in known.items():
         assert final_answer(task.solution(opening + rest)) == answer
-    for rest in (  # an inexact share, a division by zero, a person unknown, one told of twice, …
+    for rest in (  # a division with remainder or by zero, an unknown person, a repeated person, ...
         "Anna makes 5 equal piles and keeps one pile. How many eggs does Anna have now?",
         "Anna makes 0 equal piles and keeps one pile. How many eggs does Anna have now?",
         "Ben has 3 more eggs than Emma. How many eggs does Ben have?",
@@ -216,7 +216,7 @@ def test_extraction_known_solutions():
     one = make_task("extraction", {"fields": 2})
     query = "x1 is the city of Eve. Eve wears zz. Eve signs as a2. Give JSON:"
     assert one.solution(query) == '{"code":"a2","city":"x1"}'
-    # Another order and other spacing are the same object, a repeated or further key is not.
+    # Order of keys and white space do not matter; a repeated or further key does.
     assert one.check(query, ' {"city": "x1",\n"code": "a2"}')
     assert not one.check(query, '{"code":"a2","city":"x1","city":"x1"}')
     assert not one.check(query, '{"code":"a2","city":"x1","size":"zz"}')
@@ -253,7 +253,7 @@ def test_facts_and_wordings_vary():
 
 
 def test_splits_never_meet(task):
-    """The problem of every example belongs to the split it was drawn for, and to no other."""
+    """The problem of every example belongs to the split for which it was drawn."""
     keys = {}
     for split, count in ("train", 1000), ("validation", 200), ("test", 200):
         problems = [task.parse(query) for query, _ in examples(task, count, split)]
@@ -389,7 +389,7 @@ DOCS = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf
 
 
 def held_out_digest(task):
-    """sha256 of the first 500 test and 200 validation examples, a line of JSON each."""
+    """sha256 of the first 500 test and 200 validation examples, one line of JSON each."""
     held_out = examples(task, 500, "test") + examples(task, 200, "validation")
     return hashlib.sha256("".join(json.dumps(list(pair)) + "\n" for pair in held_out).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Tokenizers: ids and text, special ids, chat templates, storage, and what bad files say."""
+"""Tokenizers: ids and text, special ids, chat templates, saving, and messages for bad files."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def bpe_folder(tmp_path):
         show_progress=False,
     )
     backend.train_from_iterator([TEXT] * 4, trainer)
-    # What a file may carry and ids must not depend on.
+    # Settings that a file may contain and that ids must not depend on.
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     backend.enable_truncation(max_length=5)
     backend.enable_padding(length=50)
@@ -79,7 +79,7 @@ def change(path, **fields):
 
 
 def fails(folder, *parts):
-    """Loading fails with one message that has all parts in it."""
+    """Loading fails with one message that contains all parts."""
     with pytest.raises(BadInput) as error:
         load_tokenizer(folder)
     for part in parts:
@@ -176,7 +176,7 @@ def test_special_tokens_by_name(bpe_folder):
     write(settings, mask_token={"content": "<mask>", "special": True}, eos_token="<eos>")
     tokenizer = load_tokenizer(bpe_folder)
     assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id) == (3, 2, 2, None)
-    # Where both speak, the model's config decides.
+    # config.json overrides the settings.
     write(bpe_folder / "config.json", eos_token_id=0)
     assert load_tokenizer(bpe_folder).eos_id == 0
     change(settings, mask_token="<gone>")
@@ -217,7 +217,7 @@ def test_a_folder_without_tokenizer_is_bad_input(tmp_path):
 def test_sentencepiece_ids_and_text(sentencepiece_folder):
     tokenizer = load_tokenizer(sentencepiece_folder)
     assert isinstance(tokenizer, SentencePieceTokenizer)
-    # EOS and BOS are the model's own, the mask is a user-defined piece.
+    # EOS and BOS are control pieces of the model, the mask is a user-defined piece.
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (2, 1, 2)
     assert tokenizer.mask_id not in (0, 1, 2)
     text = "the cat 測"
@@ -325,6 +325,6 @@ def test_save_and_load_give_the_same_tokenizer(tmp_path, bpe_folder, sentencepie
 
 
 def load_with_rows(folder, rows):
-    """A checkpoint's config.json tells the model's vocabulary, but need not repeat the ids."""
+    """The config.json of a checkpoint gives the vocabulary size but need not repeat the ids."""
     write(folder / "config.json", vocab_size=rows)
     return load_tokenizer(folder)

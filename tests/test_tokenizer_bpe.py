@@ -1,4 +1,4 @@
-"""Byte-level BPE from vocab.json and merges.txt, added tokens, adding one, and what is saved."""
+"""Byte-level BPE from vocab.json and merges.txt, added tokens, adding a token, and saving."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def qwen():
 
 @pytest.fixture
 def folder(tmp_path, qwen):
-    """As the authors' repository: no tokenizer.json."""
+    """A folder like the authors' repository, without tokenizer.json."""
     return write_vocab_and_merges(tmp_path / "slow", qwen, "Qwen2Tokenizer")
 
 
@@ -37,7 +37,7 @@ def change(path, **fields):
 
 
 def fails(folder, *parts):
-    """Loading fails with one line that has all parts in it."""
+    """Loading fails with one line that contains all parts."""
     with pytest.raises(BadInput) as error:
         load_tokenizer(folder)
     for part in parts:
@@ -76,7 +76,7 @@ def test_every_text_survives(folder):
 
 
 def test_words_are_those_of_each_family():
-    """One vocabulary for all, whose merges forbid no word: only the words tell the families apart."""
+    """One vocabulary for all families, whose merges allow every word: only the split into words differs."""
     found = {}
     for style in ("gpt-2", "smollm", "qwen2", "llama-bpe"):
         backend = trained(style)
@@ -133,7 +133,7 @@ def test_special_tokens_in_plain_text_are_special_and_thinking_is_text(folder, q
 
 
 def test_added_tokens_of_older_folders(folder, qwen):
-    """added_tokens.json with special_tokens_map.json, as before the settings recorded them."""
+    """added_tokens.json with special_tokens_map.json, the layout before settings recorded added tokens."""
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     decoder = settings.pop("added_tokens_decoder")
     del settings["eos_token"]
@@ -148,7 +148,7 @@ def test_added_tokens_of_older_folders(folder, qwen):
 
 
 def test_special_tokens_that_the_vocabulary_has_as_words(tmp_path):
-    """GPT-2 keeps <|endoftext|> in vocab.json, and only its settings say what it is."""
+    """GPT-2 has <|endoftext|> in vocab.json; only its settings call it special."""
     backend = trained("gpt-2")
     folder = write_vocab_and_merges(tmp_path / "gpt2", backend, "GPT2Tokenizer", added_tokens_decoder={})
     end = backend.get_vocab_size(with_added_tokens=False)
@@ -306,7 +306,7 @@ def test_new_tokens_get_the_ids_that_follow(folder, qwen):
     assert new.encode("<|beginoftext|>a<|new_mask|>") == [size, *old.encode("a"), size + 1]
     assert new.decode([size, *old.encode("a"), size + 1]) == "a"
     assert new.encode_batch(TEXTS) == encodings(qwen)
-    # The old one is as it was.
+    # The old tokenizer is unchanged.
     assert (old.bos_id, old.mask_id, old.vocab_size) == (None, None, size)
     assert len(old.encode("<|new_mask|>")) > 1
 

@@ -103,7 +103,7 @@ def test_a_mask_of_its_own(tmp_path):
 
 @pytest.fixture(scope="module")
 def pieces():
-    """A SentencePiece model as Llama's are made, and its metadata in a GGUF file."""
+    """A SentencePiece model trained like Llama's, and its metadata in a GGUF file."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS[10:12] * 20),

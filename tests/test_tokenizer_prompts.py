@@ -1,4 +1,4 @@
-"""What a model is fed: BOS, chat templates and their options, the same in training and in sampling."""
+"""Prompts: BOS, chat templates and their options, the same in training and in sampling."""
 
 import io
 
@@ -14,7 +14,7 @@ from refusion_jax.tokenizer import ByteTokenizer, load_tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-# How Qwen3's template ends, and how Llama 3.2's begins.
+# The end of Qwen3's template, and the beginning of Llama 3.2's.
 THINKING = (
     "{%- if add_generation_prompt %}{{- 'assistant\\n' }}"
     "{%- if enable_thinking is defined and enable_thinking is false %}"
@@ -56,7 +56,7 @@ def test_a_raw_text_begins_with_what_the_tokenizer_puts_before_it(tmp_path):
     assert start not in ids  # encode itself adds nothing
     assert tokenizer.encode_prompt("hi") == [start, *ids]
     assert tokenizer.encode_prompts(["hi", ""]) == [[start, *ids], [start]]
-    # Written again it is there twice, as in `transformers`.
+    # A BOS written in the text is repeated, as in `transformers`.
     assert tokenizer.encode_prompt("<|im_start|>hi") == [start, start, *ids]
 
 
@@ -72,7 +72,7 @@ def test_a_rendered_prompt_begins_with_what_the_template_writes(tmp_path):
 
 def test_nothing_is_put_before_where_the_tokenizer_does_not(tmp_path):
     tokenizer = load_tokenizer(folder_of(tmp_path, bos_token="<|im_start|>", add_bos_token=True))
-    # tokenizer.json has the say where there is one.
+    # tokenizer.json overrides the settings.
     assert tokenizer.encode_prompt("hi") == tokenizer.encode("hi")
     assert ByteTokenizer().encode_prompt("hi") == list(b"hi")
 
@@ -158,9 +158,9 @@ def test_space_before_stretches_of_a_sentencepiece_text(tmp_path, piece_model, l
     word = tokenizer.encode("cat")
     later = tokenizer.encode("</s>cat")
     assert later[0] == tokenizer.eos_id
-    # Only where `legacy` is false a stretch after a special token has no space of its own before it.
+    # Only if `legacy` is false, no space is added to a segment after a special token.
     assert (later[1:] == word) == (legacy is not False)
-    # Control and user-defined pieces are split off alike.
+    # Control and user-defined pieces are both split off.
     for mark in "<control>", "<user>", "<unk>":
         assert tokenizer.encode(f"cat{mark}cat") == [*word, *tokenizer.encode(mark), *later[1:]]
         assert len(tokenizer.encode(mark)) == 1
@@ -173,7 +173,7 @@ def test_tokens_added_to_a_sentencepiece_model(tmp_path, piece_model):
     new = tokenizer.with_token("bos", "<|new|>")
     ids = new.encode("the cat<|go|><think> sat</s>")
     assert [i for i in ids if i >= 1000] == [1000, 1001]
-    assert new.decode([new.bos_id, *ids]) == "the cat<think>  sat"  # a stretch brings a space
+    assert new.decode([new.bos_id, *ids]) == "the cat<think>  sat"  # a segment adds a space
     saved = tmp_path / "saved"
     saved.mkdir()
     new.save(saved)
@@ -248,8 +248,8 @@ def test_token_texts_are_those_of_the_settings(tmp_path):
     backend = trained("gpt-2")
     ids = {f"{role}_token_id": backend.token_to_id("<|endoftext|>") for role in ("bos", "pad")}
     write_json(folder / "config.json", ids)
-    # What they say is not there is not there, though the model's config has an id; where they are silent
-    # the id's text stands in.
+    # A token that the settings set to null is absent, though config.json has its id; for an unset one
+    # the text of the id is used.
     assert load_tokenizer(folder).prompt("hi") == "|<|im_end|>|<|endoftext|>|<?>"
 
 

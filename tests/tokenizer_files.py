@@ -1,7 +1,7 @@
-"""Texts that tokenizers stumble over, and small byte-level BPE vocabularies in every layout of files.
+"""Texts that are difficult for tokenizers, and small byte-level BPE vocabularies in every layout of files.
 
-The pipelines are put together here as the published tokenizer.json of each family have them, from the
-library's own parts where there are any, so that they say the same in other words than the package does.
+The pipelines are built as in the published tokenizer.json of each family, from the library's own components
+where they exist, so that they are independent of the package's code.
 """
 
 import json
@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
-PLAIN = ["<think>", "</think>"]  # added tokens that are text of the answer
+PLAIN = ["<think>", "</think>"]  # added tokens that are part of the text
 
 TEXTS = [
     *(
@@ -39,7 +39,7 @@ TEXTS = [
     "x" * 3000 + "ab1" * 300 + "天" * 500 + "!?" * 200 + "\n" * 100,
     "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>a<|mask|>b <|mask|> <think>\n</think>天<|im_end|>",
     "<|im_start| im_end|> <|IM_END|> <|im_end|><th<think>ink>",
-    "Xyzzy",  # a token that no merges lead to
+    "Xyzzy",  # a token that no merges produce
 ]
 
 QWEN2 = (
@@ -70,7 +70,8 @@ def pipeline(style):
 
 def trained(style):
     """A trained pipeline; its special and plain added tokens have the ids that follow the vocabulary."""
-    backend = pipeline("gpt-2")  # merges of all kinds of words, so that only the words can forbid one
+    # Merges for all kinds of words, so that only the split into words can prevent a merge.
+    backend = pipeline("gpt-2")
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(TEXTS[:-1] * 2, trainer)

@@ -1,4 +1,4 @@
-"""Parameters as arrays, whole: what tests compare with, where the package reads them piece by piece."""
+"""Whole parameters as arrays, for comparison; the package itself reads them shard by shard."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,14 @@ def load_params(folder, config, dtype=None) -> dict[str, Any]:
 
 
 def restore_params(folder, abstract) -> Any:
-    """The newest parameters of a run's folder as `abstract` wants them."""
+    """The newest parameters of a run's folder, with the dtypes and shardings of `abstract`."""
     saved = orbax_io.saved_params(folder)
     orbax_io.check_shapes(folder, saved, abstract)
     return load_to_devices(saved, abstract)
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the unrolled model as those of the scanned one (leaves of `layers` gain axis L)."""
+    """Parameters of the scanned model from those of the unrolled one: leaves of `layers` gain axis L."""
     depth = sum(name.startswith("layers_") for name in params)
     rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
     layers = [params[f"layers_{i}"] for i in range(depth)]
@@ -35,7 +35,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the scanned model as those of the unrolled one."""
+    """Parameters of the unrolled model from those of the scanned one."""
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
     return rest | {

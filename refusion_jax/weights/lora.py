@@ -101,14 +101,14 @@ def merge(params: Params) -> Params:
     if "lora" not in params:
         return params
     kernels = flatten_dict(params["base"])
-    with jax.default_matmul_precision("highest"):  # as precise as `merge_stored`
+    with jax.default_matmul_precision("highest"):  # as precise as `merge_lazy`
         for path, a, b in _pairs(params):
             delta = params["scale"] * _product(a, b, _stacked(path))
             kernels[path] = (kernels[path].astype(jnp.float32) + delta).astype(kernels[path].dtype)
     return unflatten_dict(kernels)
 
 
-def merge_stored(params: Params) -> Params:
+def merge_lazy(params: Params) -> Params:
     """`merge` for parameters that have not been read yet, a nested dict of LazyArray."""
     if "lora" not in params:
         return params
