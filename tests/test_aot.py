@@ -26,7 +26,7 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed"
 )
 
-# As the TPU compiler writes them, with the attributes that are not read left out.
+# HLO as the TPU compiler writes it, without the attributes that `count` does not read.
 HLO = """\
 HloModule jit_step, is_scheduled=true
 
@@ -135,15 +135,15 @@ def test_collectives_in_loops_count_once_a_turn():
     layers, parts = 36, 2
     traffic = count(HLO)
     assert traffic.collectives == [
-        # Each layer's, and one that begins outside a loop and goes on inside.
+        # One per layer, and one that begins outside a loop and continues inside.
         Collective("all-gather", parts * layers + 1, parts * layers * 256 * 512 * 2 + 16 * 4 * 4),
-        # An all-reduce of which each device keeps a part, and those that say so, with groups of 4, 4 and 2.
+        # The all-reduce inside all-reduce-scatter, and three reduce-scatters with groups of 4, 4 and 2.
         Collective(
             "reduce-scatter", parts * layers + 3, parts * layers * 256 * 512 * 4 + 16 * 2 * (4 + 4 + 2)
         ),
         Collective("collective-permute", parts, parts * 2 * 3 * 4),
     ]
-    # One that always runs, and of two branches the one that sends more.
+    # One that always runs, and the branch of the conditional that sends more.
     assert traffic.in_open_loops == [Collective("all-reduce", 2, 4 + 8 + 64 * 2)]
 
 
@@ -153,7 +153,7 @@ def test_no_collectives():
 
 
 def test_scans_of_a_real_program():
-    """The text that this XLA writes is read, not only the sample above."""
+    """`count` reads the text of the installed XLA, not only the sample above."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def layer(carry, _):
@@ -195,7 +195,7 @@ def test_slices():
     topology = Topology.named("v5e:4x4")
     assert (topology.name, topology.num_chips, topology.num_devices) == ("v5e:4x4", 16, 16)
     assert [other.name for other in topology.larger()] == ["v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
-    assert Topology.named("tpu7x:2x2x1").num_devices == 8  # two a chip
+    assert Topology.named("tpu7x:2x2x1").num_devices == 8  # two per chip
     for generation, chip in TPU_CHIPS.items():
         sizes = [Topology.named(f"{generation}:{shape}").num_chips for shape in chip.shapes]
         assert sizes == sorted(set(sizes))
@@ -231,7 +231,7 @@ def test_changes_that_save_memory():
         ("v5e:4x4", f"train.remat=full train.microbatches=8 {less} optimizer.mean_dtype=bfloat16"),
         ("v5e:4x4", f"train.remat=full train.microbatches=2 {less} optimizer.mean_dtype=bfloat16 {whole}=1"),
         ("v5e:4x8", f"train.remat=full train.microbatches=1 {less} optimizer.mean_dtype=bfloat16 {whole}=1"),
-        # 64 devices for 32 rows: two share each product, and there are two key/value heads for them.
+        # 64 devices for 32 rows: two share each product, which two key/value heads allow.
         ("v5e:8x8", f"train.remat=full train.microbatches=1 {less} optimizer.mean_dtype=bfloat16 {whole}=2"),
     ]
 
@@ -264,7 +264,7 @@ def test_without_libtpu(capsys, monkeypatch):
 
 
 def test_what_tpus_decode_with(monkeypatch):
-    """Matrices as they are stored and a cache by layer, of which the compiler makes no copies."""
+    """Separate projections and one cache array per layer, which the compiler does not copy."""
     folder = "tests/data/oracle/tiny_a"
     here = loader.load(folder)[1]["layers_0"]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -275,7 +275,7 @@ def test_what_tpus_decode_with(monkeypatch):
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    """A model that takes the kernel, over all devices."""
+    """A configuration whose shapes fit the splash kernel, sharded over all devices."""
     path = tmp_path_factory.mktemp("aot") / "config.py"
     path.write_text(
         textwrap.dedent("""
@@ -321,7 +321,7 @@ def test_a_step_that_fits(config_file, capfd):
         "training step of 8 x 128 tokens on v5e:2x2, 4 chips as {'data': 1, 'fsdp': 4, 'tensor': 1}" in output
     )
     found = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line.endswith("GiB")}
-    # Layers are gathered in the forward and again in the backward pass, once each at least.
+    # Each layer is gathered at least once in the forward and once in the backward pass.
     assert int(found["all-gather"][0]) >= 2 * 3
     assert output.splitlines()[-1].startswith("fits, 15.")
 
@@ -329,7 +329,7 @@ def test_a_step_that_fits(config_file, capfd):
 @needs_libtpu
 @pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
 def test_steps_of_other_objectives(config_file, capfd, objective):
-    """The kernel takes attention that is not causal; what it cannot do is computed without."""
+    """The kernel also computes attention that is not causal; masks fall back to dense attention."""
     flags = (f"--config.objective={objective}", "--config.model.num_layers=1")
     code, output, _ = run_aot(capfd, f"--config={config_file}", "--topology=v5e:2x2", *flags)
     assert code == 0, output
@@ -348,7 +348,7 @@ def test_the_work_of_an_objective_is_told():
 
 @needs_libtpu
 def test_a_step_that_does_not_fit(config_file, capfd):
-    # 16,384 tokens, 200,000 wide inside the MLP: 6 GB for each of a few arrays.
+    # 16,384 tokens with an MLP width of 200,000: a few arrays of 6 GB each.
     wide = ("--config.model.num_layers=1", "--config.model.mlp_dim=200000", "--config.train.batch_size=128")
     code, output, _ = run_aot(capfd, f"--config={config_file}", "--topology=v5e:1x1", *wide)
     lines = output.splitlines()
@@ -375,7 +375,7 @@ def test_the_sampler(config_file, capfd):
 @needs_libtpu
 def test_a_table_of_samplers(config_file, capfd):
     small = ("--batch_size=2", "--prompt_length=16", "--gen_length=16", "--slot_size=4", "--num_blocks=2")
-    # Two rows; of the second the arguments alone are too much, so that it is not compiled.
+    # Two rows; the arguments of the second alone do not fit, so it is not compiled.
     wide = ("--config.model.num_layers=1", "--config.model.mlp_dim=24000000")
     code, output, _ = run_aot(
         capfd,

@@ -1,4 +1,4 @@
-"""The bench command: what it measures, and what it says of mistakes."""
+"""The bench command: its figures, and its error messages."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ def run(*arguments: str) -> int:
 
 
 def test_a_row_for_each_number_of_devices(tmp_path, capsys):
-    """Random rows, full but for the packed ones of real data."""
+    """Rows of random tokens are full."""
     file = tmp_path / "figures.json"
     assert run(*SMALL, "--devices=1,4", f"--output={file}") == 0
     rows = json.loads(file.read_text())
@@ -61,7 +61,7 @@ DECODING = ["--gen_length=32", "--slot_size=8", "--num_blocks=2", "--repeats=1",
 
 @pytest.fixture(autouse=True)
 def copies_of_16_mb(monkeypatch):
-    """Of 2 GB a CPU takes a minute."""
+    """A CPU would take a minute for copies of 2 GB."""
     smaller = functools.partial(bench_decode.memory_bandwidth, 1 << 24)
     monkeypatch.setattr(bench_decode, "memory_bandwidth", smaller)
 
@@ -71,8 +71,8 @@ def run_decode(*arguments: str) -> int:
 
 
 def test_decoding_of_a_shape(tmp_path, capsys, monkeypatch):
-    """Where nothing is accepted every slot takes a verification and seven rounds; left to right, a token a
-    pass; in blocks, as many as are committed in any case."""
+    """Passes when nothing is accepted: refusion takes one verification and seven rounds per slot, ar one pass
+    per token, mdm and bd3 commit tokens_per_step per pass."""
     monkeypatch.setattr(bench_decode, "memory_bandwidth", lambda: 1e10)
     file = tmp_path / "figures.json"
     flags = ["--prompt_length=8", "--slot_threshold=2", "--token_threshold=2", f"--output={file}"]
@@ -91,8 +91,7 @@ def test_decoding_of_a_shape(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.long
 def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
-    """Requests decoded by a trained model; weights of no meaning then take as many passes for as many
-    tokens."""
+    """With meaningless weights, replaying the decode of a trained model takes as many passes and tokens."""
     requests, results, file = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "figures.json"))
     asked = {"gen_length": 32, "slot_size": 8, "num_blocks": 2, "token_threshold": 0.6, "trace": True}
     prompts = [record["prompt"] for record in json.loads((ORACLE / "ar.json").read_text())["cases"][:3]]
@@ -104,7 +103,7 @@ def test_a_recorded_course_is_replayed_by_another_model(tmp_path):
     flags = ["--batch_size=3", "--method=refusion", f"--replay={results}", "--ahead=64", f"--output={file}"]
     assert run_decode(f"--config={TINY}", "--config.model.num_layers=1", *flags) == 0
     (row,) = json.loads(file.read_text())
-    # No EOS spoils a plan fed ahead, and its slot is committed whole, as there is none to cut it at.
+    # The replay has no EOS, which could discard a speculative plan or cut a slot short.
     assert 0 <= max(result["num_forwards"] for result in recorded) - row["passes"] <= 2
     assert 0 <= row["tokens"] - sum(result["num_tokens"] for result in recorded) < 3 * 8
 

@@ -1,4 +1,4 @@
-"""Runs of several processes, started for real, and what the launch scripts of other places would do."""
+"""Real runs of several processes, and the commands of the launch scripts for clusters."""
 
 import importlib.util
 import os
@@ -44,7 +44,7 @@ def config_file(tmp_path_factory):
 
 
 class Run:
-    """A run of the training command: under the launcher of this machine, or alone on several devices."""
+    """A run of the training command: under launch/localhost.py, or as one process with several devices."""
 
     def __init__(self, config_file: Path, workdir: Path, *flags: str, alone_on: int = 0):
         environment = {
@@ -68,7 +68,7 @@ class Run:
             time.sleep(0.002)
 
     def finish(self, expected: int = 0) -> str:
-        """Waits for the end; stdout followed by stderr."""
+        """Waits for the end; returns stdout followed by stderr."""
         out, err = self.process.communicate(timeout=300)
         assert self.process.returncode == expected, err
         return out + err
@@ -103,7 +103,7 @@ def two_devices(config_file, tmp_path_factory):
 
 
 def test_two_processes_are_one_run_with_two_devices(config_file, two_devices, tmp_path):
-    """To the last bit: the gradients of two devices have one sum. Only process 0 speaks."""
+    """Bit-equal, because the sum of two gradients has one order. Only process 0 prints."""
     run = Run(config_file, tmp_path / "run", "--processes=2", *HALVES)
     text = run.finish()
     assert_same(run, two_devices)
@@ -136,7 +136,7 @@ def test_sigterm_makes_all_processes_save_and_end(config_file, tmp_path):
 
 @pytest.mark.long
 def test_four_processes_are_one_run_with_four_devices(config_file, tmp_path):
-    """Up to rounding: the sum over four devices depends on who adds first. Two of them share their rows."""
+    """Equal up to rounding: a sum over four devices depends on its order. Two of the devices share rows."""
     mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     alone = Run(config_file, tmp_path / "alone", *mesh, alone_on=4)
     alone.finish()
@@ -146,7 +146,7 @@ def test_four_processes_are_one_run_with_four_devices(config_file, tmp_path):
 
 
 def test_an_error_in_one_process_ends_all(config_file, tmp_path):
-    """metrics.csv is opened by process 0 alone."""
+    """Only process 0 opens metrics.csv."""
     (tmp_path / "metrics.csv").write_text("epoch,loss\n")
     run = Run(config_file, tmp_path, "--processes=2")
     text = run.finish(2)
@@ -176,7 +176,7 @@ def localhost():
     ],
 )
 def test_what_the_ends_of_processes_mean(codes, outcome):
-    """A signal kills a process by itself; SIGABRT is also how JAX ends those that miss another one."""
+    """A signal kills one process; JAX ends the processes that lost it with SIGABRT."""
     assert localhost()._outcome(codes) == outcome
 
 
@@ -223,7 +223,7 @@ def test_a_coordinator_that_nobody_reaches_is_one_line(config_file, tmp_path):
 
 @pytest.fixture
 def initialized(monkeypatch):
-    """The calls of jax.distributed.initialize, which are not made."""
+    """Records calls of jax.distributed.initialize instead of making them."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: calls.append((args, options)))
     return calls
@@ -237,12 +237,12 @@ SLURM = {"SLURM_STEP_NODELIST": "gpu[1-2]", "SLURM_NTASKS": "16", "SLURM_PROCID"
     [
         ({}, "cpu", (), None),
         ({}, None, (), None),
-        ({}, "tpu,cpu", (), ()),  # what JAX makes of None on a TPU machine
+        ({}, "tpu,cpu", (), ()),  # JAX's value for None on a TPU machine
         ({}, "tpu,cpu", (None, 1), None),
         (SLURM, "cpu", (), ()),
         (SLURM, "cpu", (None, 1), None),
         (SLURM | {"SLURM_NTASKS": "1"}, "cpu", (), None),
-        ({"SLURM_NTASKS": "16"}, "cpu", (), None),  # in a job but in none of its steps
+        ({"SLURM_NTASKS": "16"}, "cpu", (), None),  # inside a job but not inside a step of it
         (SLURM, "cpu", ("host:80", 2, 1), ("host:80", 2, 1)),
     ],
 )
@@ -268,12 +268,12 @@ def test_bad_input_of_a_run_of_its_own_is_raised():
         raise BadInput("as it was")
 
 
-# What the scripts for other places do, with their tools replaced by ones that write down how they are called
+# The scripts for clusters, with their tools replaced by stand-ins that record their calls
 
 
 @pytest.fixture
 def tools(tmp_path):
-    """tools(name, script) puts a command first on the PATH; tools.log() has one line for each call of one."""
+    """tools(name, script) puts a stand-in first on the PATH; tools.log() has one line per call of one."""
     folder, log = tmp_path / "tools", tmp_path / "log"
     folder.mkdir()
     log.touch()
@@ -332,7 +332,7 @@ def test_slurm_requeues_what_was_preempted(tools, tmp_path, restart_count, ends_
 
 
 def test_slurm_passes_the_warning_on_to_the_processes(tools, tmp_path):
-    """SLURM warns the batch script alone, and srun would kill the processes if it were signalled."""
+    """SLURM signals only the batch script, and srun would kill the processes if it got the signal."""
     tools("srun", "trap 'exit 143' TERM; echo $$ > pid; while true; do sleep 0.05; done")
     tools("scancel", "kill -TERM $(cat pid)")
     tools("scontrol")
@@ -357,7 +357,7 @@ def test_slurm_wants_a_process_for_each_gpu(tools):
 
 GCLOUD = """
 case $* in
-  *describe*)  # one state a line, the last one stays
+  *describe*)  # one state per line, the last one repeats
     head -n 1 states
     if [[ $(wc -l < states) -gt 1 ]]; then sed -i 1d states; fi ;;
   *"cat exit_code"*) cat codes ;;
@@ -374,7 +374,7 @@ def verbs(log: list[str]) -> list[str]:
 
 @pytest.fixture
 def gcloud(tools, tmp_path):
-    """run(states, codes, *flags): the script's end when training fails first with `codes`, if any."""
+    """run(states, codes, *flags): the script's result when training first fails with `codes`, if any."""
     tools("gcloud", GCLOUD)
     tools("git")
     tools("sleep")
@@ -408,7 +408,7 @@ def test_a_pod_that_stays_is_started_again_after_signals(gcloud, tools, codes, c
 
 
 def test_a_dry_run_of_a_pod_executes_nothing(tools):
-    """And what it prints are the very commands, quoted for a shell."""
+    """The printed commands are those of a real run, quoted for a shell."""
     tools("gcloud")
     done = script("tpu_pod.sh", *POD, "--dry_run", "--spot", "--delete", env=tools.env)
     assert done.returncode == 0 and tools.log() == []
@@ -427,7 +427,7 @@ def test_a_dry_run_of_a_pod_executes_nothing(tools):
 
 
 def test_jobset_manifest():
-    """The fields that JobSet v1alpha2, Job and Pod require, and those that our promises hang on."""
+    """Fields that JobSet v1alpha2, Job and Pod require, and fields that restarting and saving rely on."""
     done = script("gke.py", *GKE, "--restarts=4", "--dry_run")
     command, text = done.stdout.removesuffix("EOF\n").split(" <<'EOF'\n")
     assert command == "kubectl apply --filename=-"
@@ -442,7 +442,7 @@ def test_jobset_manifest():
     job = replicated["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)
     pod = job["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy requires
+    assert pod["restartPolicy"] == "Never"  # a podFailurePolicy requires it
     (container,) = pod["containers"]
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}

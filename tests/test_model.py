@@ -32,7 +32,7 @@ TINY = ModelConfig(
 )
 B, T = 2, 10
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (B, T), np.int32)
-# In no order: attention must not care.
+# In no order: attention must not depend on positions.
 POSITIONS = np.stack([np.random.default_rng(seed).permutation(3 * T)[:T] for seed in (1, 2)]).astype(np.int32)
 CAUSAL = np.tril(np.ones((1, T, T), bool))
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -44,7 +44,7 @@ def abstract_params(config: ModelConfig, **options):
 
 
 def random_params(config: ModelConfig):
-    """Parameters away from the ones and zeros that some of them start as; compiles nothing."""
+    """Parameters that differ from the ones and zeros of initialisation; compiles nothing."""
     random = np.random.default_rng(3)
 
     def draw(path, leaf):
@@ -55,7 +55,7 @@ def random_params(config: ModelConfig):
 
 
 def jitted(model: Transformer):
-    """params, tokens, positions, cache, mask -> logits, kv; compiled once a shape."""
+    """params, tokens, positions, cache, mask -> logits, kv; compiled once per shape."""
     return jax.jit(lambda params, *args: model.apply({"params": params}, *args))
 
 
@@ -182,7 +182,7 @@ def test_tied_head_is_the_table(whole):
     assert np.abs(ours - whole[0]).max() > 0.1
 
 
-# One function, however it is computed.
+# Different computations of the same function.
 
 
 def test_scanned_layers_are_the_unrolled_ones(whole):
@@ -263,7 +263,7 @@ def test_a_query_that_may_see_nothing_is_finite():
 
 
 def test_attention_is_causal_in_the_order_fed(whole):
-    """Tokens fed later change nothing, though some of their positions come first."""
+    """Tokens fed later have no influence, although some of their positions come first."""
     before, _ = whole
     other, elsewhere = TOKENS.copy(), POSITIONS.copy()
     other[:, 6:] = (other[:, 6:] + 1) % TINY.vocab_size
@@ -282,7 +282,7 @@ def test_permuting_tokens_with_their_positions_changes_who_sees_whom_and_nothing
     np.testing.assert_allclose(permuted[:, 0], logits[:, 0], **CLOSE)
     assert np.abs(permuted - logits[:, order])[:, 1:-1].max(axis=(0, 2)).min() > 1e-3
 
-    # Under a mask that travels with the tokens nothing changes at all.
+    # With a mask permuted like the tokens, nothing changes.
     mask = np.random.default_rng(5).random((B, T, T)) < 0.5
     mask |= np.eye(T, dtype=bool)
     fed, _ = apply(PARAMS, TOKENS, POSITIONS, None, mask)
@@ -294,7 +294,7 @@ def test_only_differences_of_positions_matter(whole):
     before, (keys, values) = whole
     after, (moved_keys, moved_values) = apply(PARAMS, TOKENS, POSITIONS + 17)
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-4)
-    # Those of the first layer, before attention mixes positions in.
+    # Keys and values of the first layer, before attention mixes positions.
     np.testing.assert_allclose(moved_values[0], values[0], rtol=0, atol=1e-4)
     assert np.abs(moved_keys[0] - keys[0]).max() > 0.1
     stretched, _ = apply(PARAMS, TOKENS, POSITIONS * 2)
@@ -392,7 +392,7 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient():
 
 
 def test_a_cpu_loads_no_pallas():
-    """Loading and decoding on a CPU reaches no kernel, so no deprecated or private module of JAX either."""
+    """Loading and decoding on a CPU imports no kernel, and so no deprecated module of JAX."""
     script = textwrap.dedent("""
         import sys
         from refusion_jax import load

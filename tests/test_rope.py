@@ -1,4 +1,4 @@
-"""RoPE scaling against the numbers of `transformers` 5.23 on PyTorch, and what a scaling must say."""
+"""RoPE scaling against figures of `transformers` 5.23 on PyTorch, and the fields that a scaling requires."""
 
 import dataclasses
 
@@ -113,7 +113,7 @@ def test_frequencies_are_those_of_transformers(fields, magnitude, recorded):
 
 
 def test_tables_are_those_of_transformers():
-    """Also far out, where an angle is thousands of turns."""
+    """Also at large positions, where an angle is thousands of turns."""
     tables = rope_tables(jnp.asarray([[7, 30000]]), HEAD_DIM, THETA, RopeScaling.from_fields(DEEPSEEK))
     cos = [
         [

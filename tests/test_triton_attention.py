@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def random_mask(B: int, T: int, filled: np.ndarray) -> np.ndarray:
-    """bool [B, T, S + T]: any part of what is filled, any part of the tokens fed, and nothing at times."""
+    """bool [B, T, S + T]: random filled entries and random tokens fed; one query sees nothing."""
     random = np.random.default_rng(1)
     fed = np.tril(np.ones((T, T), bool)) & (random.random((B, T, T)) < 0.8)
     cached = filled[:, None] & (random.random((B, T, filled.shape[1])) < 0.9)
@@ -43,7 +43,7 @@ def kernel(qkv, cache, mask):
     [
         (1, 1, 100, 2, 4),  # AR decoding
         (3, 8, 128, 1, 2),
-        (3, 33, 200, 2, 3),  # heads and tokens that fill no tile
+        (3, 33, 200, 2, 3),  # heads and tokens that do not fill a tile
         (1, 128, 64, 2, 4),  # more than a tile of queries
         (1, 70, 0, 1, 1),  # a prompt
     ],
@@ -55,7 +55,7 @@ def test_the_kernel_is_the_reference(B, T, S, K, G):
     filled[:, S // 2 :] = False
     mask = random_mask(B, T, filled)
     zeros = [np.where(filled[..., None, None], x, 0) for x in (keys, values)]
-    # Nothing of what lies in unfilled entries is seen.
+    # Unfilled entries have no influence, whatever they hold.
     rubbish = [np.where(filled[..., None, None], x, y) for x, y in ((keys, 1e15), (values, np.nan))]
     found = kernel(qkv, tuple(rubbish) if S else None, mask)
     q, k, v = qkv[..., :G, :].reshape(B, T, K * G, H), qkv[..., G, :], qkv[..., G + 1, :]
@@ -66,7 +66,7 @@ def test_the_kernel_is_the_reference(B, T, S, K, G):
 
 
 def params_of(config: ModelConfig):
-    """Random parameters of the plain model, and their boxed shapes in the joined one."""
+    """Random parameters of the plain model, and boxed shapes of the fused model."""
     nothing = jnp.zeros((1, 1), jnp.int32)
 
     def shapes(model):
@@ -81,7 +81,7 @@ def params_of(config: ModelConfig):
 
 
 PARAMS, _ = params_of(CONFIG)
-JOINED = fuse_projections(PARAMS)
+FUSED = fuse_projections(PARAMS)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -95,7 +95,7 @@ def assert_agree(found, wanted, **close):
 
 
 def fed_twice(model, params, B: int = 3, T: int = 6):
-    """A prompt without a mask, and six more tokens through a cache of it under one."""
+    """A prompt without a mask, then six tokens with a mask and a cache of the prompt."""
     random = np.random.default_rng(5)
     tokens = random.integers(0, 40, (B, 2 * T))
     positions = np.stack([random.permutation(2 * T) for _ in range(B)])
@@ -112,7 +112,7 @@ def plain():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_model_with_the_kernel_is_the_dense_one(plain, scan_layers):
     model = Transformer(CONFIG, kernel="triton", fused=True, scan_layers=scan_layers)
-    assert_agree(fed_twice(model, stack_layers(JOINED) if scan_layers else JOINED), plain)
+    assert_agree(fed_twice(model, stack_layers(FUSED) if scan_layers else FUSED), plain)
 
 
 def test_the_kernel_takes_separate_projections(plain):
@@ -121,7 +121,7 @@ def test_the_kernel_takes_separate_projections(plain):
 
 @pytest.mark.parametrize("kernel_name", ["dense", "triton"])
 def test_ragged_rows_are_rows_by_themselves(kernel_name):
-    """Rows of 5, 1, 0 and 3 tokens one after the other, in no order, against the same padded to 5."""
+    """Rows of 5, 1, 0 and 3 tokens as one shuffled sequence, against the same rows padded to 5."""
     model = Transformer(CONFIG, kernel=kernel_name, fused=True)
     lengths, T, S = [5, 1, 0, 3], 5, 7
     B, N = len(lengths), sum(lengths)
@@ -136,7 +136,7 @@ def test_ragged_rows_are_rows_by_themselves(kernel_name):
     flat = np.full((B, T), N)
     flat[row, place] = np.arange(N)
     rows = Ragged(*(jnp.asarray(x, jnp.int32) for x in (flat, row, place)))
-    x, fresh = hidden(model, JOINED, tokens[row, place][None], positions[row, place][None], cache, mask, rows)
+    x, fresh = hidden(model, FUSED, tokens[row, place][None], positions[row, place][None], cache, mask, rows)
     wanted, kv = hidden(Transformer(CONFIG), PARAMS, tokens, positions, cache, mask)
     assert x.shape == (1, N, 16) and fresh[0].shape == (2, 1, N, 2, 16)
     assert_agree(x[0], wanted[row, place])
@@ -147,7 +147,7 @@ def test_ragged_rows_are_rows_by_themselves(kernel_name):
 @pytest.mark.parametrize("heads", [(4, 2), (9, 3)], ids=["heads split", "heads whole"])
 @pytest.mark.parametrize("sizes", [(1, 1, 2), (2, 2, 2)], ids=str)
 def test_on_a_mesh(heads, kernel_name, sizes):
-    """Tensor parallel: logits as on one device, also where the mesh divides neither heads nor rows."""
+    """Tensor parallel: logits are those of one device, also where the mesh divides neither heads nor rows."""
     config = ModelConfig(40, 2, 16, *heads, 16, 24, rope_theta=1e4)
     params, boxed = params_of(config)
     wanted = fed_twice(Transformer(config), params)
@@ -181,7 +181,7 @@ def test_what_fits(platform, dtype, head_dim, kernel_name):
 
 @pytest.mark.parametrize("T", [1, 32, 512])
 def test_it_lowers_for_a_gpu(T, monkeypatch):
-    """As far as one gets without a GPU: to the code handed to its compiler."""
+    """Lowering without a GPU, up to the code that its compiler gets."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     spec, half = jax.ShapeDtypeStruct, jnp.bfloat16
     cache = (spec((36, 1, 1024, 8, 128), half),) * 2
