@@ -45,14 +45,21 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_atomically(path: str | Path) -> Iterator[IO[bytes]]:
+def open_atomically(path: str | Path, *, keep_partial: bool = False) -> Iterator[IO[bytes]]:
     """Opens a new file for writing that replaces `path` at the end of the block.
 
     The data goes to a temporary file in the same folder, which is synced to disk and then renamed to `path`.
-    If the block raises, the temporary file is removed and an existing file at `path` stays unchanged.
+    If the block raises, an existing file at `path` stays unchanged, and the temporary file is removed.
+
+    Args:
+      path: the file.
+      keep_partial: name the temporary file `path`.partial and keep it if the block raises, so that results
+        that took long are not lost.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(
+        f"{path.name}.partial" if keep_partial else f".{path.name}.partial-{os.getpid()}"
+    )
     try:
         with partial.open("wb") as file:
             yield file
@@ -60,7 +67,8 @@ def open_atomically(path: str | Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        if not keep_partial:
+            partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

@@ -33,3 +33,15 @@ def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "figures.json", "new")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_partial_file_may_be_kept(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(KeyboardInterrupt), open_atomically(path, keep_partial=True) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["results.jsonl.partial"]
+    assert (tmp_path / "results.jsonl.partial").read_bytes() == b"half"
+    with open_atomically(path, keep_partial=True) as file:
+        file.write(b"whole")
+    assert os.listdir(tmp_path) == ["results.jsonl"] and path.read_bytes() == b"whole"

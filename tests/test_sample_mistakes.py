@@ -230,6 +230,7 @@ def test_results_take_their_name_when_they_are_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         results.write_results(stopped(), str(answered))
     assert answered.read_text() == "of another run"
+    assert lines(answered.with_name("results.jsonl.partial")) == [{"id": 1}]
     results.write_results(iter([{"id": 1}, {"id": "ü"}]), str(answered))
     assert lines(answered) == [{"id": 1}, {"id": "ü"}] and os.listdir(tmp_path) == ["results.jsonl"]
 

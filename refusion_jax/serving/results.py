@@ -79,13 +79,14 @@ def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
 def write_results(results: Iterable[dict[str, Any]], output: str | None) -> None:
     """Writes results as JSON lines to stdout, or to a file.
 
-    The file is written as `output`.partial and renamed when it is complete.
+    The file is written as `output`.partial and renamed when it is complete; what a run that is stopped has
+    answered stays there.
     """
     if output is None:
         for answer in results:
             print(to_json(answer), flush=True)
         return
-    with open_atomically(output) as file:
+    with open_atomically(output, keep_partial=True) as file:
         for answer in results:
             file.write(f"{to_json(answer)}\n".encode())
             file.flush()
