@@ -38,7 +38,7 @@ def train(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
     available = len(jax.devices())
     counts = flags.devices or [available]
     if max(counts) > available:
-        raise BadInput(f"--devices must be 1 to the {available} devices there are, found {max(counts)}")
+        raise BadInput(f"--devices must be 1 to the {available} available devices, found {max(counts)}")
     rows, table = [], Table(bench_train.COLUMNS)
     print(table.header(), flush=True)
     for count in counts:

@@ -151,7 +151,7 @@ def convert(
 
     Args:
       src: Hugging Face folder, folder of a run or of an earlier conversion, or .gguf file.
-      dst: folder to write. Nothing is left of it if the conversion fails.
+      dst: folder to write. Removed if the conversion fails.
       to: layout "hf" or "orbax"; None is the one that SRC does not have, and "hf" for a GGUF file.
       dtype: one of DTYPES; None keeps the stored dtype, which for a GGUF file is float32.
       asked: tokens to add, as for `add_tokens`.

@@ -49,12 +49,13 @@ def open_atomically(path: str | Path, *, keep_partial: bool = False) -> Iterator
     """Opens a new file for writing that replaces `path` at the end of the block.
 
     The data goes to a temporary file in the same folder, which is synced to disk and then renamed to `path`.
-    If the block raises, an existing file at `path` stays unchanged, and the temporary file is removed.
+    If the block raises, an existing file at `path` stays unchanged, and the temporary file is removed unless
+    `keep_partial` is set.
 
     Args:
       path: the file.
       keep_partial: name the temporary file `path`.partial and keep it if the block raises, so that results
-        that took long are not lost.
+        that took long are not lost. The next call replaces it.
     """
     path = Path(path)
     partial = path.with_name(

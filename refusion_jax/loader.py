@@ -45,7 +45,7 @@ def load(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise BadInput(f"checkpoint: {folder} is no folder, expected one with config.json and weights")
+        raise BadInput(f"checkpoint: {folder} is not a folder, expected one with config.json and weights")
     config = hf.read_config(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.mask_id is not None and tokenizer.mask_id >= config.vocab_size:

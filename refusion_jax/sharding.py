@@ -95,7 +95,7 @@ def tensor_mesh(count: int) -> Mesh:
     """
     devices = jax.devices()
     if not 1 <= count <= len(devices):
-        raise BadInput(f"--tensor must be 1 to the {len(devices)} devices there are, found {count}")
+        raise BadInput(f"--tensor must be 1 to the {len(devices)} available devices, found {count}")
     return make_mesh(MeshConfig(data=1, tensor=count), devices[:count])
 
 
@@ -110,7 +110,7 @@ def sizes(config: MeshConfig, count: int) -> MeshConfig:
     left = count // product if -1 in given.values() else 1
     if product * left != count:
         shape = ", ".join(f"{name}={size}" for name, size in given.items())
-        raise BadInput(f"mesh: {shape} must multiply to the {count} devices there are")
+        raise BadInput(f"mesh: {shape} must multiply to the {count} available devices")
     return MeshConfig(**{name: left if size == -1 else size for name, size in given.items()})
 
 

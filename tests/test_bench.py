@@ -128,7 +128,7 @@ def test_mistakes_of_decode_are_one_line(capsys, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--devices=9"], "--devices must be 1 to the 8 devices there are, found 9"),
+        (["--devices=9"], "--devices must be 1 to the 8 available devices, found 9"),
         (["--devices=0"], "--devices: must be a whole number above 0, found '0'"),
         (["--devices=two"], "--devices: must be a whole number above 0, found 'two'"),
         (["--steps=0"], "--steps: must be a whole number above 0, found '0'"),

@@ -39,7 +39,7 @@ from refusion_jax.serving import results
         (["--seed=-1"], "seed .* found -1"),
         (["--batch_size=0"], "--batch_size must be at least 1 request, found 0"),
         (["--ahead=-1"], "--ahead must be 0 to 4096 tokens, found -1"),
-        (["--tensor=9"], "--tensor must be 1 to the 8 devices there are, found 9"),
+        (["--tensor=9"], "--tensor must be 1 to the 8 available devices, found 9"),
         (["--semantics=paper"], "--semantics: invalid choice: 'paper'"),
         (["--method=guess"], "--method: invalid choice: 'guess'"),
         (["--dtype=float8"], "--dtype: invalid choice: 'float8'"),
@@ -132,7 +132,7 @@ def truncate(folder: Path, length: int) -> None:
 NORM = "model.norm.weight"
 DAMAGES = {
     # name: (change of the folder, pattern of the error line)
-    "no folder": (shutil.rmtree, "is no folder, expected one with config.json and weights"),
+    "no folder": (shutil.rmtree, "is not a folder, expected one with config.json and weights"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
     "config is a list": (
@@ -214,7 +214,7 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
     ran = command(
         f"--checkpoint={tmp_path / 'nowhere'}", f"--input={asked}", f"--output={tmp_path / 'results.jsonl'}"
     )
-    assert_refused(ran, "nowhere is no folder")
+    assert_refused(ran, "nowhere is not a folder")
     assert os.listdir(tmp_path) == ["requests.jsonl"]
 
 

@@ -83,7 +83,7 @@ def test_without_its_files_one_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("refusion_jax.serving.flags.SMALL", tmp_path / "small")
     assert sample.main(["--prompt=1+1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path / 'small'} is no folder" in line
+    assert f"{tmp_path / 'small'} is not a folder" in line
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_a_merge_may_begin_with_a_number_sign(folder, qwen):
         ({"added_tokens_decoder": {"900": 7}}, "added token '900' is 7"),
         (
             {"added_tokens_decoder": {"901": {"content": "<a>"}, "902": {"content": "<a>"}}},
-            "added token '<a>' or its id 902 stands there twice",
+            "added token '<a>' or its id 902 appears twice",
         ),
         ({"added_tokens_decoder": {"5": {"content": "<a>"}}}, "added token '<a>' has the id 5 of "),
         (
@@ -258,7 +258,7 @@ def test_added_tokens_json_is_checked(folder):
     del settings["added_tokens_decoder"]
     write_json(folder / "tokenizer_config.json", settings)
     for value, message in [
-        ({"<a>": 900, "<b>": 900}, "added token '<b>' or its id 900 stands there twice"),
+        ({"<a>": 900, "<b>": 900}, "added token '<b>' or its id 900 appears twice"),
         ({"<a>": [900]}, "added token '<a>' has the id [900]"),
     ]:
         write_json(folder / "added_tokens.json", value)

@@ -60,7 +60,7 @@ def read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, Ad
         if isinstance(key, bool) or not isinstance(key, int | str) or not str(key).isdecimal():
             raise BadInput(f"{path}: added token {text!r} has the id {key!r}, expected a whole number")
         if int(key) in tokens or text in texts:
-            raise BadInput(f"{path}: added token {text!r} or its id {key} stands there twice")
+            raise BadInput(f"{path}: added token {text!r} or its id {key} appears twice")
         tokens[int(key)] = added_token(fields)
         texts.add(text)
     return tokens
