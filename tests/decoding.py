@@ -108,7 +108,7 @@ def arguments(cases: Sequence[Case]):
     prompts, configs = [c.prompt for c in cases], [c.config for c in cases]
     padded = pad_prompts(prompts, configs, SHAPE, CONFIG.vocab_size)
     requests = Requests.batch(prompts, configs, SHAPE)
-    return padded, requests, np.int32(MASK), np.int32(configs[0].eos_id)
+    return padded, requests, np.int32(MASK), np.asarray(configs[0].eos_ids, np.int32)
 
 
 def final_state(cases: Sequence[Case], model=MODEL, params=PARAMS, shape=SHAPE) -> decode.DecodeState:

@@ -123,7 +123,7 @@ def _programs(model, params, work: Work) -> _Programs:
     prompts = random.integers(0, vocab, (work.batch, work.prompt_length)).tolist()
     decoder = DECODERS[type(config)]
     batch = decoder.prepare(model, prompts, config)
-    prompts, requests, mask_id, eos_id = batch.inputs
+    prompts, requests, mask_id, eos_ids = batch.inputs
     shape = batch.shape
     if work.method == "refusion":
         if work.ahead is not None:
@@ -131,9 +131,9 @@ def _programs(model, params, work: Work) -> _Programs:
         if work.courses:
             requests = requests.replace(replay=replay(work.courses, config, shape))
     return _Programs(
-        lambda: decoder.begin(model, params, prompts, requests, mask_id, eos_id, shape=shape),
-        lambda state: decoder.resume(model, params, state, mask_id, eos_id, 0, NO_LIMIT, shape=shape),
-        lambda state: decoder.finish(state, eos_id, shape),
+        lambda: decoder.begin(model, params, prompts, requests, mask_id, eos_ids, shape=shape),
+        lambda state: decoder.resume(model, params, state, mask_id, eos_ids, 0, NO_LIMIT, shape=shape),
+        lambda state: decoder.finish(state, eos_ids, shape),
     )
 
 

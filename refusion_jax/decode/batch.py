@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from refusion_jax.decode.config import ENTROPY, MEAN, SLOT_SCORES, DecodeConfig, check_whole
+from refusion_jax.decode.samples import is_eos
 from refusion_jax.errors import BadInput
 
 
@@ -158,6 +159,14 @@ class Requests(struct.PyTreeNode):
     recompute: jax.Array | None
     replay: Replay | None
 
+    def is_eos(self, tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
+        """bool: which of the tokens [B, ...] end a response. `release` knows only the first of `eos_ids`."""
+        ends = is_eos(tokens, eos_ids)
+        if eos_ids.ndim == 0 or eos_ids.shape[0] == 1:
+            return ends
+        release = self.release.reshape(self.release.shape + (1,) * (tokens.ndim - self.release.ndim))
+        return jnp.where(release, tokens == eos_ids[0], ends)
+
     @classmethod
     def batch(
         cls, prompts: Sequence[Sequence[int]], configs: Sequence[DecodeConfig], shape: Shape
@@ -192,25 +201,27 @@ class Prepared(NamedTuple):
     Attributes:
       prompts: int32 [B, P], padded on the right.
       requests: the method's requests, a tree of arrays [B, ...].
-      mask_id, eos_id: int32 scalars.
+      mask_id: int32 scalar.
+      eos_ids: int32 [E], each of which ends a response.
       shape: the padded sizes.
     """
 
     prompts: np.ndarray
     requests: Any
     mask_id: np.int32
-    eos_id: np.int32
+    eos_ids: np.ndarray
     shape: Shape
 
     @property
-    def inputs(self) -> tuple[np.ndarray, Any, np.int32, np.int32]:
+    def inputs(self) -> tuple[np.ndarray, Any, np.int32, np.ndarray]:
         """The positional arguments of `Decoder.begin` and `Decoder.decode` after the model and parameters."""
         return self[:4]
 
     @classmethod
     def of(cls, prompts: np.ndarray, requests: Any, configs: Sequence, shape: Shape) -> "Prepared":
         """A prepared batch with the mask and EOS ids that all configs share."""
-        return cls(prompts, requests, np.int32(configs[0].mask_id), np.int32(configs[0].eos_id), shape)
+        mask_id, eos_ids = np.int32(configs[0].mask_id), np.asarray(configs[0].eos_ids, np.int32)
+        return cls(prompts, requests, mask_id, eos_ids, shape)
 
 
 def pad_prompts(
@@ -222,7 +233,7 @@ def pad_prompts(
       BadInput: a prompt entry is not a token id below `vocab_size`, `mask_id` is not below `vocab_size`, or
         mask_id or eos_id differ between requests.
     """
-    special = {(c.mask_id, c.eos_id) for c in configs}
+    special = {(c.mask_id, c.eos_ids) for c in configs}
     if len(special) != 1:
         raise BadInput(f"the requests of a batch must share mask_id and eos_id, found {sorted(special)}")
     if configs[0].mask_id >= vocab_size:

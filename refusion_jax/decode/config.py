@@ -22,7 +22,9 @@ class DecodeConfig:
     """Settings of the slot decoder for one prompt (arXiv 2512.13586, section 3.3).
 
     Attributes:
-      mask_id, eos_id: token ids of the mask token and of EOS.
+      mask_id: token id of the mask token.
+      eos_id: token id of EOS, or several ids, each of which ends a response. `release` semantics know only
+        the first.
       gen_length: the most response tokens, EOS included.
       slot_size: W, tokens per slot.
       num_blocks: blocks per response. Blocks are decoded left to right, the slots of a block in any order.
@@ -49,7 +51,7 @@ class DecodeConfig:
     """
 
     mask_id: int
-    eos_id: int
+    eos_id: int | tuple[int, ...]
     gen_length: int = 128
     slot_size: int = 8
     num_blocks: int = 1
@@ -78,6 +80,11 @@ class DecodeConfig:
             raise BadInput(
                 f"gen_length / num_blocks must be at most {MOST_BLOCK_TOKENS} tokens, found {self.block_len}"
             )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The token ids that end a response."""
+        return as_ids(self.eos_id)
 
     @property
     def block_len(self) -> int:
@@ -112,13 +119,21 @@ class DecodeConfig:
 def check_common(config) -> None:
     """Raises BadInput unless the settings that all methods have are in range: mask_id, eos_id, gen_length,
     temperature and seed."""
-    for name in ("mask_id", "eos_id"):
-        check_whole(name, getattr(config, name), 0, 2**31 - 1)
+    for name, token in ("mask_id", config.mask_id), *(("eos_id", token) for token in config.eos_ids):
+        check_whole(name, token, 0, 2**31 - 1)
     check_whole("gen_length", config.gen_length, 1, MOST_TOKENS)
     check_finite("temperature", config.temperature)
     if config.temperature < 0:
         raise BadInput(f"temperature must be 0 or above, found {config.temperature!r}")
     check_whole("seed", config.seed, 0, 2**32 - 1)
+
+
+def as_ids(eos_id: int | Sequence[int]) -> tuple[int, ...]:
+    """One id or several as a tuple. Raises BadInput if there is none."""
+    ids = tuple(eos_id) if isinstance(eos_id, Sequence) else (eos_id,)
+    if not ids:
+        raise BadInput("eos_id must be a token id or several, found none")
+    return ids
 
 
 def check_whole(name: str, value, least: int, most: int) -> None:

@@ -4,8 +4,8 @@ The engine, the terminal view, `bench`, `evaluate` and `sample` below use a meth
 
     batch = decoder.prepare(model, prompts, config)
     state = decoder.begin(model, params, *batch.inputs, shape=batch.shape)
-    state = decoder.resume(model, params, state, batch.mask_id, batch.eos_id, 0, NO_LIMIT, shape=batch.shape)
-    samples = decoder.finish(state, batch.eos_id, batch.shape)
+    state = decoder.resume(model, params, state, batch.mask_id, batch.eos_ids, 0, NO_LIMIT, shape=batch.shape)
+    samples = decoder.finish(state, batch.eos_ids, batch.shape)
 
 B is the number of rows, P the prompt length, S = P + gen the number of positions; all padded (`Shape`).
 """
@@ -37,7 +37,8 @@ class State(Protocol):
       done: bool [B], rows with nothing left to decode.
       forwards: int32 [B], forward passes made.
       iterations: int32 [B], plans executed; forward passes for a method without plans.
-      requests: the request of each row, with `prompt_len` int32 [B].
+      requests: the request of each row, with `prompt_len` int32 [B] and `is_eos(tokens, eos_ids)`, bool of
+        the shape of `tokens` [B, ...]: which of them end a response.
       trace: the result of each plan, or None if not recorded.
     """
 
@@ -49,7 +50,7 @@ class State(Protocol):
     requests: Any
     trace: Any
 
-    def committed(self, eos_id: Array) -> Array:
+    def committed(self, eos_ids: Array) -> Array:
         """bool [B, S]: the committed tokens to return. Entries at prompt positions are ignored."""
 
 
@@ -68,9 +69,9 @@ class Decoder:
       batch_requests: (prompts, configs, shape) -> the requests as NumPy arrays [B, ...]. Padding rows request
         no tokens.
       start: (model, prompts, requests, shape) -> the State before the first pass.
-      first_pass: (model, params, state, mask_id, eos_id, shape) -> the State after the pass that feeds the
+      first_pass: (model, params, state, mask_id, eos_ids, shape) -> the State after the pass that feeds the
         prompts.
-      passes: (model, params, carry, should_continue, mask_id, eos_id, shape) -> the Carry once
+      passes: (model, params, carry, should_continue, mask_id, eos_ids, shape) -> the Carry once
         `should_continue(carry)` is false: a `lax.while_loop` over passes. `repeated` builds it from a
         function that makes one pass.
     """
@@ -108,12 +109,12 @@ class Decoder:
 
     @functools.partial(jax.jit, static_argnames=("self", "model", "shape"))
     def begin(
-        self, model, params, prompts: Array, requests: Any, mask_id: Array, eos_id: Array, *, shape: Shape
+        self, model, params, prompts: Array, requests: Any, mask_id: Array, eos_ids: Array, *, shape: Shape
     ) -> State:
         """The state after the first pass. Arguments are those of `decode`."""
         with exact_matmuls(model):
             state = self.start(model, prompts, requests, shape)
-            return self.first_pass(model, params, state, mask_id, eos_id, shape)
+            return self.first_pass(model, params, state, mask_id, eos_ids, shape)
 
     @functools.partial(jax.jit, static_argnames=("self", "model", "shape"), donate_argnames=("state",))
     def resume(
@@ -122,7 +123,7 @@ class Decoder:
         params,
         state: State,
         mask_id: Array,
-        eos_id: Array,
+        eos_ids: Array,
         until: Array,
         limit: Array,
         *,
@@ -139,10 +140,10 @@ class Decoder:
 
         with exact_matmuls(model):
             carry = state, jnp.int32(0)
-            return self.passes(model, params, carry, should_continue, mask_id, eos_id, shape)[0]
+            return self.passes(model, params, carry, should_continue, mask_id, eos_ids, shape)[0]
 
     def decode(
-        self, model, params, prompts: Array, requests: Any, mask_id: Array, eos_id: Array, *, shape: Shape
+        self, model, params, prompts: Array, requests: Any, mask_id: Array, eos_ids: Array, *, shape: Shape
     ) -> State:
         """Decodes a batch to its end: `begin`, then `resume`, each compiled once per model and shape.
 
@@ -151,16 +152,18 @@ class Decoder:
           params: its parameters.
           prompts: int32 [B, P], padded on the right.
           requests: the request of each row, a tree of arrays [B, ...].
-          mask_id, eos_id: int32 scalars.
+          mask_id: int32 scalar.
+          eos_ids: int32 [E], or a scalar for one id.
           shape: the padded sizes.
         """
-        state = self.begin(model, params, prompts, requests, mask_id, eos_id, shape=shape)
-        return self.resume(model, params, state, mask_id, eos_id, 0, NO_LIMIT, shape=shape)
+        state = self.begin(model, params, prompts, requests, mask_id, eos_ids, shape=shape)
+        return self.resume(model, params, state, mask_id, eos_ids, 0, NO_LIMIT, shape=shape)
 
-    def finish(self, state: State, eos_id: Array, shape: Shape) -> Samples:
+    def finish(self, state: State, eos_ids: Array, shape: Shape) -> Samples:
         """The Samples of a state whose rows are done."""
         prompt_len = state.requests.prompt_len
-        answers = in_text_order(state.tokens, state.committed(eos_id), prompt_len, eos_id, gen=shape.gen)
+        eos = state.requests.is_eos(state.tokens, eos_ids)
+        answers = in_text_order(state.tokens, state.committed(eos_ids), eos, prompt_len, gen=shape.gen)
         return Samples(*answers, state.forwards, state.iterations, state.trace)
 
     def sample(
@@ -186,7 +189,7 @@ class Decoder:
         """
         batch = self.prepare(model, prompts, config, shape)
         state = self.decode(model, params, *batch.inputs, shape=batch.shape)
-        samples = self.finish(state, batch.eos_id, batch.shape)
+        samples = self.finish(state, batch.eos_ids, batch.shape)
         return jax.tree.map(lambda x: x[: len(prompts)], samples)
 
 
@@ -194,15 +197,15 @@ def repeated(next_pass: Callable[..., State]) -> Callable[..., Carry]:
     """`Decoder.passes` for a method that repeats one function until the loop ends.
 
     Args:
-      next_pass: (model, params, state, mask_id, eos_id, shape) -> the state after one more pass.
+      next_pass: (model, params, state, mask_id, eos_ids, shape) -> the state after one more pass.
     """
 
     def passes(
-        model, params, carry: Carry, should_continue: Callable, mask_id: Array, eos_id: Array, shape: Shape
+        model, params, carry: Carry, should_continue: Callable, mask_id: Array, eos_ids: Array, shape: Shape
     ) -> Carry:
         def body(carry: Carry) -> Carry:
             state, made = carry
-            return next_pass(model, params, state, mask_id, eos_id, shape), made + 1
+            return next_pass(model, params, state, mask_id, eos_ids, shape), made + 1
 
         return jax.lax.while_loop(should_continue, body, carry)
 

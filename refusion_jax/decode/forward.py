@@ -86,7 +86,7 @@ def forward(
             logits, fresh = model.apply(
                 {"params": params}, tokens, positions, cache.layers, mask, ragged=part
             )
-            scores = score_rows(logits, target, samplings, entropy)
+            scores = score_rows(logits, target, samplings, entropy, model.dtype)
             return (
                 jax.tree.map(lambda x: padded_to(x, 1, capacity), scores),
                 jax.tree.map(lambda x: padded_to(x, 2, capacity), fresh),
@@ -138,11 +138,12 @@ def draft_sampling(row: RowState, request: Requests, inputs: PassInputs) -> Draf
         seed=jnp.broadcast_to(request.seed, inputs.tokens.shape),
         iteration=jnp.broadcast_to(iteration, inputs.tokens.shape),
         place=inputs.positions - request.prompt_len,
+        rounded=jnp.broadcast_to(request.release, inputs.tokens.shape),
     )
 
 
-def score_rows(logits: Array, target: Array, samplings: DraftSampling, entropy: bool) -> Scores:
+def score_rows(logits: Array, target: Array, samplings: DraftSampling, entropy: bool, dtype) -> Scores:
     """`score` for a batch: logits [B, Q, V], target and samplings [B, Q] -> Scores [B, Q]."""
     flat = jax.tree.map(lambda x: x.reshape(-1), (target, samplings))
-    scores = score(logits.reshape(-1, logits.shape[-1]), *flat, entropy)
+    scores = score(logits.reshape(-1, logits.shape[-1]), *flat, entropy, dtype)
     return jax.tree.map(lambda x: x.reshape(target.shape), scores)

@@ -59,9 +59,9 @@ class DecodeState(struct.PyTreeNode):
     requests: Requests
     trace: Trace | None
 
-    def committed(self, eos_id: Array) -> Array:
+    def committed(self, eos_ids: Array) -> Array:
         """bool [B, S]: the committed tokens to return, here all of them."""
-        del eos_id  # tokens after an EOS that were committed belong to `raw_ids`, as in the authors' code
+        del eos_ids  # tokens after an EOS that were committed belong to `raw_ids`, as in the authors' code
         return self.cache.filled
 
     @property
@@ -92,7 +92,9 @@ def start(model, prompts: Array, requests: Requests, shape: Shape) -> DecodeStat
     )
 
 
-def first_pass(model, params, state: DecodeState, mask_id: Array, eos_id: Array, shape: Shape) -> DecodeState:
+def first_pass(
+    model, params, state: DecodeState, mask_id: Array, eos_ids: Array, shape: Shape
+) -> DecodeState:
     """The first plan of every row. The same pass prefills the prompt, whose keys and values are cached."""
     B, P, T = state.tokens.shape[0], shape.prompt, shape.block
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
@@ -114,16 +116,16 @@ def first_pass(model, params, state: DecodeState, mask_id: Array, eos_id: Array,
         state = state.replace(cache=state.cache.commit(of_prompt, positions, real))
         logits = model.apply({"params": params}, x[:, P:], method="unembed")
         samplings = jax.vmap(draft_sampling)(state.row, state.requests, inputs)
-        scores = score_rows(logits, inputs.target, samplings, shape.entropy)
-    return advance(state, inputs, Forwarded(scores, of_block, None), model.dtype, eos_id)
+        scores = score_rows(logits, inputs.target, samplings, shape.entropy, model.dtype)
+    return advance(state, inputs, Forwarded(scores, of_block, None), model.dtype, eos_ids)
 
 
-def next_pass(model, params, state: DecodeState, mask_id: Array, eos_id: Array, shape: Shape) -> DecodeState:
+def next_pass(model, params, state: DecodeState, mask_id: Array, eos_ids: Array, shape: Shape) -> DecodeState:
     """One forward pass, every row in its own phase, with speculative tokens up to `shape.ahead`."""
     inputs = batch_inputs(state, mask_id, shape.ahead)
     with jax.named_scope("forward"):
         result = forward(model, params, state.cache, inputs, state.row, state.requests, shape.entropy)
-    return advance(state, inputs, result, model.dtype, eos_id)
+    return advance(state, inputs, result, model.dtype, eos_ids)
 
 
 @jax.named_scope("inputs")
@@ -136,19 +138,19 @@ def batch_inputs(state: DecodeState, mask_id: Array, ahead: int) -> PassInputs:
     return jax.vmap(one)(state.row, state.requests, state.cache.filled)
 
 
-def advance(state: DecodeState, inputs: PassInputs, result: Forwarded, dtype, eos_id: Array) -> DecodeState:
+def advance(state: DecodeState, inputs: PassInputs, result: Forwarded, dtype, eos_ids: Array) -> DecodeState:
     """The state after a pass: every row's state transition, and the accepted tokens committed.
 
     Args:
       inputs: the inputs of the pass, [B, ...].
       result: its result.
       dtype: of the logits.
-      eos_id: int32 scalar.
+      eos_ids: int32 [E].
     """
     before = state.row
 
     def one(row: RowState, request: Requests, inputs: PassInputs, scores):
-        return carry_out(row, request, read_outputs(scores, inputs, row, request, dtype), eos_id)
+        return carry_out(row, request, read_outputs(scores, inputs, row, request, dtype), eos_ids)
 
     row, outcome = jax.vmap(one)(before, state.requests, inputs, result.scores)
     positions = jax.vmap(lambda row, request: geometry(row, request).position)(before, state.requests)

@@ -55,14 +55,16 @@ def leading_runs(good: Array, at: Geometry, request: Requests, num_slots: int) -
 
 
 @jax.named_scope("plan")
-def plan(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
+def plan(row: RowState, request: Requests, outputs: PassOutputs, eos_ids: Array) -> tuple[RowState, Outcome]:
     """Chooses slots among those fed as mask tokens. Nothing is committed or cached."""
-    del eos_id
+    del eos_ids
     return _choose(row, request, outputs, outputs.node_index[Groups.of(row).plan]), _no_outcome(row, outputs)
 
 
 @jax.named_scope("verify")
-def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
+def verify(
+    row: RowState, request: Requests, outputs: PassOutputs, eos_ids: Array
+) -> tuple[RowState, Outcome]:
     """Commits the chosen slots that are covered by the longest passing prefix of their concatenated drafts.
 
     If the prefix covers no whole slot, the row goes to INFILL: every chosen slot is then infilled on its own,
@@ -76,7 +78,7 @@ def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
         passes |= row.settled
     prefix = drafted & (jnp.cumsum(drafted & ~passes) == 0)
 
-    eos = prefix & (row.draft == eos_id)
+    eos = prefix & request.is_eos(row.draft, eos_ids)
     has_eos = eos.any()
     at_eos = jnp.argmax(eos)  # index of the first EOS in the block
     eos_slot = at.slot[at_eos]
@@ -110,7 +112,9 @@ def verify(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
 
 
 @jax.named_scope("infill")
-def infill(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
+def infill(
+    row: RowState, request: Requests, outputs: PassOutputs, eos_ids: Array
+) -> tuple[RowState, Outcome]:
     """Extends the accepted prefix of every slot whose drafts were fed, by at least one token.
 
     When all slots are complete, commits them. Where their keys and values are to be recomputed, the row goes
@@ -124,7 +128,7 @@ def infill(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
     accepted = jnp.where(row.drafted & (row.accepted < size), run, row.accepted)
 
     # The first slot with an accepted EOS counts as complete, and the slots after it are dropped.
-    eos = in_open_slot & (at.offset < accepted[at.slot]) & (row.draft == eos_id)
+    eos = in_open_slot & (at.offset < accepted[at.slot]) & request.is_eos(row.draft, eos_ids)
     has_eos = eos.any()
     at_eos = jnp.argmax(eos)
     eos_slot = jnp.where(has_eos, at.slot[at_eos], slots.shape[0])
@@ -166,17 +170,17 @@ def infill(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
     return _select(complete, done, unfinished), outcome
 
 
-def rest(row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array) -> tuple[RowState, Outcome]:
+def rest(row: RowState, request: Requests, outputs: PassOutputs, eos_ids: Array) -> tuple[RowState, Outcome]:
     """Leaves a finished row unchanged."""
-    del request, eos_id
+    del request, eos_ids
     return row, _no_outcome(row, outputs)
 
 
 def carry_out(
-    row: RowState, request: Requests, outputs: PassOutputs, eos_id: Array
+    row: RowState, request: Requests, outputs: PassOutputs, eos_ids: Array
 ) -> tuple[RowState, Outcome]:
     """The next state of a row, and the Outcome, after the forward pass of its phase."""
-    after, outcome = jax.lax.switch(row.phase, [plan, verify, infill, rest], row, request, outputs, eos_id)
+    after, outcome = jax.lax.switch(row.phase, [plan, verify, infill, rest], row, request, outputs, eos_ids)
     return after.replace(forwards=row.forwards + (row.phase != Phase.DONE)), outcome
 
 

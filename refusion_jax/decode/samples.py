@@ -32,26 +32,31 @@ class Samples(struct.PyTreeNode):
 
 @functools.partial(jax.jit, static_argnames=("gen",))
 def in_text_order(
-    tokens: Array, committed: Array, prompt_len: Array, eos_id: Array, *, gen: int
+    tokens: Array, committed: Array, eos: Array, prompt_len: Array, *, gen: int
 ) -> tuple[Array, Array, Array]:
     """The fields raw_ids, num_raw and num_ids of Samples.
 
     Args:
       tokens: int32 [B, S], by position.
       committed: bool [B, S], the tokens to return; entries at prompt positions are ignored.
+      eos: bool [B, S], the tokens that end a response.
       prompt_len: int32 [B].
-      eos_id: int32 scalar.
       gen: G, the padded response length.
     """
 
-    def one(tokens: Array, committed: Array, prompt_len: Array) -> tuple[Array, Array, Array]:
+    def one(tokens: Array, committed: Array, eos: Array, prompt_len: Array) -> tuple[Array, Array, Array]:
         place = jnp.arange(tokens.shape[0])
         response = committed & (place >= prompt_len)
         order = jnp.argsort(jnp.where(response, place, tokens.shape[0]))[:gen]
         num_raw = jnp.sum(response)
         real = jnp.arange(gen) < num_raw
         raw_ids = jnp.where(real, tokens[order], 0)
-        eos = real & (raw_ids == eos_id)
-        return raw_ids, num_raw, jnp.where(eos.any(), jnp.argmax(eos), num_raw)
+        ends = real & eos[order]
+        return raw_ids, num_raw, jnp.where(ends.any(), jnp.argmax(ends), num_raw)
 
-    return jax.vmap(one)(tokens, committed, prompt_len)
+    return jax.vmap(one)(tokens, committed, eos, prompt_len)
+
+
+def is_eos(tokens: Array, eos_ids: Array) -> Array:
+    """bool, of the shape of `tokens`: which of them are one of `eos_ids`, int32 [E] or a scalar."""
+    return jnp.any(tokens[..., None] == eos_ids, axis=-1)

@@ -18,12 +18,15 @@ class DraftSampling(struct.PyTreeNode):
       seed: uint32, the seed of the request.
       iteration: int32, the index of the plan.
       place: int32, the index of the token in the response.
+      rounded: bool, whether logits are rounded to the model's dtype first, as in `release` semantics; None
+        for no rounding.
     """
 
     temperature: Array
     seed: Array
     iteration: Array
     place: Array
+    rounded: Array | None = None
 
 
 class Scores(struct.PyTreeNode):
@@ -42,26 +45,30 @@ class Scores(struct.PyTreeNode):
     entropy: Array | None
 
 
-def score(logits: Array, target: Array, sampling: DraftSampling, entropy: bool = False) -> Scores:
+def score(
+    logits: Array, target: Array, sampling: DraftSampling, entropy: bool = False, dtype=jnp.float32
+) -> Scores:
     """The scores of N tokens.
 
     Args:
-      logits: [N, V], of any float dtype; computed with in float32.
+      logits: float32 [N, V].
       target: int32 [N], the token after each of them, whose probability is wanted.
       sampling: how drafts are sampled.
       entropy: whether to compute the entropy.
+      dtype: the model's, to which `sampling.rounded` rounds.
     """
-    exact = logits.astype(jnp.float32)
-    normaliser = jax.nn.logsumexp(exact, axis=-1)
+    if sampling.rounded is not None and dtype != jnp.float32:
+        logits = jnp.where(sampling.rounded[:, None], logits.astype(dtype).astype(jnp.float32), logits)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
 
     def probability(token: Array) -> Array:
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0].astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
         return jnp.exp(chosen - normaliser)
 
-    drafted = draft(exact, sampling)
+    drafted = draft(logits, sampling)
     entropies = None
     if entropy:
-        entropies = jnp.sum(jax.scipy.special.entr(jnp.exp(exact - normaliser[:, None])), axis=-1)
+        entropies = jnp.sum(jax.scipy.special.entr(jnp.exp(logits - normaliser[:, None])), axis=-1)
     return Scores(drafted, probability(drafted), probability(target), entropies)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -107,8 +107,13 @@ class Weights:
         scale = module.param(f"{name}_scale", init, outputs, jnp.float32)
         return self.int8_product(x, matrix, scale, num_in)
 
-    def int8_product(self, x: Array, matrix: Array, scale: Array, num_in: int = 1) -> Array:
-        """x [..., contracted] times the int8 matrix [outputs, contracted] and its scale [outputs]."""
+    def int8_product(
+        self, x: Array, matrix: Array, scale: Array, num_in: int = 1, dtype: Any = None
+    ) -> Array:
+        """x [..., contracted] times the int8 matrix [outputs, contracted] and its scale [outputs].
+
+        The result is in `dtype`; None is that of the activations.
+        """
         leading, outputs = x.shape[: x.ndim - num_in], scale.shape
         flat = x.reshape(math.prod(leading), -1), matrix.reshape(math.prod(outputs), -1)
         # On a mesh the compiler partitions the product; it cannot partition a kernel.
@@ -120,7 +125,7 @@ class Weights:
             y = jax.lax.dot_general(
                 x, matrix.astype(self.dtype), (summed, ((), ())), preferred_element_type=jnp.float32
             )
-        return (y * scale).astype(self.dtype)
+        return (y * scale).astype(dtype or self.dtype)
 
 
 def _int8_kernel(x: Array, matrix: Array) -> Callable[[Array, Array], Array] | None:

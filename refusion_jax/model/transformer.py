@@ -153,10 +153,14 @@ class Transformer(nn.Module):
         return (self.embedding.T if self.config.tie_embeddings else self.head).astype(self.dtype)
 
     def unembed(self, x: Array) -> Array:
-        """Logits [..., V] in `dtype` of final states [..., D]."""
+        """Logits float32 [..., V] of final states [..., D], as the product accumulates them.
+
+        Rounded to bfloat16, logits of a large vocabulary tie often, and a choice between near ties would
+        depend on the order of the sums.
+        """
         if self.int8 and not self.config.tie_embeddings:
-            return self.weights.int8_product(x, self.head, self.head_scale)
-        return jnp.einsum("...D,DV->...V", x, self.unembedding())
+            return self.weights.int8_product(x, self.head, self.head_scale, dtype=jnp.float32)
+        return jnp.einsum("...D,DV->...V", x, self.unembedding(), preferred_element_type=jnp.float32)
 
     def __call__(
         self,
@@ -185,7 +189,7 @@ class Transformer(nn.Module):
             cache and mask are those of `ragged`.
 
         Returns:
-          logits [B, T, V] in `dtype`, and the fresh keys and values, each [L, B, T, K, H]; with `ragged`
+          logits float32 [B, T, V], and the fresh keys and values, each [L, B, T, K, H]; with `ragged`
           [1, N, V] and [L, 1, N, K, H].
 
         Raises:

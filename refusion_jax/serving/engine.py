@@ -93,7 +93,7 @@ def decoded(
     # Requests start an eighth of the rows at a time: each start costs a pass over their prompts.
     intake = dataclasses.replace(shape, rows=max(1, shape.rows // 8))
     blank = decoder.prepare(model, [requests[0].prompt], [requests[0].config], shape)
-    prompts, settings, mask_id, eos_id = _on_devices_of(params, blank.inputs)
+    prompts, settings, mask_id, eos_ids = _on_devices_of(params, blank.inputs)
     state = decoder.init(model, prompts, settings, shape=shape)
     by_length = sorted(enumerate(requests), key=lambda item: -item[1].config.gen_length)
     waiting = collections.deque(by_length)
@@ -108,11 +108,11 @@ def decoded(
                 watch(state)
         until = max(0, len(running) - intake.rows)
         limit = NO_LIMIT if watch is None else 1
-        state = decoder.resume(model, params, state, mask_id, eos_id, until, limit, shape=shape)
+        state = decoder.resume(model, params, state, mask_id, eos_ids, until, limit, shape=shape)
         if watch is not None:
             watch(state)
         yield from leaving
-        done, samples = jax.device_get(_answers(decoder, state, eos_id, shape)).unpack()
+        done, samples = jax.device_get(_answers(decoder, state, eos_ids, shape)).unpack()
         ended = [row for row in running if done[row]]
         leaving = [(running.pop(row), jax.tree.map(lambda x, row=row: x[row], samples)) for row in ended]
     yield from leaving
@@ -162,9 +162,9 @@ def _inserted(decoder: Decoder, model, params, state: State, packed: Packed, sha
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "shape"))
-def _answers(decoder: Decoder, state: State, eos_id: jax.Array, shape: Shape) -> Packed:
+def _answers(decoder: Decoder, state: State, eos_ids: jax.Array, shape: Shape) -> Packed:
     """(bool [B], the rows that are done; the Samples of all rows), packed for one transfer."""
-    return Packed.pack((state.done, decoder.finish(state, eos_id, shape)))
+    return Packed.pack((state.done, decoder.finish(state, eos_ids, shape)))
 
 
 def warm_up(model, params, tokenizer: Tokenizer, like: Request, shape: Shape) -> None:

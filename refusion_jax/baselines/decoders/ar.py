@@ -14,6 +14,7 @@ from refusion_jax.baselines.decoders.config import ARConfig
 from refusion_jax.decode.batch import Shape, check_pairs, padded_column
 from refusion_jax.decode.decoder import Decoder, repeated
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
+from refusion_jax.decode.samples import is_eos
 from refusion_jax.decode.scores import DraftSampling, draft
 
 Array = jax.Array
@@ -32,6 +33,10 @@ class ARRequests(struct.PyTreeNode):
     temperature: Array
     seed: Array
     from_mask: Array
+
+    def is_eos(self, tokens: Array, eos_ids: Array) -> Array:
+        """bool: which of the tokens [B, ...] end a response."""
+        return is_eos(tokens, eos_ids)
 
     @classmethod
     def batch(
@@ -66,9 +71,9 @@ class ARState(struct.PyTreeNode):
     requests: ARRequests
     trace: ClassVar[None] = None
 
-    def committed(self, eos_id: Array) -> Array:
+    def committed(self, eos_ids: Array) -> Array:
         """bool [B, S]: the response tokens so far."""
-        del eos_id  # no token is decoded after an EOS
+        del eos_ids  # no token is decoded after an EOS
         position, prompt_len = jnp.arange(self.tokens.shape[1]), self.requests.prompt_len[:, None]
         return (position >= prompt_len) & (position < prompt_len + self.count[:, None])
 
@@ -96,7 +101,7 @@ def start(model, prompts: Array, requests: ARRequests, shape: Shape) -> ARState:
     )
 
 
-def first_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shape: Shape) -> ARState:
+def first_pass(model, params, state: ARState, mask_id: Array, eos_ids: Array, shape: Shape) -> ARState:
     """Prefills the prompts, each followed by one mask token, and appends the first response token.
 
     Its logits are those of the last prompt token or of the mask token, as the request asks.
@@ -117,10 +122,10 @@ def first_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, sha
     read_at = jnp.where(requests.from_mask, P, requests.prompt_len - 1)
     x = jnp.take_along_axis(x, read_at[:, None, None], axis=1)
     logits = model.apply({"params": params}, x, method="unembed")[:, 0]
-    return append(state, logits, eos_id)
+    return append(state, logits, eos_ids)
 
 
-def next_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shape: Shape) -> ARState:
+def next_pass(model, params, state: ARState, mask_id: Array, eos_ids: Array, shape: Shape) -> ARState:
     """Feeds the last token of each row and appends the next token."""
     del mask_id, shape
     positions = (state.requests.prompt_len + state.count - 1)[:, None]
@@ -129,10 +134,10 @@ def next_pass(model, params, state: ARState, mask_id: Array, eos_id: Array, shap
     mask = jnp.concatenate([state.cache.filled, itself], axis=1)[:, None]
     logits, fresh = model.apply({"params": params}, token, positions, state.cache.layers, mask)
     cache = state.cache.commit(fresh, positions, ~state.done[:, None])
-    return append(state.replace(cache=cache), logits[:, 0], eos_id)
+    return append(state.replace(cache=cache), logits[:, 0], eos_ids)
 
 
-def append(state: ARState, logits: Array, eos_id: Array) -> ARState:
+def append(state: ARState, logits: Array, eos_ids: Array) -> ARState:
     """Appends a token drafted from logits [B, V] to each row that is not done."""
     requests = state.requests
     sampling = DraftSampling(
@@ -141,13 +146,13 @@ def append(state: ARState, logits: Array, eos_id: Array) -> ARState:
         iteration=state.count,
         place=jnp.zeros_like(state.count),
     )
-    token = draft(logits.astype(jnp.float32), sampling)
+    token = draft(logits, sampling)
     positions = (requests.prompt_len + state.count)[:, None]
     count = state.count + ~state.done
     return state.replace(
         tokens=scatter_rows(state.tokens, positions, token[:, None], ~state.done[:, None]),
         count=count,
-        done=state.done | (token == eos_id) | (count >= requests.gen_length),
+        done=state.done | requests.is_eos(token, eos_ids) | (count >= requests.gen_length),
     )
 
 

@@ -24,13 +24,13 @@ from refusion_jax.decode.inputs import SMALLEST_PASS
 Array = jax.Array
 
 
-def first_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
+def first_pass(model, params, state: BlockState, mask_id: Array, eos_ids: Array, shape: Shape) -> BlockState:
     """The first pass: prefills the prompts and drafts the first blocks."""
     fed = prompt_inputs(state, mask_id, shape)
     passed = padded_pass(model, params, fed)
     of_prompt = fed.active & (fed.positions < state.requests.prompt_len[:, None])
     state = state.replace(cache=passed.commit(state.cache, fed.positions, of_prompt))
-    return read_block(model, params, state, passed.states, mask_id, eos_id)
+    return read_block(model, params, state, passed.states, mask_id, eos_ids)
 
 
 def prompt_inputs(state: BlockState, mask_id: Array, shape: Shape) -> BlockInputs:
@@ -72,7 +72,7 @@ def block_inputs(state: BlockState, mask_id: Array, length: int) -> BlockInputs:
     )
 
 
-def next_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
+def next_pass(model, params, state: BlockState, mask_id: Array, eos_ids: Array, shape: Shape) -> BlockState:
     """A pass over the block of each row; the keys and values of finished blocks are cached."""
     fed = block_inputs(state, mask_id, shape.block)
     most = fed.tokens.size
@@ -80,7 +80,7 @@ def next_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, s
     passed = sized_pass(model, params, state.cache, fed, sizes, keep=True)
     is_finished = fed.active & (fed.positions < state.block_start[:, None])
     state = state.replace(cache=passed.commit(state.cache, fed.positions, is_finished))
-    return read_block(model, params, state, passed.states, mask_id, eos_id)
+    return read_block(model, params, state, passed.states, mask_id, eos_ids)
 
 
 DECODER = Decoder(exact_shape, BlockRequests.batch, BlockState.start, first_pass, repeated(next_pass))

@@ -16,6 +16,7 @@ from flax import struct
 from refusion_jax.baselines.decoders.config import BlockConfig
 from refusion_jax.decode.batch import Shape, check_pairs, padded_column
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
+from refusion_jax.decode.samples import is_eos
 from refusion_jax.decode.scores import DraftSampling, draft
 
 Array = jax.Array
@@ -45,6 +46,10 @@ class BlockRequests(struct.PyTreeNode):
     token_threshold: Array
     temperature: Array
     seed: Array
+
+    def is_eos(self, tokens: Array, eos_ids: Array) -> Array:
+        """bool: which of the tokens [B, ...] end a response."""
+        return is_eos(tokens, eos_ids)
 
     @classmethod
     def batch(cls, prompts: Sequence[Sequence[int]], configs: Sequence[BlockConfig], shape: Shape) -> Self:
@@ -82,10 +87,10 @@ class BlockState(struct.PyTreeNode):
     requests: BlockRequests
     trace: ClassVar[None] = None
 
-    def committed(self, eos_id: Array) -> Array:
+    def committed(self, eos_ids: Array) -> Array:
         """bool [B, S]: the committed tokens up to and including the first EOS of each row."""
         is_committed = self.committed_in > 0
-        eos = is_committed & (self.tokens == eos_id)
+        eos = is_committed & self.requests.is_eos(self.tokens, eos_ids)
         return is_committed & (jnp.cumsum(eos, axis=1) - eos == 0)
 
     @property
@@ -157,13 +162,13 @@ def drafts(logits: Array, mask_id: Array, sampling: DraftSampling) -> tuple[Arra
       the drafted tokens, int32 [N]; and their softmax probabilities over all tokens but the mask token,
       float32 [N].
     """
-    exact = jnp.where(jnp.arange(logits.shape[1]) == mask_id, -jnp.inf, logits.astype(jnp.float32))
+    exact = jnp.where(jnp.arange(logits.shape[1]) == mask_id, -jnp.inf, logits)
     token = draft(exact, sampling)
     of_token = jnp.take_along_axis(exact, token[:, None], axis=1)[:, 0]
     return token, jnp.exp(of_token - jax.nn.logsumexp(exact, axis=1))
 
 
-def commit(state: BlockState, logits: Array, mask_id: Array, eos_id: Array) -> BlockState:
+def commit(state: BlockState, logits: Array, mask_id: Array, eos_ids: Array) -> BlockState:
     """The state after a pass: commits the most confident tokens of each row's block (`surest`).
 
     A row whose block is full goes to the next block, or is done after the last block or a block with an EOS.
@@ -189,7 +194,8 @@ def commit(state: BlockState, logits: Array, mask_id: Array, eos_id: Array) -> B
 
     forwards = state.forwards + ~state.done
     tokens = scatter_rows(state.tokens, positions, token, chosen)
-    has_eos = inside & (jnp.take_along_axis(tokens, positions, axis=1, mode="clip") == eos_id)
+    of_block = jnp.take_along_axis(tokens, positions, axis=1, mode="clip")
+    has_eos = inside & requests.is_eos(of_block, eos_ids)
     full = ~jnp.any(masked & ~chosen, axis=1)
     last = jnp.any(has_eos, axis=1) | (state.block + 1 >= requests.num_blocks)
     done = state.done | (full & last)

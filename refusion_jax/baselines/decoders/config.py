@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from refusion_jax.decode.config import (
     MOST_BLOCK_TOKENS,
     MOST_TOKENS,
+    as_ids,
     check_common,
     check_finite,
     check_whole,
@@ -23,7 +24,8 @@ class ARConfig:
     """Settings of autoregressive decoding for one prompt.
 
     Attributes:
-      mask_id, eos_id: token ids of the mask token and of EOS.
+      mask_id: token id of the mask token.
+      eos_id: token id of EOS, or several ids, each of which ends a response.
       gen_length: the most response tokens, EOS included.
       temperature: of the sampled tokens (Gumbel-max); 0 is greedy.
       seed: of the samples where temperature is above 0.
@@ -36,7 +38,7 @@ class ARConfig:
     """
 
     mask_id: int
-    eos_id: int
+    eos_id: int | tuple[int, ...]
     gen_length: int = 128
     temperature: float = 0.0
     seed: int = 0
@@ -49,6 +51,11 @@ class ARConfig:
                 f"first_token must be one of {', '.join(FIRST_TOKENS)}, found {quoted(self.first_token)}"
             )
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The token ids that end a response."""
+        return as_ids(self.eos_id)
+
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises BadInput if the prompt is empty and `first_token` is "next", which needs a prompt token."""
         if self.first_token == "next" and not len(prompt):
@@ -60,7 +67,8 @@ class BlockConfig:
     """Settings shared by MDM and BD3 for one prompt; each method adds the length of its blocks.
 
     Attributes:
-      mask_id, eos_id: token ids of the mask token and of EOS.
+      mask_id: token id of the mask token.
+      eos_id: token id of EOS, or several ids, each of which ends a response.
       gen_length: the most response tokens, EOS included.
       tokens_per_step: masked tokens of the block that every pass commits, the most confident ones.
       token_threshold: a pass also commits every token drafted with a probability above this; with 1 or more
@@ -73,7 +81,7 @@ class BlockConfig:
     """
 
     mask_id: int
-    eos_id: int
+    eos_id: int | tuple[int, ...]
     gen_length: int = 128
     tokens_per_step: int = 1
     token_threshold: float = 1.0
@@ -84,6 +92,11 @@ class BlockConfig:
         check_common(self)
         check_whole("tokens_per_step", self.tokens_per_step, 1, MOST_TOKENS)
         check_finite("token_threshold", self.token_threshold)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The token ids that end a response."""
+        return as_ids(self.eos_id)
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Accepts every prompt; these methods can continue an empty one too."""

@@ -61,18 +61,18 @@ def start(model, prompts: Array, requests: MDMRequests, shape: Shape) -> BlockSt
     return BlockState.start(model, prompts, requests, shape, cached=any_cached(shape))
 
 
-def first_pass(model, params, state: BlockState, mask_id: Array, eos_id: Array, shape: Shape) -> BlockState:
+def first_pass(model, params, state: BlockState, mask_id: Array, eos_ids: Array, shape: Shape) -> BlockState:
     """The first pass, over all prompts and responses."""
     fed = block_inputs(state, mask_id, width=state.tokens.shape[1], length=shape.block, cached=False)
     passed = padded_pass(model, params, fed)
     if any_cached(shape):
         keep = fed.active & (state.requests.cache_kind != NONE)[:, None]
         state = state.replace(cache=passed.commit(state.cache, fed.positions, keep))
-    return read_block(model, params, state, passed.states, mask_id, eos_id)
+    return read_block(model, params, state, passed.states, mask_id, eos_ids)
 
 
 def passes(
-    model, params, carry: Carry, should_continue: Callable, mask_id: Array, eos_id: Array, shape: Shape
+    model, params, carry: Carry, should_continue: Callable, mask_id: Array, eos_ids: Array, shape: Shape
 ) -> Carry:
     """`Decoder.passes`: an outer loop over passes that write the cache, an inner loop over those that do not.
 
@@ -82,13 +82,13 @@ def passes(
     def within_blocks(carry: Carry) -> Carry:
         state, made = carry
         states = pass_within(model, params, state, mask_id, shape)
-        return read_block(model, params, state, states, mask_id, eos_id), made + 1
+        return read_block(model, params, state, states, mask_id, eos_ids), made + 1
 
     def body(carry: Carry) -> Carry:
         """One pass in which rows may begin a block and write the cache, then passes in which none does."""
         state, made = carry
         state, states = pass_beginning(model, params, state, mask_id, shape)
-        carry = read_block(model, params, state, states, mask_id, eos_id), made + 1
+        carry = read_block(model, params, state, states, mask_id, eos_ids), made + 1
         return jax.lax.while_loop(
             lambda carry: should_continue(carry) & ~jnp.any(writes_cache(carry[0])), within_blocks, carry
         )

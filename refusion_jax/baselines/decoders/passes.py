@@ -112,6 +112,6 @@ def quarters(most: int) -> list[int]:
     return sorted({-(-most * part // 4) for part in (1, 2, 3, 4)})
 
 
-def read_block(model, params, state: BlockState, states: Array, mask_id: Array, eos_id: Array) -> BlockState:
+def read_block(model, params, state: BlockState, states: Array, mask_id: Array, eos_ids: Array) -> BlockState:
     """The state after a pass with the final hidden states [B, T, D]: unembeds them and commits tokens."""
-    return commit(state, model.apply({"params": params}, states, method="unembed"), mask_id, eos_id)
+    return commit(state, model.apply({"params": params}, states, method="unembed"), mask_id, eos_ids)
