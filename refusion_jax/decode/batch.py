@@ -30,6 +30,11 @@ class Shape:
         0 for none, as in the authors' code.
       scores: the members of SLOT_SCORES that some request asks for, "first" excepted.
       recompute: whether some request sets `recompute`.
+      drafts: W, the most drafts that a pass of a request with `verify` "exact" verifies; 0 if there is none.
+        `drafts` to `frugal` are for such requests.
+      mask_readings: the most places per pass that are read off mask tokens (exact.py); also read by AR.
+      masks_ahead: the number of mask tokens that ride along with W drafts.
+      frugal: whether a row drafts and carries fewer tokens where few of its drafts are accepted.
       caches: the members of baselines.decoders.config.CACHES that some request asks for; read by MDM only.
     """
 
@@ -43,6 +48,10 @@ class Shape:
     ahead: int = 0
     scores: tuple[str, ...] = ()
     recompute: bool = False
+    drafts: int = 0
+    mask_readings: int = 0
+    masks_ahead: int = 0
+    frugal: bool = False
     caches: tuple[str, ...] = ()
 
     @classmethod
@@ -54,13 +63,18 @@ class Shape:
         """
         check_pairs(prompts, configs)
         asked_scores = {c.slot_score for c in configs}
+        exact = [c for c in configs if c.exact]
+        # Counted in tokens there: a pass commits at least one.
+        plans = [c.gen_length if c.exact else c.response_len // c.slot_size for c in configs]
         return cls(
             rows=len(prompts),
             prompt=max(map(len, prompts)),
             gen=max(c.response_len for c in configs),
             block=max(c.block_len for c in configs),
             slots=max(c.block_len // c.slot_size for c in configs),
-            iterations=max(c.response_len // c.slot_size for c in configs),
+            iterations=max(plans),
+            drafts=max((c.draft_length for c in exact), default=0),
+            mask_readings=max((c.mask_readings for c in exact), default=0),
             scores=tuple(score for score in SLOT_SCORES[MEAN:] if score in asked_scores),
             recompute=any(c.recompute for c in configs),
         )
@@ -76,7 +90,8 @@ class Shape:
           ahead: see the attribute.
         """
         prompt = bucket(max(64, self.prompt))
-        lengths = {name: bucket(getattr(self, name)) for name in ("gen", "block", "slots", "iterations")}
+        names = ("gen", "block", "slots", "iterations", "drafts")
+        lengths = {name: bucket(size) if (size := getattr(self, name)) else 0 for name in names}
         return dataclasses.replace(
             self, rows=rows or self.rows, prompt=prompt, **lengths, trace=trace, ahead=ahead
         )
@@ -88,7 +103,8 @@ class Shape:
 
     def check_holds(self, needed: "Shape") -> None:
         """Raises BadInput unless this shape holds requests whose exact shape is `needed`."""
-        lengths = ("rows", "prompt", "gen", "block", "slots") + (("iterations",) if self.trace else ())
+        lengths = ("rows", "prompt", "gen", "block", "slots", "drafts", "mask_readings")
+        lengths += ("iterations",) if self.trace else ()
         for field in (*lengths, "recompute"):
             found, required = getattr(self, field), getattr(needed, field)
             if found < required:
@@ -135,6 +151,50 @@ class Replay(struct.PyTreeNode):
     length: jax.Array
 
 
+class ExactReplay(struct.PyTreeNode):
+    """A recorded exact decode, whose passes a row repeats whatever its logits are (replay.py).
+
+    Attributes:
+      drafted: int32 [I + 1], the drafts that each pass verifies.
+      accepted: int32 [I], the drafts that each pass accepts.
+      length: int32, the number of passes after which decoding ends.
+    """
+
+    drafted: jax.Array
+    accepted: jax.Array
+    length: jax.Array
+
+
+class ExactRequests(struct.PyTreeNode):
+    """The part of a batch of requests that only exact verification reads. Fields are arrays [B].
+
+    Attributes:
+      gen_length: int32, the most response tokens; 0 for requests with `verify` "threshold".
+      draft_length: int32, the most drafts per pass.
+      from_mask: bool, first_token "mask" instead of "next".
+      border_every: int32, multiples of it are read off a mask token; 0 for border "ar".
+      replay: the recorded decode that each row repeats, or None.
+    """
+
+    gen_length: jax.Array
+    draft_length: jax.Array
+    from_mask: jax.Array
+    border_every: jax.Array
+    replay: ExactReplay | None
+
+    @classmethod
+    def batch(cls, configs: Sequence[DecodeConfig], rows: int) -> "ExactRequests":
+        """The fields of these requests as NumPy arrays, padded to `rows`."""
+        lengths = [c.gen_length if c.exact else 0 for c in configs]
+        return cls(
+            gen_length=padded_column(lengths, rows, jnp.int32),
+            draft_length=padded_column([c.draft_length for c in configs], rows, jnp.int32),
+            from_mask=padded_column([c.first_token == "mask" for c in configs], rows, bool),
+            border_every=padded_column([c.border_every for c in configs], rows, jnp.int32),
+            replay=None,
+        )
+
+
 class Requests(struct.PyTreeNode):
     """A batch of requests. Fields are arrays [B], named as in DecodeConfig; padding rows have no blocks.
 
@@ -144,6 +204,7 @@ class Requests(struct.PyTreeNode):
       slot_score: int32, one of FIRST, MEAN and ENTROPY. `slot_score` and `recompute` (bool) are None where
         the shape allows their defaults only; nothing is compiled for them then.
       replay: the recorded decode that each row repeats, or None.
+      exact: what requests with `verify` "exact" ask for besides; None where the shape has none of them.
     """
 
     prompt_len: jax.Array
@@ -158,6 +219,7 @@ class Requests(struct.PyTreeNode):
     slot_score: jax.Array | None
     recompute: jax.Array | None
     replay: Replay | None
+    exact: ExactRequests | None
 
     def is_eos(self, tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
         """bool: which of the tokens [B, ...] end a response. `release` knows only the first of `eos_ids`."""
@@ -181,7 +243,9 @@ class Requests(struct.PyTreeNode):
             prompt_len=padded_column([len(p) for p in prompts], shape.rows, jnp.int32),
             slot_size=column("slot_size", jnp.int32, padding=1),
             block_len=column("block_len", jnp.int32),
-            num_blocks=column("num_blocks", jnp.int32),
+            num_blocks=padded_column(
+                [0 if c.exact else c.num_blocks for c in configs], shape.rows, jnp.int32
+            ),
             slot_threshold=column("slot_threshold", jnp.float32),
             token_threshold=column("token_threshold", jnp.float32),
             temperature=column("temperature", jnp.float32),
@@ -190,6 +254,7 @@ class Requests(struct.PyTreeNode):
             slot_score=padded_column(scores, shape.rows, jnp.int32) if shape.scores else None,
             recompute=column("recompute", bool) if shape.recompute else None,
             replay=None,
+            exact=ExactRequests.batch(configs, shape.rows) if shape.drafts else None,
         )
 
 

@@ -9,12 +9,17 @@ import numpy as np
 from refusion_jax.errors import BadInput
 
 SEMANTICS = ("fixed", "release")
+VERIFY = ("threshold", "exact")
+FIRST_TOKENS = ("next", "mask")
+BORDERS = ("ar", "draft")
+SLOT_SIZES = (4, 8, 16, 32)  # of the authors' training
 SLOT_SCORES = ("first", "mean", "entropy")
 FIRST, MEAN, ENTROPY = range(3)
 # Larger values are taken for typing errors. They would not fit in memory: one pass feeds a whole block, and
 # all requests of a file are padded to the largest.
 MOST_TOKENS = 1 << 16  # per response
 MOST_BLOCK_TOKENS = 1 << 12  # per block
+MOST_DRAFTS = 1 << 10  # per pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,16 @@ class DecodeConfig:
         of num_blocks * slot_size. (3) Probabilities are float32 whatever the model's dtype. (4) Among
         equally confident slots the earliest is chosen; (4) holds in `release` too, because the authors'
         choice among exact ties is arbitrary.
+      verify: how drafts are accepted. "threshold": by the paper's rule, above. "exact": a draft is accepted
+        if the model, read left to right, chooses the same token; the answer is that of AR decoding of the
+        same weights (exact.py). slot_size, num_blocks, slot_score, recompute and both thresholds do not apply
+        then, and gen_length may be any length.
+      draft_length: W, the most drafts that a pass verifies; for "exact".
+      first_token: the logits from which the first response token is read; for "exact", as in ARConfig.
+      border: "draft" reads a response token whose place is a border of slots of every size off a mask token
+        in its place, because training never predicted it from the token before; "ar" reads it as any other.
+        For "exact", as in ARConfig.
+      slot_sizes: the slot sizes that the model was trained with; read with border "draft".
 
     Raises:
       BadInput: a setting is out of range, or the lengths do not divide; the message names the setting.
@@ -62,6 +77,11 @@ class DecodeConfig:
     semantics: str = "fixed"
     slot_score: str = "first"
     recompute: bool = False
+    verify: str = "threshold"
+    draft_length: int = 64
+    first_token: str = "next"
+    border: str = "ar"
+    slot_sizes: tuple[int, ...] = SLOT_SIZES
 
     def __post_init__(self):
         check_common(self)
@@ -69,11 +89,13 @@ class DecodeConfig:
             check_whole(name, getattr(self, name), 1, MOST_TOKENS)
         for name in ("slot_threshold", "token_threshold"):
             check_finite(name, getattr(self, name))
-        if self.semantics not in SEMANTICS:
-            raise BadInput(f"semantics must be one of {', '.join(SEMANTICS)}, found {self.semantics!r}")
-        if self.slot_score not in SLOT_SCORES:
-            found = quoted(self.slot_score)
-            raise BadInput(f"slot_score must be one of {', '.join(SLOT_SCORES)}, found {found}")
+        check_whole("draft_length", self.draft_length, 1, MOST_DRAFTS)
+        check_choice("semantics", self.semantics, SEMANTICS)
+        check_choice("slot_score", self.slot_score, SLOT_SCORES)
+        check_choice("verify", self.verify, VERIFY)
+        check_readings(self)
+        if self.exact and self.semantics == "release":
+            raise BadInput("semantics must be 'fixed' with verify 'exact', found 'release'")
         if not isinstance(self.recompute, bool):
             raise BadInput(f"recompute must be true or false, found {quoted(self.recompute)}")
         if self.block_len > MOST_BLOCK_TOKENS:
@@ -87,8 +109,29 @@ class DecodeConfig:
         return as_ids(self.eos_id)
 
     @property
+    def exact(self) -> bool:
+        """Whether drafts are verified exactly."""
+        return self.verify == "exact"
+
+    @property
+    def border_every(self) -> int:
+        """Multiples of this are read off a mask token; 0 for none."""
+        return border_every(self)
+
+    @property
+    def mask_readings(self) -> int:
+        """The most places of one pass that are read off mask tokens."""
+        borders = self.draft_length // self.border_every + 1 if self.border_every else 0
+        return max(borders, int(self.first_token == "mask"))
+
+    @property
     def block_len(self) -> int:
-        """Tokens per block. Raises BadInput if gen_length does not divide into blocks and slots."""
+        """Tokens per block; 0 for exact verification, which has no blocks.
+
+        Raises BadInput if gen_length does not divide into blocks and slots.
+        """
+        if self.exact:
+            return 0
         whole = self.num_blocks * self.slot_size
         lengths = f"gen_length {self.gen_length}, num_blocks {self.num_blocks}, slot_size {self.slot_size}"
         if self.semantics == "fixed":
@@ -109,11 +152,13 @@ class DecodeConfig:
 
     @property
     def response_len(self) -> int:
-        """The most tokens that are generated: `num_blocks` whole blocks."""
-        return self.block_len * self.num_blocks
+        """The most tokens that are generated: `num_blocks` whole blocks, or gen_length."""
+        return self.gen_length if self.exact else self.block_len * self.num_blocks
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Accepts every prompt; the slot decoder can continue an empty one too."""
+        """Raises BadInput if exact verification cannot continue the prompt; thresholds can continue any."""
+        if self.exact:
+            check_first_token(self, prompt)
 
 
 def check_common(config) -> None:
@@ -126,6 +171,34 @@ def check_common(config) -> None:
     if config.temperature < 0:
         raise BadInput(f"temperature must be 0 or above, found {config.temperature!r}")
     check_whole("seed", config.seed, 0, 2**32 - 1)
+
+
+def check_readings(config) -> None:
+    """Raises BadInput unless first_token, border and slot_sizes are in range."""
+    check_choice("first_token", config.first_token, FIRST_TOKENS)
+    check_choice("border", config.border, BORDERS)
+    for size in config.slot_sizes:
+        check_whole("slot_sizes", size, 1, MOST_TOKENS)
+
+
+def check_first_token(config, prompt: Sequence[int]) -> None:
+    """Raises BadInput if the prompt is empty and `first_token` is "next", which needs a prompt token."""
+    if config.first_token == "next" and not len(prompt):
+        raise BadInput("first_token must be 'mask' for an empty prompt, found 'next'")
+
+
+def border_every(config) -> int:
+    """The period of the response places that border "draft" reads off mask tokens; 0 for border "ar".
+
+    These are the borders of slots of every size: multiples of the least common multiple of `slot_sizes`.
+    """
+    return math.lcm(*config.slot_sizes) if config.border == "draft" else 0
+
+
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
+    """Raises BadInput unless `value` is one of `choices`."""
+    if value not in choices:
+        raise BadInput(f"{name} must be one of {', '.join(choices)}, found {quoted(value)}")
 
 
 def as_ids(eos_id: int | Sequence[int]) -> tuple[int, ...]:

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from refusion_jax.decode.batch import Requests
-from refusion_jax.decode.inputs import SMALLEST_PASS, PassInputs
+from refusion_jax.decode.inputs import SMALLEST_PASS
 from refusion_jax.decode.kv_cache import KVCache
-from refusion_jax.decode.row_state import Phase, RowState
 from refusion_jax.decode.scores import DraftSampling, Scores, score
+from refusion_jax.decode.tokens_fed import TokensFed
 from refusion_jax.model.attention import LayerKV
 from refusion_jax.model.layers import Ragged
 
@@ -55,10 +54,8 @@ def write_fed(
     return cache.write(fresh, positions, keep, ragged.row[None])
 
 
-def forward(
-    model, params, cache: KVCache, inputs: PassInputs, row: RowState, requests: Requests, entropy: bool
-) -> Forwarded:
-    """Feeds `inputs` [B, Q] after the cache.
+def forward(model, params, cache: KVCache, fed: TokensFed, entropy: bool) -> Forwarded:
+    """Feeds tokens [B, Q] after the cache.
 
     The tokens of several rows are laid out one after the other (Ragged), so that the padding of a row to Q
     costs nothing.
@@ -66,13 +63,10 @@ def forward(
     Args:
       entropy: whether to compute `Scores.entropy`.
     """
-    B = inputs.tokens.shape[0]
-    ragged, fed_flat = (
-        None,
-        (inputs.tokens, inputs.positions, inputs.target, jax.vmap(draft_sampling)(row, requests, inputs)),
-    )
+    B = fed.tokens.shape[0]
+    ragged, fed_flat = None, (fed.tokens, fed.positions, fed.target, fed.sampling)
     if B > 1:
-        ragged = ragged_layout(inputs.active)
+        ragged = ragged_layout(fed.active)
         fed_flat = jax.tree.map(lambda x: x.at[ragged.row, ragged.place].get(mode="clip")[None], fed_flat)
     capacity, length = fed_flat[0].shape[1], cache.filled.shape[1]
 
@@ -82,7 +76,7 @@ def forward(
         def run() -> tuple[Scores, LayerKV]:
             tokens, positions, target, samplings = jax.tree.map(lambda x: x[:, :size], fed_flat)
             part = None if ragged is None else Ragged(ragged.flat, ragged.row[:size], ragged.place[:size])
-            mask = inputs.mask if ragged is not None else inputs.mask[:, :size, : length + size]
+            mask = fed.mask if ragged is not None else fed.mask[:, :size, : length + size]
             logits, fresh = model.apply(
                 {"params": params}, tokens, positions, cache.layers, mask, ragged=part
             )
@@ -96,7 +90,7 @@ def forward(
 
     # The more rows, the less the total number of tokens varies, so few sizes are enough.
     sizes = pass_sizes(capacity, SMALLEST_PASS if B == 1 else max(SMALLEST_PASS, capacity // 4))
-    size_index = jnp.sum(jnp.sum(inputs.active) > jnp.asarray(sizes[:-1]))
+    size_index = jnp.sum(jnp.sum(fed.active) > jnp.asarray(sizes[:-1]))
     scores, fresh = jax.lax.switch(size_index, [pass_of(size) for size in sizes])
     if ragged is not None:
         scores = jax.tree.map(lambda x: x[0].at[ragged.flat].get(mode="fill", fill_value=0), scores)
@@ -127,19 +121,6 @@ def pass_sizes(most: int, least: int) -> list[int]:
     while sizes[0] % 2 == 0 and sizes[0] // 2 >= least:
         sizes.insert(0, sizes[0] // 2)
     return sizes
-
-
-def draft_sampling(row: RowState, request: Requests, inputs: PassInputs) -> DraftSampling:
-    """The sampling of a row's drafts, each [Q]: plans at the request's temperature, all others greedily."""
-    # A speculative plan belongs to the next iteration.
-    iteration = row.iterations + (row.phase != Phase.PLAN)
-    return DraftSampling(
-        temperature=jnp.where(inputs.plan, request.temperature, 0.0),
-        seed=jnp.broadcast_to(request.seed, inputs.tokens.shape),
-        iteration=jnp.broadcast_to(iteration, inputs.tokens.shape),
-        place=inputs.positions - request.prompt_len,
-        rounded=jnp.broadcast_to(request.release, inputs.tokens.shape),
-    )
 
 
 def score_rows(logits: Array, target: Array, samplings: DraftSampling, entropy: bool, dtype) -> Scores:

@@ -38,6 +38,8 @@ from refusion_jax.decode.row_state import (
     next_plan,
     own_entries,
 )
+from refusion_jax.decode.scores import DraftSampling
+from refusion_jax.decode.tokens_fed import TokensFed
 from refusion_jax.devices import ridge_tokens
 
 Array = jax.Array
@@ -121,6 +123,20 @@ class PassInputs(struct.PyTreeNode):
     mask: Array
     node_index: Array
     plan: Array
+
+    def fed(self, row: RowState, request: Requests) -> TokensFed:
+        """The tokens fed, with how their drafts are sampled: plans at the request's temperature, all others
+        greedily."""
+        # A speculative plan belongs to the next iteration.
+        iteration = row.iterations + (row.phase != Phase.PLAN)
+        sampling = DraftSampling(
+            temperature=jnp.where(self.plan, request.temperature, 0.0),
+            seed=jnp.broadcast_to(request.seed, self.tokens.shape),
+            iteration=jnp.broadcast_to(iteration, self.tokens.shape),
+            place=self.positions - request.prompt_len,
+            rounded=jnp.broadcast_to(request.release, self.tokens.shape),
+        )
+        return TokensFed(self.tokens, self.positions, self.active, self.target, self.mask, sampling)
 
 
 class Nodes(struct.PyTreeNode):

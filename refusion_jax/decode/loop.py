@@ -22,6 +22,7 @@ that a row feeds.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,19 @@ from flax import struct
 from refusion_jax.decode.batch import Requests, Shape
 from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.decode.decoder import Decoder, repeated
-from refusion_jax.decode.forward import Forwarded, draft_sampling, forward, score_rows
+from refusion_jax.decode.exact import record as record_exact
+from refusion_jax.decode.exact import verify
+from refusion_jax.decode.exact_inputs import ExactLayout, ExactRow, exact_inputs
+from refusion_jax.decode.exact_inputs import most_fed as most_fed_exact
+from refusion_jax.decode.forward import Forwarded, forward, score_rows
 from refusion_jax.decode.inputs import PassInputs, pass_inputs
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
 from refusion_jax.decode.outputs import read_outputs
-from refusion_jax.decode.phases import carry_out
+from refusion_jax.decode.phases import Outcome, carry_out
 from refusion_jax.decode.row_state import Phase, RowState, geometry
 from refusion_jax.decode.samples import Samples
+from refusion_jax.decode.scores import Scores
+from refusion_jax.decode.tokens_fed import TokensFed
 from refusion_jax.decode.trace import Trace, record
 
 Array = jax.Array
@@ -45,48 +52,83 @@ Array = jax.Array
 class DecodeState(struct.PyTreeNode):
     """The loop state of the slot decoder; see `decoder.State`. The B rows are independent.
 
+    A row is decoded by slots or exactly, as its request asks, and is done in the other half of the state.
+
     Attributes:
-      cache: keys and values of the committed tokens; `cache.filled` marks their positions.
+      cache: keys and values; `cache.filled` marks the positions that hold some.
       tokens: int32 [B, S], the prompt and the committed tokens, by position.
-      row: the decoding state of each row.
+      row: the state of each row that is decoded by slots; None where the shape has no such requests.
+      exact: the state of each row that is decoded exactly; None where the shape has no such requests.
       requests: the request of each row.
-      trace: the result of each plan, or None if no request asked for a trace.
+      trace: the result of each plan or exact pass, or None if no request asked for a trace.
     """
 
     cache: KVCache
     tokens: Array
-    row: RowState
+    row: RowState | None
+    exact: ExactRow | None
     requests: Requests
     trace: Trace | None
 
     def committed(self, eos_ids: Array) -> Array:
         """bool [B, S]: the committed tokens to return, here all of them."""
         del eos_ids  # tokens after an EOS that were committed belong to `raw_ids`, as in the authors' code
-        return self.cache.filled
+        if self.exact is None:
+            return self.cache.filled
+        # An exact row's last committed token is not cached.
+        place = jnp.arange(self.tokens.shape[1]) - self.requests.prompt_len[:, None]
+        return jnp.where(self._is_exact[:, None], place < self.exact.count[:, None], self.cache.filled)
 
     @property
     def done(self) -> Array:
         """bool [B]: rows with nothing left to decode."""
-        return self.row.phase == Phase.DONE
+        if self.row is None:
+            return self.exact.done
+        done = self.row.phase == Phase.DONE
+        return done if self.exact is None else done & self.exact.done
 
     @property
     def forwards(self) -> Array:
         """int32 [B]: forward passes made."""
-        return self.row.forwards
+        return sum(half.forwards for half in (self.row, self.exact) if half is not None)
 
     @property
     def iterations(self) -> Array:
-        """int32 [B]: plans executed."""
-        return self.row.iterations
+        """int32 [B]: plans executed, or exact passes that verified drafts."""
+        return sum(half.iterations for half in (self.row, self.exact) if half is not None)
+
+    @property
+    def _is_exact(self) -> Array:
+        return self.requests.exact.gen_length > 0
+
+
+class Inputs(NamedTuple):
+    """The inputs of a pass of all rows, [B, ...].
+
+    Attributes:
+      fed: the tokens that the pass feeds.
+      slots: those of rows decoded by slots, or None.
+      exact: the layout of those of rows decoded exactly, or None.
+    """
+
+    fed: TokensFed
+    slots: PassInputs | None
+    exact: ExactLayout | None
 
 
 def start(model, prompts: Array, requests: Requests, shape: Shape) -> DecodeState:
-    """The state before the first pass, for prompts int32 [B, P]. Rows without blocks are done."""
+    """The state before the first pass, for prompts int32 [B, P]. Rows that request no tokens are done."""
     B, length = prompts.shape[0], shape.prompt + shape.gen
+    row = exact = None
+    if shape.block:
+        row = jax.vmap(lambda request: RowState.start(request, shape.slots, shape.block))(requests)
+    if shape.drafts:
+        exact = jax.vmap(lambda request: ExactRow.start(request, shape.drafts))(requests)
     return DecodeState(
         cache=KVCache.zeros(model.config, B, length, model.dtype, by_layer=model.cache_by_layer),
         tokens=jnp.pad(prompts, ((0, 0), (0, shape.gen))),
-        row=jax.vmap(lambda request: RowState.start(request, shape.slots, shape.block))(requests),
+        row=row,
+        exact=exact,
         requests=requests,
         trace=Trace.blank(shape) if shape.trace else None,
     )
@@ -95,74 +137,125 @@ def start(model, prompts: Array, requests: Requests, shape: Shape) -> DecodeStat
 def first_pass(
     model, params, state: DecodeState, mask_id: Array, eos_ids: Array, shape: Shape
 ) -> DecodeState:
-    """The first plan of every row. The same pass prefills the prompt, whose keys and values are cached."""
-    B, P, T = state.tokens.shape[0], shape.prompt, shape.block
+    """The first plan or exact pass of every row. It also prefills the prompt, whose keys and values are cached."""
+    B, P = state.tokens.shape[0], shape.prompt
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-    real = positions < state.requests.prompt_len[:, None]
-    inputs = batch_inputs(state, mask_id, ahead=0)
+    prefilled = state.requests.prompt_len
+    if state.exact is not None:
+        prefilled -= state.requests.exact.gen_length > 0  # the last prompt token is pending
+    real = positions < prefilled[:, None]
+    inputs = batch_inputs(state, mask_id, shape, first=True)
+    fed = inputs.fed
+    T = fed.tokens.shape[1]
     causal = jnp.tril(jnp.ones((P, P), bool)) & real[:, None]
     to_prompt = jnp.concatenate([causal, jnp.broadcast_to(real[:, None], (B, T, P))], axis=1)
-    to_block = jnp.concatenate([jnp.zeros((B, P, T), bool), inputs.mask[:, :, -T:]], axis=1)
+    to_fed = jnp.concatenate([jnp.zeros((B, P, T), bool), fed.mask[:, :, -T:]], axis=1)
     with jax.named_scope("forward"):
         x, fresh = model.apply(
             {"params": params},
-            jnp.concatenate([state.tokens[:, :P], inputs.tokens], axis=1),
-            jnp.concatenate([positions, inputs.positions], axis=1),
-            mask=jnp.concatenate([to_prompt, to_block], axis=2),
+            jnp.concatenate([state.tokens[:, :P], fed.tokens], axis=1),
+            jnp.concatenate([positions, fed.positions], axis=1),
+            mask=jnp.concatenate([to_prompt, to_fed], axis=2),
             method="hidden",
         )
         of_prompt = jax.tree.map(lambda kv: kv[:, :, :P], fresh)
-        of_block = jax.tree.map(lambda kv: kv[:, :, P:], fresh)
+        of_fed = jax.tree.map(lambda kv: kv[:, :, P:], fresh)
         state = state.replace(cache=state.cache.commit(of_prompt, positions, real))
         logits = model.apply({"params": params}, x[:, P:], method="unembed")
-        samplings = jax.vmap(draft_sampling)(state.row, state.requests, inputs)
-        scores = score_rows(logits, inputs.target, samplings, shape.entropy, model.dtype)
-    return advance(state, inputs, Forwarded(scores, of_block, None), model.dtype, eos_ids)
+        scores = score_rows(logits, fed.target, fed.sampling, shape.entropy, model.dtype)
+    return advance(state, inputs, Forwarded(scores, of_fed, None), model.dtype, eos_ids)
 
 
 def next_pass(model, params, state: DecodeState, mask_id: Array, eos_ids: Array, shape: Shape) -> DecodeState:
     """One forward pass, every row in its own phase, with speculative tokens up to `shape.ahead`."""
-    inputs = batch_inputs(state, mask_id, shape.ahead)
+    inputs = batch_inputs(state, mask_id, shape)
     with jax.named_scope("forward"):
-        result = forward(model, params, state.cache, inputs, state.row, state.requests, shape.entropy)
+        result = forward(model, params, state.cache, inputs.fed, shape.entropy)
     return advance(state, inputs, result, model.dtype, eos_ids)
 
 
 @jax.named_scope("inputs")
-def batch_inputs(state: DecodeState, mask_id: Array, ahead: int) -> PassInputs:
-    """The inputs of every row's next pass, [B, ...]; `ahead` as in Shape."""
+def batch_inputs(state: DecodeState, mask_id: Array, shape: Shape, *, first: bool = False) -> Inputs:
+    """The inputs of every row's next pass.
 
-    def one(row: RowState, request: Requests, filled: Array) -> PassInputs:
-        return pass_inputs(row, request, filled, mask_id, ahead)
+    Args:
+      first: whether it is the first pass, which carries no speculative tokens.
+    """
+    slots = layout = fed_slots = fed_exact = None
+    filled = state.cache.filled
+    if state.row is not None:
+        ahead = 0 if first else shape.ahead
+        slots = jax.vmap(lambda row, request, filled: pass_inputs(row, request, filled, mask_id, ahead))(
+            state.row, state.requests, filled
+        )
+        fed_slots = jax.vmap(PassInputs.fed)(slots, state.row, state.requests)
+    if state.exact is not None:
+        size, frugal = most_fed_exact(shape, first), shape.frugal
+        fed_exact, layout = jax.vmap(
+            lambda row, request, *arrays: exact_inputs(row, request, *arrays, mask_id, size, frugal)
+        )(state.exact, state.requests, state.tokens, filled)
+    if fed_slots is None or fed_exact is None:
+        return Inputs(fed_exact if fed_slots is None else fed_slots, slots, layout)
+    size = max(fed_slots.tokens.shape[1], fed_exact.tokens.shape[1])
+    is_exact = state.requests.exact.gen_length > 0
 
-    return jax.vmap(one)(state.row, state.requests, state.cache.filled)
+    def of_row(exact: Array, slots: Array) -> Array:
+        return jnp.where(is_exact.reshape(-1, *(1,) * (slots.ndim - 1)), exact, slots)
+
+    fed = jax.tree.map(of_row, fed_exact.padded(size), fed_slots.padded(size))
+    return Inputs(fed, slots, layout)
 
 
-def advance(state: DecodeState, inputs: PassInputs, result: Forwarded, dtype, eos_ids: Array) -> DecodeState:
+def advance(state: DecodeState, inputs: Inputs, result: Forwarded, dtype, eos_ids: Array) -> DecodeState:
     """The state after a pass: every row's state transition, and the accepted tokens committed.
 
     Args:
-      inputs: the inputs of the pass, [B, ...].
+      inputs: the inputs of the pass.
       result: its result.
-      dtype: of the logits.
+      dtype: of the model.
       eos_ids: int32 [E].
     """
-    before = state.row
+    keep = jnp.zeros_like(inputs.fed.active)
+    cache, tokens, row, exact, trace = state.cache, state.tokens, state.row, state.exact, state.trace
+    if row is not None:
+        positions = jax.vmap(lambda row, request: geometry(row, request).position)(row, state.requests)
+        after, outcome = _after_slots(state, inputs.slots, result.scores, dtype, eos_ids)
+        keep |= _padded(outcome.keep, keep)
+        cache = cache.fill(positions, outcome.committed)
+        tokens = scatter_rows(tokens, positions, row.draft, outcome.committed)
+        trace = None if trace is None else record(trace, row, after, outcome, state.requests)
+        row = after
+    if exact is not None:
+        after, found = jax.vmap(
+            lambda row, request, layout, scores: verify(row, request, layout, scores, eos_ids)
+        )(exact, state.requests, inputs.exact, result.scores)
+        keep |= found.keep
+        cache = cache.fill(inputs.fed.positions, found.keep)
+        tokens = scatter_rows(tokens, found.positions, found.tokens, found.committed)
+        if trace is not None:
+            trace = trace.replace(exact=record_exact(trace.exact, exact, found))
+        exact = after
+    with jax.named_scope("commit"):
+        cache = result.write(cache, inputs.fed.positions, keep)
+    return state.replace(cache=cache, tokens=tokens, row=row, exact=exact, trace=trace)
 
-    def one(row: RowState, request: Requests, inputs: PassInputs, scores):
+
+def _after_slots(
+    state: DecodeState, inputs: PassInputs, scores: Scores, dtype, eos_ids: Array
+) -> tuple[RowState, Outcome]:
+    """The next state of the rows decoded by slots, and the outcome of the pass, [B, ...]."""
+    size = inputs.tokens.shape[1]  # fewer than the pass fed, if exact rows feed more
+
+    def one(row: RowState, request: Requests, inputs: PassInputs, scores: Scores) -> tuple[RowState, Outcome]:
         return carry_out(row, request, read_outputs(scores, inputs, row, request, dtype), eos_ids)
 
-    row, outcome = jax.vmap(one)(before, state.requests, inputs, result.scores)
-    positions = jax.vmap(lambda row, request: geometry(row, request).position)(before, state.requests)
-    trace = None if state.trace is None else record(state.trace, before, row, outcome, state.requests)
-    with jax.named_scope("commit"):
-        cache = result.write(state.cache, inputs.positions, outcome.keep)
-        return state.replace(
-            cache=cache.fill(positions, outcome.committed),
-            tokens=scatter_rows(state.tokens, positions, before.draft, outcome.committed),
-            row=row,
-            trace=trace,
-        )
+    scores = jax.tree.map(lambda x: x[:, :size], scores)
+    return jax.vmap(one)(state.row, state.requests, inputs, scores)
+
+
+def _padded(x: Array, like: Array) -> Array:
+    """x [B, N] padded with zeros to the shape of `like` [B, Q]."""
+    return jnp.pad(x, ((0, 0), (0, like.shape[1] - x.shape[1])))
 
 
 DECODER = Decoder(Shape.exact, Requests.batch, start, first_pass, repeated(next_pass))

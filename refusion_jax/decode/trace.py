@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.decode.batch import Requests, Shape
+from refusion_jax.decode.exact import ExactTrace
 from refusion_jax.decode.kv_cache import scatter_rows
 from refusion_jax.decode.phases import Outcome
 from refusion_jax.decode.row_state import Phase, RowState
@@ -26,6 +27,8 @@ class Trace(struct.PyTreeNode):
         accepted by the joint verification (r = 0) or after the r-th refill. `batch.Replay` repeats these.
       committed: bool [T], the committed tokens of the block, by index in the block.
       forwards: int32, forward passes made up to and including the commit.
+      exact: the passes of rows that are decoded exactly; None where the shape has none. The other arrays are
+        empty where it has no rows decoded by slots.
     """
 
     block: Array
@@ -36,6 +39,7 @@ class Trace(struct.PyTreeNode):
     accepted: Array
     committed: Array
     forwards: Array
+    exact: ExactTrace | None
 
     @classmethod
     def blank(cls, shape: Shape) -> "Trace":
@@ -54,6 +58,7 @@ class Trace(struct.PyTreeNode):
             accepted=zeros(jnp.int32, shape.block),
             committed=zeros(bool, shape.block),
             forwards=number,
+            exact=ExactTrace.blank(shape) if shape.drafts else None,
         )
 
 
@@ -87,11 +92,13 @@ def record(trace: Trace, before: RowState, after: RowState, outcome: Outcome, re
         accepted=None,
         committed=outcome.committed,
         forwards=after.forwards,
+        exact=None,
     )
     finished = (after.iterations > before.iterations)[:, None]
     entries = jax.tree.map(
         lambda buffer, new: scatter_rows(buffer, iteration, new[:, None], finished),
-        trace.replace(accepted=None),
+        trace.replace(accepted=None, exact=None),
         entry,
     )
-    return entries.replace(accepted=jax.vmap(note)(trace.accepted, before, requests, outcome))
+    accepted = jax.vmap(note)(trace.accepted, before, requests, outcome)
+    return entries.replace(accepted=accepted, exact=trace.exact)

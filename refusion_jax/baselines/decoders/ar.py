@@ -13,6 +13,7 @@ from flax import struct
 from refusion_jax.baselines.decoders.config import ARConfig
 from refusion_jax.decode.batch import Shape, check_pairs, padded_column
 from refusion_jax.decode.decoder import Decoder, repeated
+from refusion_jax.decode.exact_inputs import reads_mask
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
 from refusion_jax.decode.samples import is_eos
 from refusion_jax.decode.scores import DraftSampling, draft
@@ -26,6 +27,7 @@ class ARRequests(struct.PyTreeNode):
     Attributes:
       prompt_len: int32, prompt tokens.
       from_mask: bool, first_token "mask" instead of "next".
+      border_every: int32, multiples of it are read off a mask token; 0 for border "ar".
     """
 
     prompt_len: Array
@@ -33,6 +35,7 @@ class ARRequests(struct.PyTreeNode):
     temperature: Array
     seed: Array
     from_mask: Array
+    border_every: Array
 
     def is_eos(self, tokens: Array, eos_ids: Array) -> Array:
         """bool: which of the tokens [B, ...] end a response."""
@@ -50,6 +53,7 @@ class ARRequests(struct.PyTreeNode):
             temperature=padded_column([c.temperature for c in configs], rows, jnp.float32),
             seed=padded_column([c.seed for c in configs], rows, jnp.uint32),
             from_mask=padded_column([c.first_token == "mask" for c in configs], rows, bool),
+            border_every=padded_column([c.border_every for c in configs], rows, jnp.int32),
         )
 
 
@@ -126,15 +130,28 @@ def first_pass(model, params, state: ARState, mask_id: Array, eos_ids: Array, sh
 
 
 def next_pass(model, params, state: ARState, mask_id: Array, eos_ids: Array, shape: Shape) -> ARState:
-    """Feeds the last token of each row and appends the next token."""
-    del mask_id, shape
-    positions = (state.requests.prompt_len + state.count - 1)[:, None]
+    """Feeds the last token of each row and appends the next token.
+
+    If some request reads places off mask tokens, every row feeds a mask token too.
+    """
+    requests, B = state.requests, state.tokens.shape[0]
+    positions = (requests.prompt_len + state.count - 1)[:, None]
     token = jnp.take_along_axis(state.tokens, positions, axis=1)
-    itself = jnp.ones_like(positions, bool)
-    mask = jnp.concatenate([state.cache.filled, itself], axis=1)[:, None]
+    keep = ~state.done[:, None]
+    if shape.mask_readings:
+        token = jnp.concatenate([token, jnp.full((B, 1), mask_id, jnp.int32)], axis=1)
+        positions = jnp.concatenate([positions, positions + 1], axis=1)
+        keep = jnp.concatenate([keep, jnp.zeros_like(keep)], axis=1)
+    T = token.shape[1]
+    entries = jnp.broadcast_to(state.cache.filled[:, None], (B, T, state.cache.filled.shape[1]))
+    mask = jnp.concatenate([entries, jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))], axis=2)
     logits, fresh = model.apply({"params": params}, token, positions, state.cache.layers, mask)
-    cache = state.cache.commit(fresh, positions, ~state.done[:, None])
-    return append(state.replace(cache=cache), logits[:, 0], eos_ids)
+    cache = state.cache.commit(fresh, positions, keep)
+    read_at = jnp.zeros(B, jnp.int32)
+    if shape.mask_readings:
+        read_at += reads_mask(state.count, requests.from_mask, requests.border_every)
+    logits = jnp.take_along_axis(logits, read_at[:, None, None], axis=1)[:, 0]
+    return append(state.replace(cache=cache), logits, eos_ids)
 
 
 def append(state: ARState, logits: Array, eos_ids: Array) -> ARState:
@@ -166,7 +183,12 @@ def exact_shape(prompts: Sequence[Sequence[int]], configs: Sequence[ARConfig]) -
     check_pairs(prompts, configs)
     for prompt, config in zip(prompts, configs, strict=True):
         config.check_prompt(prompt)
-    return Shape(len(prompts), max(map(len, prompts)), max(c.gen_length for c in configs))
+    return Shape(
+        rows=len(prompts),
+        prompt=max(map(len, prompts)),
+        gen=max(c.gen_length for c in configs),
+        mask_readings=int(any(c.border_every for c in configs)),
+    )
 
 
 DECODER = Decoder(exact_shape, ARRequests.batch, start, first_pass, repeated(next_pass))

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from refusion_jax.decode.config import (
     MOST_BLOCK_TOKENS,
     MOST_TOKENS,
+    SLOT_SIZES,
     as_ids,
+    border_every,
+    check_choice,
     check_common,
     check_finite,
+    check_first_token,
+    check_readings,
     check_whole,
-    quoted,
 )
 from refusion_jax.errors import BadInput
 
-FIRST_TOKENS = ("next", "mask")
 CACHES = ("none", "prefix", "dual")
 NONE, PREFIX, DUAL = range(3)
 
@@ -32,6 +35,10 @@ class ARConfig:
       first_token: the logits from which the first response token is read. "next": those of the last prompt
         token, as AR models are trained. "mask": those of one mask token fed after the prompt, as ReFusion
         models are trained (in their training no prompt token predicts the token after it).
+      border: the logits from which a response token is read whose place is a border of slots of every size.
+        "ar": those of the token before it. "draft": those of a mask token in its place, fed after all tokens
+        before it, because ReFusion's training predicts no token across a slot border.
+      slot_sizes: the slot sizes that the model was trained with; read with border "draft".
 
     Raises:
       BadInput: a setting is out of range; the message names it.
@@ -43,23 +50,26 @@ class ARConfig:
     temperature: float = 0.0
     seed: int = 0
     first_token: str = "next"
+    border: str = "ar"
+    slot_sizes: tuple[int, ...] = SLOT_SIZES
 
     def __post_init__(self):
         check_common(self)
-        if self.first_token not in FIRST_TOKENS:
-            raise BadInput(
-                f"first_token must be one of {', '.join(FIRST_TOKENS)}, found {quoted(self.first_token)}"
-            )
+        check_readings(self)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The token ids that end a response."""
         return as_ids(self.eos_id)
 
+    @property
+    def border_every(self) -> int:
+        """Multiples of this are read off a mask token; 0 for none."""
+        return border_every(self)
+
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises BadInput if the prompt is empty and `first_token` is "next", which needs a prompt token."""
-        if self.first_token == "next" and not len(prompt):
-            raise BadInput("first_token must be 'mask' for an empty prompt, found 'next'")
+        check_first_token(self, prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +139,7 @@ class MDMConfig(BlockConfig):
         super().__post_init__()
         check_whole("num_blocks", self.num_blocks, 1, MOST_TOKENS)
         self.check_blocks("num_blocks", self.num_blocks, self.gen_length // self.num_blocks)
-        if self.cache not in CACHES:
-            raise BadInput(f"cache must be one of {', '.join(CACHES)}, found {quoted(self.cache)}")
+        check_choice("cache", self.cache, CACHES)
 
     @property
     def block_len(self) -> int:
