@@ -87,13 +87,19 @@ class Shape:
         Args:
           rows: requests decoded together; None keeps `self.rows`.
           trace: whether a trace is recorded.
-          ahead: see the attribute.
+          ahead: see the attribute; also the number of masks that ride along in exact verification.
         """
         prompt = bucket(max(64, self.prompt))
         names = ("gen", "block", "slots", "iterations", "drafts")
         lengths = {name: bucket(size) if (size := getattr(self, name)) else 0 for name in names}
         return dataclasses.replace(
-            self, rows=rows or self.rows, prompt=prompt, **lengths, trace=trace, ahead=ahead
+            self,
+            rows=rows or self.rows,
+            prompt=prompt,
+            **lengths,
+            trace=trace,
+            ahead=ahead,
+            masks_ahead=ahead if self.drafts else 0,
         )
 
     @property

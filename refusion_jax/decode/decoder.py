@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from refusion_jax.decode.batch import Prepared, Shape, pad_prompts
-from refusion_jax.decode.inputs import tokens_ahead
+from refusion_jax.decode.inputs import filled_up
 from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.decode.samples import Samples, in_text_order
 from refusion_jax.model.transformer import exact_matmuls
@@ -95,7 +95,7 @@ class Decoder:
         configs = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
         needed = self.exact_shape(prompts, configs)
         if shape is None:
-            shape = needed.padded(ahead=tokens_ahead(needed.rows))
+            shape = filled_up(needed.padded())
         shape.check_holds(needed)
         padded = pad_prompts(prompts, configs, shape, model.config.vocab_size)
         return Prepared.of(padded, self.batch_requests(prompts, configs, shape), configs, shape)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.decode.batch import Shape
 from refusion_jax.decode.inputs import SMALLEST_PASS
 from refusion_jax.decode.kv_cache import KVCache
 from refusion_jax.decode.scores import DraftSampling, Scores, score
@@ -54,14 +55,14 @@ def write_fed(
     return cache.write(fresh, positions, keep, ragged.row[None])
 
 
-def forward(model, params, cache: KVCache, fed: TokensFed, entropy: bool) -> Forwarded:
+def forward(model, params, cache: KVCache, fed: TokensFed, shape: Shape) -> Forwarded:
     """Feeds tokens [B, Q] after the cache.
 
     The tokens of several rows are laid out one after the other (Ragged), so that the padding of a row to Q
     costs nothing.
 
     Args:
-      entropy: whether to compute `Scores.entropy`.
+      shape: the padded sizes; says whether to compute `Scores.entropy`.
     """
     B = fed.tokens.shape[0]
     ragged, fed_flat = None, (fed.tokens, fed.positions, fed.target, fed.sampling)
@@ -80,7 +81,7 @@ def forward(model, params, cache: KVCache, fed: TokensFed, entropy: bool) -> For
             logits, fresh = model.apply(
                 {"params": params}, tokens, positions, cache.layers, mask, ragged=part
             )
-            scores = score_rows(logits, target, samplings, entropy, model.dtype)
+            scores = score_rows(logits, target, samplings, shape.entropy, model.dtype)
             return (
                 jax.tree.map(lambda x: padded_to(x, 1, capacity), scores),
                 jax.tree.map(lambda x: padded_to(x, 2, capacity), fresh),
@@ -88,8 +89,10 @@ def forward(model, params, cache: KVCache, fed: TokensFed, entropy: bool) -> For
 
         return run
 
-    # The more rows, the less the total number of tokens varies, so few sizes are enough.
-    sizes = pass_sizes(capacity, SMALLEST_PASS if B == 1 else max(SMALLEST_PASS, capacity // 4))
+    # The more rows, the less the total number of tokens varies, so few sizes are enough, unless rows choose
+    # how many tokens they feed.
+    fewest = capacity // (8 if shape.frugal else 4)
+    sizes = pass_sizes(capacity, SMALLEST_PASS if B == 1 else max(SMALLEST_PASS, fewest))
     size_index = jnp.sum(jnp.sum(fed.active) > jnp.asarray(sizes[:-1]))
     scores, fresh = jax.lax.switch(size_index, [pass_of(size) for size in sizes])
     if ragged is not None:

@@ -22,13 +22,14 @@ groups while they fit, and packs the nodes of the taken groups to the front of Q
 groups, T the padded block length, M the padded number of slots per block, S the cache length.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from refusion_jax.decode.batch import Requests
+from refusion_jax.decode.batch import Requests, Shape
 from refusion_jax.decode.row_state import (
     Geometry,
     Phase,
@@ -69,6 +70,29 @@ def tokens_ahead(rows: int, device_kind: str | None = None) -> int:
         return 2 * SMALLEST_PASS
     share = 2 ** round(math.log2(ridge / rows)) if rows < ridge else 0
     return share if share >= SMALLEST_PASS // 2 else 0
+
+
+def filled_up(shape: Shape, ahead: int | None = None, device_kind: str | None = None) -> Shape:
+    """The shape with the speculative tokens that pay for its number of rows.
+
+    Args:
+      shape: the padded sizes.
+      ahead: as in Shape, also for exact verification; None chooses both by rows and device.
+      device_kind: as in `tokens_ahead`.
+    """
+    if ahead is not None:
+        return dataclasses.replace(shape, ahead=ahead, masks_ahead=ahead if shape.drafts else 0)
+    ahead = tokens_ahead(shape.rows, device_kind)
+    shape = dataclasses.replace(shape, ahead=ahead)
+    if not shape.drafts:
+        return shape
+    # Exact verification needs room for the masks of one outcome, also where no speculative token is free.
+    # Where those of two do not fit under the ridge, rows draft what their acceptance justifies.
+    chain = 1 + shape.drafts
+    known = ridge_tokens(device_kind or jax.devices()[0].device_kind) is not None
+    return dataclasses.replace(
+        shape, masks_ahead=max(ahead - chain, chain), frugal=not known or ahead < 3 * chain
+    )
 
 
 class Groups:

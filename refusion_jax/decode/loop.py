@@ -17,10 +17,14 @@ All infilled slots of a row go through the model in the same pass, under a mask 
 for one slot is vmapped over the slots, the rule for one row over the batch. The cached keys and values of a
 token come from the pass that accepted it; they are computed again only if a request sets `recompute`.
 
+A request with `verify` "exact" takes none of these phases: each of its passes verifies drafts against the
+model's AR reading and drafts what follows (exact.py). Its row shares the batch and the passes with the others.
+
 Letters as in model/transformer.py; T is the padded block length, S the cache length, Q the number of tokens
 that a row feeds.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -137,7 +141,7 @@ def start(model, prompts: Array, requests: Requests, shape: Shape) -> DecodeStat
 def first_pass(
     model, params, state: DecodeState, mask_id: Array, eos_ids: Array, shape: Shape
 ) -> DecodeState:
-    """The first plan or exact pass of every row. It also prefills the prompt, whose keys and values are cached."""
+    """The first plan or exact pass of every row. It also prefills the prompt."""
     B, P = state.tokens.shape[0], shape.prompt
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
     prefilled = state.requests.prompt_len
@@ -170,7 +174,7 @@ def next_pass(model, params, state: DecodeState, mask_id: Array, eos_ids: Array,
     """One forward pass, every row in its own phase, with speculative tokens up to `shape.ahead`."""
     inputs = batch_inputs(state, mask_id, shape)
     with jax.named_scope("forward"):
-        result = forward(model, params, state.cache, inputs.fed, shape.entropy)
+        result = forward(model, params, state.cache, inputs.fed, shape)
     return advance(state, inputs, result, model.dtype, eos_ids)
 
 
@@ -226,9 +230,8 @@ def advance(state: DecodeState, inputs: Inputs, result: Forwarded, dtype, eos_id
         trace = None if trace is None else record(trace, row, after, outcome, state.requests)
         row = after
     if exact is not None:
-        after, found = jax.vmap(
-            lambda row, request, layout, scores: verify(row, request, layout, scores, eos_ids)
-        )(exact, state.requests, inputs.exact, result.scores)
+        judge = functools.partial(verify, eos_ids=eos_ids)
+        after, found = jax.vmap(judge)(exact, state.requests, inputs.exact, result.scores)
         keep |= found.keep
         cache = cache.fill(inputs.fed.positions, found.keep)
         tokens = scatter_rows(tokens, found.positions, found.tokens, found.committed)

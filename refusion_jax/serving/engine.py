@@ -15,7 +15,7 @@ from refusion_jax.baselines.decoders import ar, bd3, mdm
 from refusion_jax.decode import loop
 from refusion_jax.decode.batch import Shape, padded_column
 from refusion_jax.decode.decoder import NO_LIMIT, Decoder, State
-from refusion_jax.decode.inputs import tokens_ahead
+from refusion_jax.decode.inputs import filled_up
 from refusion_jax.decode.kv_cache import insert_rows
 from refusion_jax.decode.samples import Samples
 from refusion_jax.serving.methods import METHODS, Config
@@ -39,16 +39,14 @@ def fitting_shape(requests: Sequence[Request], batch_size: int, ahead: int | Non
     Args:
       requests: at least one, all of one method.
       batch_size: the number of rows, requests decoded together.
-      ahead: as in Shape; None chooses by batch size and device (`tokens_ahead`).
+      ahead: as in Shape; None chooses by batch size and device (`filled_up`).
 
     Raises:
       BadInput: a prompt that the method cannot continue.
     """
     prompts, configs = [r.prompt for r in requests], [r.config for r in requests]
     exact = DECODERS[type(configs[0])].exact_shape
-    if ahead is None:
-        ahead = tokens_ahead(batch_size)
-    return exact(prompts, configs).padded(batch_size, any(r.trace for r in requests), ahead)
+    return filled_up(exact(prompts, configs).padded(batch_size, any(r.trace for r in requests)), ahead)
 
 
 def serve(

@@ -1,6 +1,5 @@
 """Lowers and compiles programs for TPUs that are not attached, and reads the compiler's report on them."""
 
-import dataclasses
 import math
 import re
 import time
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from refusion_jax import sharding
 from refusion_jax.decode.config import DecodeConfig
-from refusion_jax.decode.inputs import tokens_ahead
+from refusion_jax.decode.inputs import filled_up
 from refusion_jax.decode.loop import DECODER
 from refusion_jax.loader import boxed_params, decoding_model
 from refusion_jax.model.config import ModelConfig
@@ -109,7 +108,7 @@ def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> L
     )
     *inputs, shape = DECODER.prepare(decoder, [[0] * asked.prompt_length] * asked.batch_size, settings)
     kind = mesh.devices.flat[0].device_kind
-    shape = dataclasses.replace(shape, ahead=tokens_ahead(asked.batch_size, kind))
+    shape = filled_up(shape, device_kind=kind)
     everywhere = sharding.replicated(mesh)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)
     arguments = {"parameters": params, "requests": inputs}
