@@ -17,7 +17,8 @@ import numpy as np
 
 from refusion_jax import sharding
 from refusion_jax.decode.decoder import NO_LIMIT
-from refusion_jax.decode.replay import Course, replay
+from refusion_jax.decode.inputs import filled_up
+from refusion_jax.decode.replay import Course, replayed
 from refusion_jax.loader import boxed_params, decoding_model
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.serving.engine import DECODERS
@@ -126,10 +127,9 @@ def _programs(model, params, work: Work) -> _Programs:
     prompts, requests, mask_id, eos_ids = batch.inputs
     shape = batch.shape
     if work.method == "refusion":
-        if work.ahead is not None:
-            shape = dataclasses.replace(shape, ahead=work.ahead)
+        shape = filled_up(shape, work.ahead)
         if work.courses:
-            requests = requests.replace(replay=replay(work.courses, config, shape))
+            requests = replayed(requests, work.courses, config, shape)
     return _Programs(
         lambda: decoder.begin(model, params, prompts, requests, mask_id, eos_ids, shape=shape),
         lambda state: decoder.resume(model, params, state, mask_id, eos_ids, 0, NO_LIMIT, shape=shape),

@@ -95,7 +95,7 @@ class DecodeConfig:
         check_choice("verify", self.verify, VERIFY)
         check_readings(self)
         if self.exact and self.semantics == "release":
-            raise BadInput("semantics must be 'fixed' with verify 'exact', found 'release'")
+            raise BadInput("semantics 'release' needs verify 'threshold', found 'exact'")
         if not isinstance(self.recompute, bool):
             raise BadInput(f"recompute must be true or false, found {quoted(self.recompute)}")
         if self.block_len > MOST_BLOCK_TOKENS:

@@ -18,7 +18,7 @@ for one slot is vmapped over the slots, the rule for one row over the batch. The
 token come from the pass that accepted it; they are computed again only if a request sets `recompute`.
 
 A request with `verify` "exact" takes none of these phases: each of its passes verifies drafts against the
-model's AR reading and drafts what follows (exact.py). Its row shares the batch and the passes with the others.
+model's AR reading and drafts what follows (exact.py). Its row shares the batch and its passes with the rest.
 
 Letters as in model/transformer.py; T is the padded block length, S the cache length, Q the number of tokens
 that a row feeds.

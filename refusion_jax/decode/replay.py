@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from refusion_jax.decode.batch import Replay, Shape
+from refusion_jax.decode.batch import ExactReplay, Replay, Requests, Shape
 from refusion_jax.decode.config import DecodeConfig, quoted
 from refusion_jax.errors import BadInput
 
 Course = Sequence[Mapping[str, Any]]  # the "trace" of a result
 KEYS = ("start", "planned", "branch", "accepted", "committed")
+EXACT_KEYS = ("branch", "start", "drafted", "accepted", "committed")
 
 
 def read_courses(path: Path) -> list[Course]:
@@ -34,13 +35,46 @@ def read_courses(path: Path) -> list[Course]:
     for number, line in enumerate(filter(str.strip, lines), 1):
         try:
             course = json.loads(line)["trace"]
-            courses.append([{key: step[key] for key in KEYS} for step in course])
+            keys = EXACT_KEYS if course and course[0]["branch"] == "exact" else KEYS
+            courses.append([{key: step[key] for key in keys} for step in course])
         except (ValueError, KeyError, TypeError):
             wanted = 'a result of `sample` for a request with "trace": true'
             raise BadInput(f"{path}:{number}: must be {wanted}, found {quoted(line)}") from None
     if not all(courses) or not courses:
         raise BadInput(f"--replay={path}: must hold results with plans, found none")
     return courses
+
+
+def replayed(requests: Requests, courses: Sequence[Course], config: DecodeConfig, shape: Shape) -> Requests:
+    """Requests whose rows repeat the courses; arguments and errors as in `replay` and `exact_replay`."""
+    if config.exact:
+        return requests.replace(exact=requests.exact.replace(replay=exact_replay(courses, config, shape)))
+    return requests.replace(replay=replay(courses, config, shape))
+
+
+def exact_replay(courses: Sequence[Course], config: DecodeConfig, shape: Shape) -> ExactReplay:
+    """Courses of exact decoding as rows of a batch, repeated in order until there are `shape.rows`.
+
+    Raises:
+      BadInput: a course was recorded with `verify` "threshold" or does not fit the settings.
+    """
+    drafted = np.zeros((shape.rows, shape.gen + 1), np.int32)
+    accepted = np.zeros((shape.rows, shape.gen), np.int32)
+    lengths = np.zeros(shape.rows, np.int32)
+    for row in range(shape.rows):
+        course = courses[row % len(courses)]
+        if course[0]["branch"] != "exact":
+            raise BadInput('--replay: must hold traces of verify "exact", found "threshold"')
+        most, tokens = max(step["drafted"] for step in course), sum(step["accepted"] + 1 for step in course)
+        if most > config.draft_length or tokens > config.gen_length:
+            raise BadInput(
+                f"--replay: a course of {tokens} tokens with {most} drafts per pass needs at least that "
+                f"gen_length and draft_length, found {config.gen_length} and {config.draft_length}"
+            )
+        lengths[row] = len(course)
+        for i, step in enumerate(course):
+            drafted[row, i], accepted[row, i] = step["drafted"], step["accepted"]
+    return ExactReplay(drafted, accepted, lengths)
 
 
 def replay(courses: Sequence[Course], config: DecodeConfig, shape: Shape) -> Replay:
@@ -60,6 +94,8 @@ def replay(courses: Sequence[Course], config: DecodeConfig, shape: Shape) -> Rep
     size = config.slot_size
     for row in range(shape.rows):
         course = courses[row % len(courses)]
+        if course[0]["branch"] == "exact":
+            raise BadInput('--replay: must hold traces of verify "threshold", found "exact"')
         most = config.response_len // size
         if len(course) > most:
             raise BadInput(f"--replay: at most {most} plans fit the settings, found {len(course)}")

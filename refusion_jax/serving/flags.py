@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from refusion_jax.baselines.decoders.config import CACHES, FIRST_TOKENS
+from refusion_jax.baselines.decoders.config import CACHES
 from refusion_jax.config import DTYPES
-from refusion_jax.decode.config import SEMANTICS, SLOT_SCORES
+from refusion_jax.decode.config import BORDERS, FIRST_TOKENS, SEMANTICS, SLOT_SCORES, VERIFY
 from refusion_jax.files import SMALL
 from refusion_jax.serving.methods import METHODS, SETTINGS, default_settings
 
@@ -32,10 +32,23 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         help="refusion: release reproduces the authors' code bit for bit, mistakes included (default fixed)",
     )
     add(
+        "--verify",
+        choices=VERIFY,
+        help="refusion: accept drafts by the thresholds, or only where the model read left to right chooses "
+        "the same tokens (exact): the answers are those of --method=ar, and the slot settings do not apply "
+        "(default: as the checkpoint was trained)",
+    )
+    add(
         "--first_token",
         choices=FIRST_TOKENS,
-        help="ar: read the first response token off the last prompt token (next) or off a mask token (mask) "
-        "(default: as the checkpoint was trained)",
+        help="ar, verify exact: read the first response token off the last prompt token (next) or off a mask "
+        "token (mask) (default: as the checkpoint was trained)",
+    )
+    add(
+        "--border",
+        choices=BORDERS,
+        help="ar, verify exact: read response tokens at borders of slots of every size off the token before "
+        "(ar) or off a mask token (draft) (default: as config.json says, else ar)",
     )
     add(
         "--batch_size",
@@ -79,6 +92,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     whole: dict[str, Any] = {"type": int, "metavar": "N"}
     number: dict[str, Any] = {"type": float, "metavar": "X"}
     add("gen_length", "maximum response length in tokens, EOS included", **whole)
+    add("draft_length", "verify exact: most drafts that a pass verifies", **whole)
     add("slot_size", "refusion: tokens per slot", **whole)
     add(
         "num_blocks",

@@ -16,10 +16,13 @@ METHODS: dict[str, type[Config]] = {
 }
 
 
+OF_THE_MODEL = ("mask_id", "eos_id", "slot_sizes")  # fields of a config that no flag or request sets
+
+
 def default_settings(method: str) -> dict[str, Any]:
-    """The settings of a method with their defaults, without mask_id and eos_id."""
+    """The settings of a method with their defaults, without those of the model."""
     fields = dataclasses.fields(METHODS[method])
-    return {field.name: field.default for field in fields if field.name not in ("mask_id", "eos_id")}
+    return {field.name: field.default for field in fields if field.name not in OF_THE_MODEL}
 
 
 SETTINGS = {name for method in METHODS for name in default_settings(method)}

@@ -11,7 +11,7 @@ from typing import Any
 from refusion_jax.decode.batch import check_prompt
 from refusion_jax.decode.config import quoted
 from refusion_jax.errors import BadInput
-from refusion_jax.serving.methods import METHODS, SETTINGS, Config, default_settings
+from refusion_jax.serving.methods import METHODS, SETTINGS, Config
 from refusion_jax.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "messages", "prompt_ids")
@@ -79,12 +79,12 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     for key in own:
         if key not in SETTINGS:
             raise BadInput(f"unknown field {key!r}")
-    known, asked = default_settings(defaults.method), {**defaults.settings, **own}
-    settings = {key: value for key, value in asked.items() if key in known}
+    known = {field.name for field in dataclasses.fields(METHODS[defaults.method])}
+    settings = {key: value for key, value in {**defaults.settings, **own}.items() if key in known}
     feeds_mask = defaults.method != "ar" or settings.get("first_token") == "mask"
     # AR with first_token "next" never reads the logits of the mask token it feeds, so EOS can replace it.
     mask_id = tokenizer.need_mask() if feeds_mask or tokenizer.mask_id is not None else tokenizer.eos_id
-    config = METHODS[defaults.method](mask_id=mask_id, eos_id=tokenizer.eos_id, **settings)
+    config = METHODS[defaults.method](mask_id=mask_id, eos_id=tokenizer.eos_ids, **settings)
     prompt = _encode(given[0], raw[given[0]], defaults, tokenizer)
     check_prompt(prompt, vocab_size)
     config.check_prompt(prompt)

@@ -46,7 +46,7 @@ def result(request: Request, samples: Samples, tokenizer: Tokenizer, stop: Seque
 
 
 def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
-    """The plans of a request as JSON; empty for a method without plans.
+    """The plans or exact passes of a request as JSON; empty for a method without plans.
 
     Positions count from the start of the prompt. `start` is the position of the block. `confidences` has the
     score of each undecoded slot, by the position of its first token. `accepted` lists for each planned slot
@@ -54,6 +54,8 @@ def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
     """
     if samples.trace is None:
         return []
+    if request.config.exact:
+        return exact_steps(request, samples)
     steps, size = [], request.config.slot_size
     for i in range(int(samples.num_iterations)):
         step = jax.tree.map(lambda x, i=i: x[i], samples.trace)
@@ -71,6 +73,34 @@ def trace_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
                 "confidences": {int(start + size * m): round(float(step.confidence[m]), 6) for m in pool},
                 "accepted": [a[a > 0].tolist() for a in accepted],
                 "forwards": int(step.forwards),
+            }
+        )
+    return steps
+
+
+def exact_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
+    """The passes of a request that is decoded exactly.
+
+    `start` is the place in the response of the first token that the pass could commit, `drafted` and
+    `accepted` count its drafts, `bonus` is the id of the token committed after them (null if an EOS among them
+    ended the answer), `ahead` says whether drafts for the next pass rode along, and `committed` lists
+    positions.
+    """
+    steps = []
+    for i in range(int(samples.num_forwards)):
+        passed = jax.tree.map(lambda x, i=i: x[i].item(), samples.trace.exact)
+        end = passed.start + passed.committed
+        bonus = int(samples.raw_ids[end - 1]) if passed.committed > passed.accepted else None
+        first = len(request.prompt)
+        steps.append(
+            {
+                "branch": "exact",
+                "start": passed.start,
+                "drafted": passed.drafted,
+                "accepted": passed.accepted,
+                "bonus": bonus,
+                "ahead": passed.ahead,
+                "committed": list(range(first + passed.start, first + end)),
             }
         )
     return steps

@@ -31,10 +31,14 @@ def live_view(
 
         def watch(state: DecodeState) -> None:
             # Fetches whole arrays, because slicing them on the device would compile further programs.
-            filled = np.asarray(state.cache.filled)[0, start:stop]
+            if request.config.exact:
+                count = int(np.asarray(state.exact.count)[0])
+                filled, end = np.arange(stop - start) < count, count + int(np.asarray(state.exact.drafted)[0])
+            else:
+                filled = np.asarray(state.cache.filled)[0, start:stop]
+                end = (int(np.asarray(state.row.block)[0]) + 1) * request.config.block_len
             if (filled & ~seen).any():
                 tokens = np.asarray(state.tokens)[0, start:stop]
-                end = (int(np.asarray(state.row.block)[0]) + 1) * request.config.block_len
                 live.update(picture(tokenizer, tokens[:end], filled[:end], ~seen[:end]), refresh=True)
                 seen[:] = filled
 

@@ -39,6 +39,11 @@ class Tokenizer(abc.ABC):
         return self.special.eos
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer, `eos_id` first."""
+        return (self.special.eos, *self.special.further_eos)
+
+    @property
     def pad_id(self) -> int:
         return self.special.pad
 

@@ -14,6 +14,7 @@ from refusion_jax.files import read_json_if_there, read_text, write_atomically
 
 SENTENCE_PIECE = "tokenizer.model"
 SETTINGS = "tokenizer_config.json"
+GENERATION = "generation_config.json"
 # Names of the field before and since 2025.
 EXTRA_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
@@ -104,20 +105,23 @@ class SpecialIds:
       mask: mask token; None for a model that only decodes left to right.
       pad: padding; by default the EOS id, which is harmless since padding is never attended to.
       bos: beginning of text, or None.
+      further_eos: other ids that end an answer as well.
     """
 
     eos: int
     mask: int | None = None
     pad: int | None = None
     bos: int | None = None
+    further_eos: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.pad is None:
             object.__setattr__(self, "pad", self.eos)
 
     def roles(self) -> dict[str, int]:
-        """The ids that are set, by role; `pad` is left out if it equals `eos`."""
-        ids = dataclasses.asdict(self) | {"pad": None if self.pad == self.eos else self.pad}
+        """The ids that are set, by role; `pad` is left out if it equals `eos`, and further EOS ids are."""
+        pad = None if self.pad == self.eos else self.pad
+        ids = {"eos": self.eos, "mask": self.mask, "pad": pad, "bos": self.bos}
         return {role: index for role, index in ids.items() if index is not None}
 
 
@@ -183,4 +187,27 @@ def find_special_ids(
             f"{folder / 'config.json'}: mask_token_id and eos_token_id are both {ids['eos']}, expected "
             "different ids"
         )
-    return SpecialIds(**ids)
+    return SpecialIds(**ids, further_eos=_further_eos(folder, config, ids, limit))
+
+
+def _further_eos(
+    folder: Path, config: Mapping[str, Any], ids: Mapping[str, int | None], limit: int
+) -> tuple[int, ...]:
+    """The EOS ids of config.json and generation_config.json besides the chosen one, in their order.
+
+    Raises:
+      BadInput: one of them is outside the vocabulary or is the mask token.
+    """
+    found: list[int] = []
+    generation = read_json_if_there(folder / GENERATION)
+    for file, fields in ("config.json", config), (GENERATION, generation):
+        value = fields.get("eos_token_id")
+        for index in value if isinstance(value, list) else [] if value is None else [value]:
+            if type(index) is not int or not 0 <= index < limit or index == ids["mask"]:
+                raise BadInput(
+                    f"{folder / file}: eos_token_id is {value!r}, expected ids of the vocabulary, 0 to "
+                    f"{limit - 1}, that are not the mask token's"
+                )
+            if index != ids["eos"] and index not in found:
+                found.append(index)
+    return tuple(found)

@@ -244,6 +244,8 @@ def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.as_dict(run), sort_keys=False))
     tokenizer.save(folder)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
+    if len(tokenizer.eos_ids) > 1:
+        ids["eos_token_id"] = list(tokenizer.eos_ids)
     trained = {"objective": run.objective}
     if run.objective == "bd3":
         trained["block_len"] = run.diffusion.block_len
