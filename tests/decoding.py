@@ -171,7 +171,8 @@ WHOLE = Whole(MODEL, PARAMS, SHAPE.prompt + SHAPE.gen)
 
 def transcribed(case: Case, forward=WHOLE) -> transcription.Decoded:
     settings = dataclasses.asdict(case.config)
-    del settings["temperature"], settings["seed"]
+    for name in ("temperature", "seed", "verify", "draft_length", "first_token", "border", "slot_sizes"):
+        del settings[name]
     return transcription.decode(forward, case.prompt, **settings)
 
 

@@ -82,8 +82,8 @@ def exact_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
     """The passes of a request that is decoded exactly.
 
     `start` is the place in the response of the first token that the pass could commit, `drafted` and
-    `accepted` count its drafts, `bonus` is the id of the token committed after them (null if an EOS among them
-    ended the answer), `ahead` says whether drafts for the next pass rode along, and `committed` lists
+    `accepted` count its drafts, `bonus` is the id of the token committed after them (null if an EOS among
+    them ended the answer), `ahead` says whether drafts for the next pass rode along, and `committed` lists
     positions.
     """
     steps = []
