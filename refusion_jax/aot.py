@@ -24,6 +24,7 @@ import rich.box
 from refusion_jax import config, sharding
 from refusion_jax.benchmarks.table import Table
 from refusion_jax.config import PREFIX
+from refusion_jax.decode.config import VERIFY
 from refusion_jax.devices import GIB, TPU_CHIPS, peak_flops
 from refusion_jax.errors import BadInput, command
 from refusion_jax.model.config import ModelConfig
@@ -167,8 +168,9 @@ def describe_training(run: RunConfig, topology: Topology) -> str:
 
 def describe_decoding(asked: Decoding, topology: Topology) -> str:
     """The program that is compiled."""
+    exact = f" verified exactly, {asked.draft_length} drafts per pass" if asked.verify == "exact" else ""
     return (
-        f"decoder of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens, weights in "
+        f"decoder of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens{exact}, weights in "
         f"{asked.weights}, on {topology.name}, every matrix product split over {topology.num_chips} chips"
     )
 
@@ -207,6 +209,18 @@ def _parser() -> config.Parser:
     add("--gen_length", **whole, default=512, help="response tokens (default %(default)s)")
     add("--slot_size", **whole, default=32, help="tokens per slot (default %(default)s)")
     add("--num_blocks", **whole, default=4, help="blocks decoded left to right (default %(default)s)")
+    add(
+        "--verify",
+        choices=VERIFY,
+        default="threshold",
+        help="how drafts are accepted; exact has no slots and blocks (default %(default)s)",
+    )
+    add(
+        "--draft_length",
+        **whole,
+        default=64,
+        help="verify exact: most drafts that a pass verifies (default %(default)s)",
+    )
     add(
         "--batch_size",
         type=config.whole_numbers,

@@ -25,7 +25,7 @@ from refusion_jax.files import write_atomically
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.serving.flags import add_setting_flags, given_settings
 from refusion_jax.serving.methods import METHODS, Config, default_settings
-from refusion_jax.serving.opened import use_compilation_cache
+from refusion_jax.serving.opened import trained_settings, use_compilation_cache
 from refusion_jax.serving.results import check_output
 from refusion_jax.training.run import RunConfig
 
@@ -80,10 +80,11 @@ def decode(flags: argparse.Namespace, overrides: Sequence[str]) -> list[dict]:
 
 
 def asked_config(flags: argparse.Namespace, method: str) -> Config:
-    """Decoding settings of a method: DECODING and the flags, without settings that the method lacks."""
+    """Decoding settings of a method: the checkpoint's, DECODING and the flags, where the method has them."""
     known, given = default_settings(method), given_settings(flags)
     settings = {name: value for name, value in (DECODING | given).items() if name in known}
-    return METHODS[method](bench_decode.MASK_ID, bench_decode.NO_EOS, **settings)
+    trained = trained_settings(flags.checkpoint, method) if flags.checkpoint else {}
+    return METHODS[method](bench_decode.MASK_ID, bench_decode.NO_EOS, **trained | settings)
 
 
 def add_decode(commands) -> None:

@@ -15,7 +15,7 @@ Forward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Pass(NamedTuple):
-    """One pass: the place of its first token, drafts verified and accepted, bonus token, masks that rode along."""
+    """One pass: the place of its first token, drafts verified and accepted, bonus, if masks rode along."""
 
     start: int
     drafted: int

@@ -196,7 +196,7 @@ def test_default_requests_carry_nothing_of_it():
 
 # Checks of the settings.
 
-TOKENIZER = types.SimpleNamespace(need_mask=lambda: MASK, mask_id=MASK, eos_id=2)
+TOKENIZER = types.SimpleNamespace(need_mask=lambda: MASK, mask_id=MASK, eos_ids=(2,))
 
 
 def parse(method: str = "refusion", **settings) -> asking.Request:

@@ -117,7 +117,7 @@ def run(batch: Sequence[Case], shape: Shape = SHAPE) -> list[tuple[Samples, np.n
     prepared = method.prepare(MODEL, [c.prompt for c in batch], [c.config for c in batch], shape)
     state = method.decode(MODEL, PARAMS, *prepared.inputs, shape=prepared.shape)
     samples, passes = jax.device_get(
-        (method.finish(state, prepared.eos_id, prepared.shape), state.committed_in)
+        (method.finish(state, prepared.eos_ids, prepared.shape), state.committed_in)
     )
     return [
         (jax.tree.map(lambda x, i=i: x[i], samples), passes[i, len(case.prompt) :][: case.config.gen_length])

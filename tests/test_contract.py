@@ -97,8 +97,8 @@ def test_flags_of_a_command(parser_of, name):
             elif action.default not in (None, False, []) and flag != "--checkpoint":
                 assert default.strip("`") == str(action.default), flag
             setting = flag.removeprefix("--")
-            # The default of first_token is the checkpoint's.
-            if action.default is None and setting in SETTINGS - {"first_token"}:
+            # The defaults of these are the checkpoint's.
+            if action.default is None and setting in SETTINGS - {"verify", "first_token", "border"}:
                 settings = [default_settings(method).get(setting) for method in METHODS]
                 assert all(str(value) in default for value in settings if value not in (None, False)), flag
 

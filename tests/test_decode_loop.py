@@ -38,7 +38,7 @@ from refusion_jax.decode.kv_cache import insert_rows
 from refusion_jax.decode.row_state import Phase, own_entries
 
 apply = jax.jit(lambda *args: MODEL.apply({"params": PARAMS}, *args))
-feeds = jax.jit(decode.batch_inputs, static_argnames="ahead")
+feeds = jax.jit(decode.batch_inputs, static_argnames="shape")
 one_pass = functools.partial(decode.DECODER.resume, until=0, limit=1, shape=SHAPE)
 
 
@@ -111,7 +111,7 @@ def test_slots_infilled_together_are_slots_infilled_one_by_one(eventful, states)
         several = (state.row.phase == Phase.INFILL) & (state.row.open.sum(1) > 1)
         if not several.any() or compared > 12:
             continue
-        fed = jax.device_get(feeds(state, jnp.int32(MASK), ahead=0))
+        fed = jax.device_get(feeds(state, jnp.int32(MASK), shape=SHAPE)).slots
         together = apply(fed.tokens, fed.positions, state.cache.layers, fed.mask)
         for row in np.flatnonzero(several):
             prompt, config = eventful[row]

@@ -18,7 +18,9 @@ from refusion_jax.decode.exact_inputs import most_fed
 from refusion_jax.decode.inputs import filled_up
 from refusion_jax.decode.replay import exact_replay
 from refusion_jax.errors import BadInput
+from refusion_jax.files import SMALL as SMALL_FOLDER
 from refusion_jax.model.transformer import ModelConfig, Transformer
+from refusion_jax.serving.opened import asked_settings
 from refusion_jax.sharding import unbox
 
 SIZES = (2, 3)  # slots; borders of both are at multiples of 6
@@ -31,7 +33,7 @@ def exact(eos_id=NEVER, **settings) -> DecodeConfig:
 
 
 def random_cases(seed: int, count: int = 8) -> list[tuple[list[int], DecodeConfig]]:
-    """Random prompts and settings; the EOS ids are frequent enough that answers end at one and at the length."""
+    """Random prompts and settings; answers end at an EOS or at their length."""
     random = np.random.default_rng(seed)
     cases = []
     for i in range(count):
@@ -87,7 +89,7 @@ def passes(samples) -> list[Pass]:
 
 @pytest.mark.parametrize("masks_ahead", [200, 13, 1])
 def test_it_is_the_transcription(masks_ahead):
-    """Ids and every number of every pass: with room for all outcomes, for some, and for none beside drafts."""
+    """Ids and every number of every pass: with room for all outcomes, for some, for none beside drafts."""
     shape = dataclasses.replace(SHAPE, masks_ahead=masks_ahead)
     seen, close = collections.Counter(), 0
     for seed in range(3):
@@ -236,6 +238,18 @@ def test_an_empty_prompt_needs_a_mask():
         exact(gen_length=4).check_prompt([])
     exact(gen_length=4, first_token="mask").check_prompt([])
     DecodeConfig(MASK, 2).check_prompt([])
+
+
+def test_methods_without_exact_verification():
+    for setting, methods in (
+        ("verify", "refusion"),
+        ("first_token", "refusion or ar"),
+        ("border", "refusion or ar"),
+    ):
+        with pytest.raises(
+            BadInput, match=f"--{setting} is for --method={methods} alone, found --method=mdm"
+        ):
+            asked_settings(str(SMALL_FOLDER), "mdm", {setting: "exact"})
 
 
 # The distribution of sampled answers.

@@ -43,7 +43,15 @@ from refusion_jax.serving import results
         (["--semantics=paper"], "--semantics: invalid choice: 'paper'"),
         (["--method=guess"], "--method: invalid choice: 'guess'"),
         (["--dtype=float8"], "--dtype: invalid choice: 'float8'"),
-        (["--first_token=next"], "--first_token is for --method=ar alone, found --method=refusion"),
+        (["--verify=always"], "--verify: invalid choice: 'always'"),
+        (
+            ["--verify=exact", "--draft_length=0"],
+            "draft_length must be a whole number from 1 to 1024, found 0",
+        ),
+        (
+            ["--verify=exact", "--semantics=release"],
+            "semantics 'release' needs verify 'threshold', found 'exact'",
+        ),
         (["--tokens_per_step=2"], "--tokens_per_step is for --method=mdm or bd3 alone"),
         (["--cache=dual"], "--cache is for --method=mdm alone"),
         (["--cache=all"], "--cache: invalid choice: 'all'"),

@@ -32,25 +32,6 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         help="refusion: release reproduces the authors' code bit for bit, mistakes included (default fixed)",
     )
     add(
-        "--verify",
-        choices=VERIFY,
-        help="refusion: accept drafts by the thresholds, or only where the model read left to right chooses "
-        "the same tokens (exact): the answers are those of --method=ar, and the slot settings do not apply "
-        "(default: as the checkpoint was trained)",
-    )
-    add(
-        "--first_token",
-        choices=FIRST_TOKENS,
-        help="ar, verify exact: read the first response token off the last prompt token (next) or off a mask "
-        "token (mask) (default: as the checkpoint was trained)",
-    )
-    add(
-        "--border",
-        choices=BORDERS,
-        help="ar, verify exact: read response tokens at borders of slots of every size off the token before "
-        "(ar) or off a mask token (draft) (default: as config.json says, else ar)",
-    )
-    add(
         "--batch_size",
         type=int,
         metavar="N",
@@ -133,10 +114,30 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     add("temperature", "sampling temperature of the drafts; 0 is greedy", **number)
     add("seed", "seed of the drafts if temperature is above 0", **whole)
     parser.add_argument(
+        "--verify",
+        choices=VERIFY,
+        help="refusion: accept drafts by the thresholds, or only where the model read left to right chooses "
+        "the same tokens (exact): the answers are those of --method=ar, and the slot settings do not apply "
+        "(default: as the checkpoint was trained)",
+    )
+    parser.add_argument(
+        "--first_token",
+        choices=FIRST_TOKENS,
+        help="ar, verify exact: read the first response token off the last prompt token (next) or off a mask "
+        "token (mask) (default: as the checkpoint was trained)",
+    )
+    parser.add_argument(
+        "--border",
+        choices=BORDERS,
+        help="ar, verify exact: read response tokens at borders of slots of every size off the token before "
+        "(ar) or off a mask token (draft) (default: as the checkpoint's config.json says, else ar)",
+    )
+    parser.add_argument(
         "--ahead",
         **whole,
         help="refusion: fill each pass of a request with speculative tokens up to this many; 0 feeds one "
-        "phase per pass, as the authors do (default: the number that costs the device next to nothing)",
+        "phase per pass, as the authors do; verify exact: mask tokens beside the drafts (default: the number "
+        "that costs the device next to nothing)",
     )
 
 

@@ -121,12 +121,21 @@ def asked_settings(checkpoint: str, method: str, given: Mapping[str, Any]) -> di
         if name not in known:
             methods = [other for other in METHODS if name in default_settings(other)]
             raise BadInput(f"--{name} is for --method={' or '.join(methods)} alone, found --method={method}")
+    return known | trained_settings(checkpoint, method) | given
+
+
+def trained_settings(checkpoint: str, method: str) -> dict[str, Any]:
+    """The settings of the method that follow from how the checkpoint was trained.
+
+    Raises:
+      BadInput: its config.json cannot be read or has an impossible value.
+    """
     fields = {field.name for field in dataclasses.fields(METHODS[method])}
     stated = hugging_face.decoding_defaults(checkpoint)
     trained = {name: value for name, value in stated.items() if name in fields}
     if method == "bd3" and (block_len := hugging_face.block_len(checkpoint)) is not None:
         trained["block_len"] = block_len
-    return known | trained | given
+    return trained
 
 
 def use_compilation_cache() -> None:

@@ -86,6 +86,8 @@ class Decoding(NamedTuple):
     slot_size: int
     num_blocks: int
     batch_size: int
+    verify: str = "threshold"
+    draft_length: int = 64
     int8: bool = False
 
     @property
@@ -103,9 +105,8 @@ def lower_decoding(model: ModelConfig, topology: Topology, asked: Decoding) -> L
     decoder = decoding_model(model, jnp.bfloat16, "tpu", asked.int8)
     boxed = boxed_params(decoder)
     params = sharding.with_shardings(sharding.unbox(boxed), sharding.layout(boxed, mesh).shardings)
-    settings = DecodeConfig(
-        _MASK_ID, _MASK_ID, asked.gen_length, slot_size=asked.slot_size, num_blocks=asked.num_blocks
-    )
+    names = ("gen_length", "slot_size", "num_blocks", "verify", "draft_length")
+    settings = DecodeConfig(_MASK_ID, _MASK_ID, **{name: getattr(asked, name) for name in names})
     *inputs, shape = DECODER.prepare(decoder, [[0] * asked.prompt_length] * asked.batch_size, settings)
     kind = mesh.devices.flat[0].device_kind
     shape = filled_up(shape, device_kind=kind)
