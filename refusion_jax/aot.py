@@ -170,8 +170,8 @@ def describe_decoding(asked: Decoding, topology: Topology) -> str:
     """The program that is compiled."""
     exact = f" verified exactly, {asked.draft_length} drafts per pass" if asked.verify == "exact" else ""
     return (
-        f"decoder of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens{exact}, weights in "
-        f"{asked.weights}, on {topology.name}, every matrix product split over {topology.num_chips} chips"
+        f"decoder of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens{exact}, "
+        f"weights in {asked.weights}, on {topology.name}, every matrix product split over {topology.num_chips} chips"
     )
 
 

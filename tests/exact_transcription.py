@@ -55,10 +55,8 @@ def decode(
         readings, masks = [], 0
         for i in range(m + 1):
             place = start + i
-            if place == 0:
-                off_mask = first_token == "mask"
-            else:
-                off_mask = border_every > 0 and place % border_every == 0
+            at_border = border_every > 0 and place % border_every == 0
+            off_mask = first_token == "mask" if place == 0 else at_border
             masks += off_mask
             before = context + drafts[:i]
             readings.append(run.choose(before + [mask_id] * off_mask, place)[0])

@@ -91,7 +91,7 @@ MAY_IMPORT = {
     "sample": {"config", "serving"},
     "evaluate": {"config", "data", "data.tasks", "serving", "training"},
     "convert": {"checkpoints", "config", "loader", "model", "tokenizer", "weights"},
-    "aot": {"benchmarks", "config", "devices", "model", "sharding", "tpu", "training"},
+    "aot": {"benchmarks", "config", "decode", "devices", "model", "sharding", "tpu", "training"},
     "bench": {"benchmarks", "config", "decode", "loader", "serving", "sharding", "training"},
     "demo": {"config", "data.tasks", "serving"},
 }
