@@ -436,3 +436,52 @@ def test_no_memory_of_ours_is_the_files(tmp_path):
     before = part.copy()
     os.truncate(folder / "model.safetensors", 0)
     np.testing.assert_array_equal(part, before)
+
+
+DEFAULTS = {"verify": "threshold", "first_token": "mask", "border": "ar", "slot_sizes": (4, 8, 16, 32)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"mask_token_id": 3}, DEFAULTS),
+        ({}, DEFAULTS | {"first_token": "next"}),  # without a mask token it was trained left to right
+        ({"objective": "ar", "mask_token_id": 3}, DEFAULTS | {"first_token": "next"}),
+        ({"objective": "ar", "first_token": "mask"}, DEFAULTS),
+        (
+            {
+                "objective": "refusion",
+                "verify": "exact",
+                "first_token": "next",
+                "border": "draft",
+                "slot_sizes": [8],
+            },
+            {"verify": "exact", "first_token": "next", "border": "draft", "slot_sizes": (8,)},
+        ),
+    ],
+    ids=str,
+)
+def test_config_json_decides_how_to_decode(tmp_path, fields, expected):
+    (tmp_path / "config.json").write_text(json.dumps(RAW | fields))
+    assert hf.decoding_defaults(tmp_path) == expected
+    assert hf.first_token(tmp_path) == expected["first_token"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("verify", "always", "verify must be one of threshold, exact, found 'always'"),
+        ("first_token", 1, "first_token must be one of next, mask, found 1"),
+        ("border", None, "border must be one of ar, draft, found None"),
+        ("border", [], "border must be one of ar, draft, found []"),
+        ("slot_sizes", [], "slot_sizes must be a list of whole numbers above 0, found []"),
+        ("slot_sizes", [4, True], "slot_sizes must be a list of whole numbers above 0, found [4, True]"),
+        ("slot_sizes", 8, "slot_sizes must be a list of whole numbers above 0, found 8"),
+    ],
+    ids=str,
+)
+def test_impossible_ways_to_decode(tmp_path, field, value, expected):
+    (tmp_path / "config.json").write_text(json.dumps({field: value}))
+    with pytest.raises(BadInput) as caught:
+        hf.decoding_defaults(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'config.json'}: {expected}"

@@ -33,6 +33,14 @@ LEFT_OUT = (
     "auto_map",
 )
 
+# Fields of config.json that choose how to decode: default, and possible values.
+DECODING_FIELDS = {
+    "verify": ("threshold", ("threshold", "exact")),
+    "first_token": ("mask", ("next", "mask")),
+    "border": ("ar", ("ar", "draft")),
+}
+SLOT_SIZES = (4, 8, 16, 32)  # of the paper, for models whose config.json does not state theirs
+
 HEAD = "lm_head.weight"
 # Buffers in old files; they follow from config.json.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -240,12 +248,38 @@ def objective(folder: str | Path) -> str:
     return raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
 
 
-def first_token(folder: str | Path) -> str:
-    """The position from which AR decoding reads the first response token.
+def decoding_defaults(folder: str | Path) -> dict[str, Any]:
+    """How a model is decoded unless a flag says otherwise: a function of its config.json alone.
 
-    "next", the last prompt token, for a model trained with the objective "ar"; else "mask", a mask token.
+    Returns:
+      "verify": how drafts are verified: "threshold" or "exact"; "threshold" if config.json does not say.
+      "first_token": the position off which the first response token is read: "next", the last prompt token
+        (if config.json does not say: for the objective "ar"), or "mask", a mask token (for all others).
+      "border": the position off which tokens at slot borders are read: "ar", the token before (if config.json
+        does not say), or "draft", a mask token.
+      "slot_sizes": tuple of the slot sizes seen in training, in tokens; (4, 8, 16, 32) if config.json does
+        not say.
+
+    Raises:
+      BadInput: there is no config.json, or one of these fields has an impossible value.
     """
-    return "next" if objective(folder) == "ar" else "mask"
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    chosen = {name: raw.get(name, default) for name, (default, _) in DECODING_FIELDS.items()}
+    if "first_token" not in raw and objective(folder) == "ar":
+        chosen["first_token"] = "next"
+    for name, (_, values) in DECODING_FIELDS.items():
+        if chosen[name] not in values:
+            raise BadInput(f"{path}: {name} must be one of {', '.join(values)}, found {chosen[name]!r}")
+    sizes = raw.get("slot_sizes", SLOT_SIZES)
+    if not isinstance(sizes, list | tuple) or not sizes or any(type(n) is not int or n < 1 for n in sizes):
+        raise BadInput(f"{path}: slot_sizes must be a list of whole numbers above 0, found {sizes!r}")
+    return chosen | {"slot_sizes": tuple(sizes)}
+
+
+def first_token(folder: str | Path) -> str:
+    """The position from which AR decoding reads the first response token, see `decoding_defaults`."""
+    return decoding_defaults(folder)["first_token"]
 
 
 def block_len(folder: str | Path) -> int | None:
