@@ -34,12 +34,13 @@ from refusion_jax.weights.lora import LoraConfig
 
 CONFIG_FILE = "config.yaml"
 
-# A resumed run must keep these fields and its objective: they determine the shape of its state and the
-# numbering of its batches.
+# A resumed run must keep these fields and its objective: they determine the shape of its state, the numbering
+# of its batches and what config.json says of its model.
 MUST_NOT_CHANGE = {
     "model": [field.name for field in dataclasses.fields(ModelConfig)],
     "data": [field.name for field in dataclasses.fields(DataConfig) if field.name != "workers"],
-    "train": ["batch_size", "seed", "scan_layers"],
+    "train": ["batch_size", "seed", "scan_layers", "first_batch"],
+    "diffusion": ["ar_share"],
     "lora": [field.name for field in dataclasses.fields(LoraConfig)],
 }
 
@@ -47,6 +48,8 @@ MUST_NOT_CHANGE = {
 DEFAULTS_OF_OLD_RUNS = {
     "objective": "refusion",
     "data": {"eos_multiple": 1, "eos_extra_blocks": 0},
+    "train": {"first_batch": 0},
+    "diffusion": {"ar_share": 0.0},
     "lora": {"rank": 0},
 }
 
@@ -105,6 +108,7 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
         done = checkpoints.latest_step()
         if done is None:
             state = first_state(run, program)
+            batches.set_state({"next_index": run.train.first_batch})
         else:
             _check_same_run(folder, run)
             state, position = _restore(checkpoints, done, program.state)
@@ -198,6 +202,8 @@ def _announce(run: RunConfig, state: TrainState, mesh: Mesh, done: int | None, e
     if state.frozen:
         size += f" and {_size(state.params):,} that adapt them"
     begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
+    if done is None and run.train.first_batch:
+        begin += f", at batch {run.train.first_batch} of the data"
     print(f"{size} on {dict(mesh.shape)}, {begin}", flush=True)
     held, used = row_use(examples)
     print(f"rows of {run.data.max_length} tokens: {held:.1f} examples, {used:.1%} used", flush=True)
@@ -244,10 +250,23 @@ def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.as_dict(run), sort_keys=False))
     tokenizer.save(folder)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
-    trained = {"objective": run.objective}
+    hugging_face.write_config(folder, run.model, ids | _how_to_decode(run))
+
+
+def _how_to_decode(run: RunConfig) -> dict[str, Any]:
+    """The fields of config.json that choose how to decode, see `hugging_face.decoding_defaults`."""
+    anchored = run.diffusion.ar_share > 0
+    fields = {
+        "objective": run.objective,
+        "first_token": "next" if anchored or run.objective == "ar" else "mask",
+        "border": "ar",
+    }
+    if run.objective == "refusion":
+        fields["verify"] = "exact" if anchored else "threshold"
+        fields["slot_sizes"] = list(run.diffusion.slot_sizes)
     if run.objective == "bd3":
-        trained["block_len"] = run.diffusion.block_len
-    hugging_face.write_config(folder, run.model, ids | trained)
+        fields["block_len"] = run.diffusion.block_len
+    return fields
 
 
 def _check_same_run(folder: Path, run: RunConfig) -> None:
