@@ -34,6 +34,7 @@ def commands(title: str) -> list[list[str]]:
 
 
 FIRST, SECOND = commands("Anchored training")
+(TAUGHT,) = commands("Teacher")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def phases(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for command in (FIRST, SECOND):
+        for command in (FIRST, SECOND, TAUGHT):
             assert train.main([*command, *SHORT]) == 0
     return folder / "runs"
 
@@ -81,12 +82,13 @@ def test_the_second_phase_goes_on_with_the_data_of_the_first(phases, tmp_path, m
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_an_anchored_run_that_dies_goes_on_to_the_last_bit(phases, monkeypatch, capsys):
-    run = phases / "tiny_anchored"
+@pytest.mark.parametrize(("name", "command"), [("tiny_anchored", SECOND), ("tiny_taught", TAUGHT)])
+def test_a_run_that_dies_goes_on_to_the_last_bit(phases, monkeypatch, capsys, name, command):
+    run = phases / name
     whole, params = rows(run), load(run)[1]
     shutil.rmtree(run / "checkpoints" / "3")
     monkeypatch.chdir(phases.parent)
-    assert train.main([*SECOND, *SHORT]) == 0
+    assert train.main([*command, *SHORT]) == 0
     assert "resuming from step 2 of 3" in capsys.readouterr().out
     assert rows(run) == whole
     jax.tree.map(np.testing.assert_array_equal, load(run)[1], params)
@@ -125,6 +127,39 @@ def test_runs_from_before_these_fields_resume(phases, tmp_path, monkeypatch, cap
     (run / "config.yaml").write_text(yaml.safe_dump(stored))
     assert train.main([*FIRST, *SHORT, f"--workdir={run}", "--config.train.first_batch=2"]) == 2
     assert f"train.first_batch: is 2, the run in {run} has 0" in capsys.readouterr().err
+
+
+def test_the_teacher_is_not_saved_and_may_not_change(phases, tmp_path, monkeypatch, capsys):
+    run = phases / "tiny_taught"
+    size, plain = (
+        sum(path.stat().st_size for path in (folder / "checkpoints" / "3").rglob("*") if path.is_file())
+        for folder in (run, phases / "tiny_anchored")
+    )
+    assert size < 1.01 * plain
+    teacher = tmp_path / "teacher"
+    shutil.copytree(phases / "tiny_ar", teacher)
+    monkeypatch.chdir(phases.parent)
+    moved = [*TAUGHT, *SHORT, f"--config.train.teacher={teacher}"]
+    assert train.main(moved) == 0  # the same teacher elsewhere
+    shutil.rmtree(teacher)
+    shutil.copytree(phases / "tiny_anchored", teacher)
+    capsys.readouterr()
+    assert train.main(moved) == 2
+    err = capsys.readouterr().err
+    assert f"train.teacher: {teacher} has the SHA-256" in err and err.count("\n") == 1
+    assert train.main([*TAUGHT, *SHORT, "--config.train.distill_weight=0.25"]) == 2
+    assert "train.distill_weight: is 0.25, the run in runs/tiny_taught has 0.5" in capsys.readouterr().err
+
+
+def test_nothing_is_learnt_from_oneself(phases, tmp_path, monkeypatch):
+    """All in order, the student equal to the teacher, no weight on labels: the divergence is 0 at first."""
+    monkeypatch.chdir(phases.parent)
+    run = tmp_path / "run"
+    flags = [f"--workdir={run}", "--config.diffusion.ar_share=1", "--config.train.distill_weight=1"]
+    assert train.main([*TAUGHT, *SHORT, *flags]) == 0
+    header, first, *_ = (run / "metrics.csv").read_text().splitlines()
+    values = dict(zip(header.split(","), first.split(","), strict=True))
+    assert abs(float(values["loss"])) < 1e-6 and float(values["grad_norm"]) < 1e-4
 
 
 class Recording:

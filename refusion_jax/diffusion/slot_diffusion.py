@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.diffusion import segments
-from refusion_jax.diffusion.cross_entropy import weighted_cross_entropy
+from refusion_jax.diffusion.cross_entropy import SoftTargets, weighted_cross_entropy
 from refusion_jax.diffusion.segments import Batch
 
 Array = jax.Array
@@ -303,6 +303,7 @@ def loss_of_states(
     diffusion_weight: float,
     divided_by: tuple[Array, Array],
     num_chunks: int,
+    soft: SoftTargets | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss that trains: equal to `loss(states @ head, ...)`, without the logits of a whole batch.
 
@@ -313,13 +314,15 @@ def loss_of_states(
       diffusion_weight: lambda.
       divided_by: `divisors` of the whole batch.
       num_chunks: as in `cross_entropy.weighted_cross_entropy`.
+      soft: a teacher's predictions of the targets. The losses, also those reported, are then its mixture of
+        cross entropy and divergence.
 
     Returns:
       as `loss`. Only the first value has a gradient; the dictionary is for reporting.
     """
     ar_divisor, diffusion_divisor = divided_by
     weights = noised.ar_weights / ar_divisor + diffusion_weight * noised.diffusion_weights / diffusion_divisor
-    total, ce = weighted_cross_entropy(states, head, noised.targets, weights, num_chunks)
+    total, ce = weighted_cross_entropy(states, head, noised.targets, weights, num_chunks, soft)
     return total, {"loss": total} | _parts(ce, noised, divided_by)
 
 
