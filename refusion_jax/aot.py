@@ -40,9 +40,10 @@ from refusion_jax.tpu.lowering import (
     lower_training,
 )
 from refusion_jax.tpu.slices import Topology
-from refusion_jax.training.flops import train_flops
+from refusion_jax.training.flops import forward_flops, train_flops
 from refusion_jax.training.objectives import OBJECTIVES
 from refusion_jax.training.run import RunConfig
+from refusion_jax.training.teacher import teacher_config
 
 DOES_NOT_FIT = 3
 MOST_COMPILED = 6  # changes; compiling one takes as long as compiling the first program
@@ -156,6 +157,8 @@ def describe_training(run: RunConfig, topology: Topology) -> str:
     # One eighth is prompt, as in `bench train`; only the FLOPs of bd3 depend on it.
     work = OBJECTIVES[run.objective].flop_counts(total_len // 8, total_len, run.diffusion)
     flops = float(train_flops(run.model, *work))
+    if (teacher := teacher_config(run)) is not None:
+        flops += float(forward_flops(teacher, *work))
     devices = topology.devices()
     seconds = flops / (len(devices) * peak_flops(devices[0].device_kind))
     mesh = dataclasses.asdict(sharding.sizes(run.mesh, topology.num_devices))
@@ -171,7 +174,8 @@ def describe_decoding(asked: Decoding, topology: Topology) -> str:
     exact = f" verified exactly, {asked.draft_length} drafts per pass" if asked.verify == "exact" else ""
     return (
         f"decoder of {asked.batch_size} x ({asked.prompt_length} + {asked.gen_length}) tokens{exact}, "
-        f"weights in {asked.weights}, on {topology.name}, every matrix product split over {topology.num_chips} chips"
+        f"weights in {asked.weights}, on {topology.name}, every matrix product split over "
+        f"{topology.num_chips} chips"
     )
 
 

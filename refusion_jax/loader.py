@@ -110,6 +110,16 @@ def lazy_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     return params
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that `lazy_params` reads, in the order of their names."""
+    folder = Path(folder)
+    step = checkpoint.latest_step(folder)
+    if step is None:
+        return sorted(folder.glob("*.safetensors"))
+    params = folder / checkpoint.FOLDER / str(step) / "params"
+    return sorted(path for path in params.rglob("*") if path.is_file())
+
+
 def boxed_params(model: Transformer) -> Any:
     """Abstract parameters of `model` in Linen's partitioning boxes, which name the logical axes."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

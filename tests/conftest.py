@@ -31,7 +31,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
-pytest.register_assert_rewrite("decoding", "sampling")
+pytest.register_assert_rewrite("decoding", "noising", "sampling")
 
 # With the others after them, no process is left with much at the end.
 LONGEST = (

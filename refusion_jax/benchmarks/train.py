@@ -72,18 +72,18 @@ def measure(run: RunConfig, devices: Sequence[jax.Device], steps: int, real_data
         _real_batch(run) if real_data else _random_batch(run, program.batch), program.batch_sharding
     )
     start = time.perf_counter()
-    step = program.step.lower(program.state, program.batch).compile()
+    step = program.step.lower(program.state, program.batch, *program.teacher).compile()
     compile_s = time.perf_counter() - start
-    state = _some_state(program)
+    state, teacher = _some_state(program), tuple(map(arbitrary_params, program.teacher))
     seconds = []
     for number in range(WARM_UP + steps):
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, batch))
+        state, metrics = jax.block_until_ready(step(state, batch, *teacher))
         seconds += [time.perf_counter() - start] * (number >= WARM_UP)
     flops, padding, tokens = (float(metrics[name]) for name in ("flops", "padding", "tokens"))
     start = time.perf_counter()
     for _ in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, *teacher)
     jax.block_until_ready((state, metrics))
     rate = steps / (time.perf_counter() - start) / len(devices)
     peak, memory = peak_flops(devices[0].device_kind), step.memory_analysis()

@@ -54,6 +54,15 @@ def locate_tokens(prompt_len: Array, total_len: Array, length: int) -> TokenPlac
     )
 
 
+def before_response(at: TokenPlaces) -> Array:
+    """bool [T]: whether the next token is a response token of the same example, as autoregressive labels are.
+
+    They begin at the last prompt token, or without a prompt at the first response token, and end at the last
+    response token but one.
+    """
+    return jnp.roll(at.response & (at.position > 0), -1)
+
+
 def columns(x: Array) -> Array:
     """x [B, E] unchanged; x [B] as [B, 1]."""
     return x.reshape(x.shape[0], -1)

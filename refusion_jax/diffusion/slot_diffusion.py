@@ -23,22 +23,31 @@ sums. ce_i is the cross entropy at input token i; b runs over the B examples tha
 
 with t ~ U(0, 1) per example, and L = L_AR + diffusion_weight * L_diff in both. The mean of nothing is 0.
 
+Anchored training (ours, not in the paper): with probability `ar_share` an example is in order. Nothing of it
+is masked, its slots keep the order of the text, and it is labelled as in autoregressive training: every
+response token is predicted from the token before it, the first one from the last prompt token. These labels
+belong to L_AR; the mean over b of L_diff leaves the example out, so `diffusion_weight` keeps its meaning.
+
 Two functions compute L. `loss` takes logits and is the reference. `loss_of_states` is the one that training
 differentiates: it takes the final states and the head, and never holds the logits of a whole batch.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.diffusion import segments
-from refusion_jax.diffusion.cross_entropy import weighted_cross_entropy
+from refusion_jax.diffusion.cross_entropy import SoftTargets, weighted_cross_entropy
 from refusion_jax.diffusion.segments import Batch
 
 Array = jax.Array
 NORMALISATIONS = ("release", "paper")
+
+# `fold_in` of an example's key with 0 to 3 gives the four keys that `split` makes of it, so this is the next.
+_IN_ORDER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,8 @@ class DiffusionConfig:
       normalisation: divisors of the loss: "release", as in the authors' code, or "paper", equations 2 to 4.
       diffusion_weight: weight of the diffusion loss; the autoregressive loss has weight 1.
       block_len: block length in response tokens, for the objective bd3 only.
+      ar_share: probability that an example is in order, nothing masked and labelled as by the objective ar;
+        for the objective refusion only. 0 is the paper.
     """
 
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
@@ -58,6 +69,7 @@ class DiffusionConfig:
     normalisation: str = "release"
     diffusion_weight: float = 1.0
     block_len: int = 32
+    ar_share: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "slot_sizes", tuple(self.slot_sizes))
@@ -67,6 +79,8 @@ class DiffusionConfig:
             raise ValueError(f"block_len must be at least 1, got {self.block_len}")
         if not 0 <= self.eps < 1:
             raise ValueError(f"eps must be in [0, 1), got {self.eps}")
+        if not 0 <= self.ar_share <= 1:
+            raise ValueError(f"ar_share must be in [0, 1], got {self.ar_share}")
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation must be one of {NORMALISATIONS}, got {self.normalisation!r}")
 
@@ -87,12 +101,15 @@ class Draw(struct.PyTreeNode):
       mask_probability: float32 [B, E], p of the release; the paper's normalisation does not use it.
       slot_masked: bool [B, M].
       slot_rank: int32 [B, M], sort key that orders the clean slots of an example.
+      in_order: bool [B, E], whether the example is in order: none of its slots is masked, they are ranked by
+        their number, and it is labelled as in autoregressive training. None: no example is.
     """
 
     slot_size: Array
     mask_probability: Array
     slot_masked: Array
     slot_rank: Array
+    in_order: Array | None = None
 
 
 class Noised(struct.PyTreeNode):
@@ -106,8 +123,8 @@ class Noised(struct.PyTreeNode):
       ar_weights: float32 [B, T], positive at labelled clean tokens.
       diffusion_weights: float32 [B, T], positive at masked tokens.
       ar_count: float32 [B], the row's contribution to the divisor of the AR loss.
-      has_response: float32 [B], number of examples with a response: the row's contribution to the divisor
-        of the diffusion loss.
+      has_response: float32 [B], number of examples with a response that are not in order: the row's
+        contribution to the divisor of the diffusion loss.
       blocks: int32 [B, T], index of the token's block in its example; None for objectives without blocks.
     """
 
@@ -153,7 +170,8 @@ def draw(key: Array, example_id: Array, response_len: Array, max_slots: int, con
     uniform = jax.vmap(lambda key, slot: jax.random.uniform(jax.random.fold_in(key, slot)))
 
     def one(example_id: Array, response_len: Array) -> Draw:
-        keys = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number), 4))(example_id)
+        own = jax.vmap(lambda number: jax.random.fold_in(key, number))(example_id)
+        keys = jax.vmap(lambda key: jax.random.split(key, 4))(own)
         size_key, time_key, mask_key, order_key = (keys[:, i] for i in range(4))
         slot_size = jax.vmap(lambda key: jax.random.choice(key, sizes))(size_key)
         t = jax.vmap(jax.random.uniform)(time_key)
@@ -169,13 +187,19 @@ def draw(key: Array, example_id: Array, response_len: Array, max_slots: int, con
             num_masked = jnp.floor(t * num_slots).astype(jnp.int32)
             u = jnp.where(slot < num_slots[owner], u, 2.0)
             masked = _rank(owner, u) - first[owner] < num_masked[owner]
-        return Draw(slot_size, p, masked, _rank(owner, uniform(order_key[owner], slot)))
+        drawn = Draw(slot_size, p, masked, _rank(owner, uniform(order_key[owner], slot)))
+        if not config.ar_share:
+            return drawn
+        # From a key of its own: the other choices do not depend on ar_share.
+        in_order = uniform(own, jnp.full(own.shape, _IN_ORDER)) < config.ar_share
+        return drawn.replace(
+            slot_masked=masked & ~in_order[owner],
+            slot_rank=jnp.where(in_order[owner], slot, drawn.slot_rank),
+            in_order=in_order,
+        )
 
     drawn = jax.vmap(one)(segments.columns(example_id), segments.columns(response_len))
-    shaped = {
-        name: getattr(drawn, name).reshape(example_id.shape) for name in ("slot_size", "mask_probability")
-    }
-    return drawn.replace(**shaped)
+    return _of_examples(drawn, lambda x: x.reshape(example_id.shape))
 
 
 def rearrange(
@@ -211,11 +235,17 @@ def rearrange(
         source = jax.lax.sort((owner, group * stride + within, index), num_keys=2)[-1]
 
         last_of_slot = (offset == slot_size - 1) | (position == total_len[owner] - 1)
-        labelled = clean & ~last_of_slot
-        targets = jnp.where(clean, jnp.roll(tokens, -1), tokens)
+        labelled, shifted = clean & ~last_of_slot, clean
+        if draw.in_order is not None:
+            labelled = jnp.where(draw.in_order[owner], segments.before_response(at), labelled)
+            shifted |= labelled  # the last prompt token has a label too
+        targets = jnp.where(shifted, jnp.roll(tokens, -1), tokens)
         fed = jnp.where(masked, mask_id, tokens)
 
         has_response = jnp.sum(response_len > 0).astype(jnp.float32)
+        num_noised = has_response
+        if draw.in_order is not None:
+            num_noised = jnp.sum((response_len > 0) & ~draw.in_order).astype(jnp.float32)
         if config.normalisation == "release":
             ar_scale, ar_count = jnp.ones(num_examples), jnp.sum(labelled).astype(jnp.float32)
             diffusion_scale = 1 / (draw.mask_probability * jnp.maximum(response_len, 1))
@@ -230,12 +260,11 @@ def rearrange(
             ar_weights=(labelled * ar_scale[owner])[source].astype(jnp.float32),
             diffusion_weights=(masked * diffusion_scale[owner])[source].astype(jnp.float32),
             ar_count=ar_count,
-            has_response=has_response,
+            has_response=num_noised,
         )
 
-    of_examples = {name: segments.columns(getattr(draw, name)) for name in ("slot_size", "mask_probability")}
-    lengths = segments.columns(prompt_len), segments.columns(total_len)
-    return jax.vmap(one)(tokens, *lengths, draw.replace(**of_examples))
+    draw = _of_examples(draw, segments.columns)
+    return jax.vmap(one)(tokens, segments.columns(prompt_len), segments.columns(total_len), draw)
 
 
 def divisors(noised: Noised) -> tuple[Array, Array]:
@@ -274,6 +303,7 @@ def loss_of_states(
     diffusion_weight: float,
     divided_by: tuple[Array, Array],
     num_chunks: int,
+    soft: SoftTargets | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss that trains: equal to `loss(states @ head, ...)`, without the logits of a whole batch.
 
@@ -284,13 +314,15 @@ def loss_of_states(
       diffusion_weight: lambda.
       divided_by: `divisors` of the whole batch.
       num_chunks: as in `cross_entropy.weighted_cross_entropy`.
+      soft: a teacher's predictions of the targets. The losses, also those reported, are then its mixture of
+        cross entropy and divergence.
 
     Returns:
       as `loss`. Only the first value has a gradient; the dictionary is for reporting.
     """
     ar_divisor, diffusion_divisor = divided_by
     weights = noised.ar_weights / ar_divisor + diffusion_weight * noised.diffusion_weights / diffusion_divisor
-    total, ce = weighted_cross_entropy(states, head, noised.targets, weights, num_chunks)
+    total, ce = weighted_cross_entropy(states, head, noised.targets, weights, num_chunks, soft)
     return total, {"loss": total} | _parts(ce, noised, divided_by)
 
 
@@ -310,6 +342,12 @@ def _parts(ce: Array, noised: Noised, divided_by: tuple[Array, Array]) -> dict[s
         "ar_loss": jnp.sum(ce * noised.ar_weights) / ar_divisor,
         "diffusion_loss": jnp.sum(ce * noised.diffusion_weights) / diffusion_divisor,
     }
+
+
+def _of_examples(draw: Draw, function: Callable[[Array], Array]) -> Draw:
+    """The draw with `function` applied to its arrays [B, E]."""
+    names = ["slot_size", "mask_probability"] + ["in_order"] * (draw.in_order is not None)
+    return draw.replace(**{name: function(getattr(draw, name)) for name in names})
 
 
 def _ceil_div(x: Array, y: Array) -> Array:

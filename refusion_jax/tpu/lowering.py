@@ -68,8 +68,9 @@ def lower_training(run: RunConfig, topology: Topology) -> Lowered:
         "frozen parameters": program.state.frozen,
         "optimiser state": (program.state.step, program.state.opt_state),
         "batch": program.batch,
+        "teacher": program.teacher,
     }
-    return Lowered(program.step.lower(program.state, program.batch), _bytes_each(arguments))
+    return Lowered(program.step.lower(program.state, program.batch, *program.teacher), _bytes_each(arguments))
 
 
 class Decoding(NamedTuple):

@@ -9,8 +9,9 @@ includes norms and, in an untied model, the embedding, although a lookup multipl
 is attention; a is the number of (query, key) pairs that may attend. Per layer, scores and their product with
 the values take 2 x 2 a N H forward and twice that backward. Causal attention has a = l^2 / 2, bidirectional
 attention (mdm) l^2. For bd3, l counts the response twice, because it is in the input twice, and a counts the
-pairs that its mask allows. Neither padding nor rematerialisation counts: l is the length of the example, not
-of its row. The figure is therefore the necessary work, independent of the implementation.
+pairs that its mask allows. A teacher reads each example once, forward only, which adds 2 P l + 4 L N H a with
+its own P, L, N and H. Neither padding nor rematerialisation counts: l is the length of the example, not of
+its row. The figure is therefore the necessary work, independent of the implementation.
 """
 
 import jax
@@ -40,5 +41,15 @@ def train_flops(config: ModelConfig, lengths: Array, pairs: Array) -> Array:
       lengths: [B] or [B, E], l: number of input tokens of each example; 0 for unused entries.
       pairs: of the same shape, a: number of (query, key) pairs of each example.
     """
-    attention = 12 * config.num_layers * config.num_heads * config.head_dim
-    return 6.0 * num_parameters(config) * jnp.sum(lengths) + attention * jnp.sum(pairs)
+    return _flops(config, lengths, pairs, 3)
+
+
+def forward_flops(config: ModelConfig, lengths: Array, pairs: Array) -> Array:
+    """FLOPs of a forward pass over the same examples, as a teacher takes it, float32 []."""
+    return _flops(config, lengths, pairs, 1)
+
+
+def _flops(config: ModelConfig, lengths: Array, pairs: Array, passes: int) -> Array:
+    """FLOPs of `passes` passes, each as much work as the forward pass; the backward pass is two."""
+    attention = 4 * passes * config.num_layers * config.num_heads * config.head_dim
+    return 2.0 * passes * num_parameters(config) * jnp.sum(lengths) + attention * jnp.sum(pairs)

@@ -24,6 +24,7 @@ from refusion_jax.errors import BadInput
 from refusion_jax.files import write_atomically
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.tokenizer import Tokenizer
+from refusion_jax.training import teacher
 from refusion_jax.training.metrics import Reporter, check_wandb
 from refusion_jax.training.profiling import Profile
 from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_tokenizer, worker_examples
@@ -34,12 +35,13 @@ from refusion_jax.weights.lora import LoraConfig
 
 CONFIG_FILE = "config.yaml"
 
-# A resumed run must keep these fields and its objective: they determine the shape of its state and the
-# numbering of its batches.
+# A resumed run must keep these fields and its objective: they determine the shape of its state, the numbering
+# of its batches and what config.json says of its model.
 MUST_NOT_CHANGE = {
     "model": [field.name for field in dataclasses.fields(ModelConfig)],
     "data": [field.name for field in dataclasses.fields(DataConfig) if field.name != "workers"],
-    "train": ["batch_size", "seed", "scan_layers"],
+    "train": ["batch_size", "seed", "scan_layers", "first_batch", "distill_weight", "distill_top_k"],
+    "diffusion": ["ar_share"],
     "lora": [field.name for field in dataclasses.fields(LoraConfig)],
 }
 
@@ -47,6 +49,8 @@ MUST_NOT_CHANGE = {
 DEFAULTS_OF_OLD_RUNS = {
     "objective": "refusion",
     "data": {"eos_multiple": 1, "eos_extra_blocks": 0},
+    "train": {"first_batch": 0, "distill_weight": 0.0, "distill_top_k": 64},
+    "diffusion": {"ar_share": 0.0},
     "lora": {"rank": 0},
 }
 
@@ -60,6 +64,7 @@ class Services(NamedTuple):
       wall_time: the seconds of this process, by what they were spent on.
       profile: traces some of the steps.
       reporter: writes metrics; None in all processes but the first.
+      teacher: the parameters of the teacher, the last argument of the step; empty without one.
     """
 
     checkpoints: Checkpoints
@@ -67,6 +72,7 @@ class Services(NamedTuple):
     wall_time: WallTime
     profile: Profile
     reporter: Reporter | None
+    teacher: tuple[Any, ...]
 
 
 def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) -> int:
@@ -88,6 +94,7 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
     tokenizer = run_tokenizer(run)
     mesh = sharding.make_mesh(run.mesh)
     program = make_program(run, mesh, mask_id(run, tokenizer))
+    teacher.check_vocabulary(run, tokenizer)
     examples = run_examples(run, tokenizer)
     batches = batch_iterator(
         examples,
@@ -103,19 +110,24 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
         contextlib.closing(batches),
     ):
         done = checkpoints.latest_step()
+        taught_by = teacher.digest(run.train.teacher) if program.teacher else None
         if done is None:
             state = first_state(run, program)
+            batches.set_state({"next_index": run.train.first_batch})
         else:
             _check_same_run(folder, run)
+            if taught_by is not None:
+                teacher.check_same_teacher(folder, run, taught_by)
             state, position = _restore(checkpoints, done, program.state)
             batches.set_state(position)
         if jax.process_index() == 0:
-            _describe(folder, run, tokenizer)
+            _describe(folder, run, tokenizer, taught_by)
             _announce(run, program.state, mesh, done, examples)
         with Profile(folder, profile_steps) as profile:
             wall_time.lap("setup")
             with _reporter(run, folder, done or 0, wall_time) as reporter:
-                services = Services(checkpoints, preemption, wall_time, profile, reporter)
+                loaded = tuple(teacher.load_teacher(run, abstract) for abstract in program.teacher)
+                services = Services(checkpoints, preemption, wall_time, profile, reporter, loaded)
                 return _take_steps(run, program, state, done or 0, batches, services)
 
 
@@ -140,7 +152,7 @@ def _take_steps(
     run: RunConfig, program: Program, state: TrainState, done: int, batches: Batches, services: Services
 ) -> int:
     """Takes, reports and saves the steps from `done` + 1 to the last; returns the exit code of the run."""
-    checkpoints, preemption, wall_time, profile, reporter = services
+    checkpoints, preemption, wall_time, profile, reporter, taught_by = services
     steps = run.train.steps
     unreported: list[dict[str, jax.Array]] = []
     previous = None
@@ -151,7 +163,7 @@ def _take_steps(
         batch = jax.make_array_from_process_local_data(program.batch_sharding, batch)
         profile.before(step, previous)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = program.step(state, batch)
+            state, metrics = program.step(state, batch, *taught_by)
         profile.after(step, metrics)
         if previous is None:
             wall_time.lap("compile")
@@ -198,6 +210,8 @@ def _announce(run: RunConfig, state: TrainState, mesh: Mesh, done: int | None, e
     if state.frozen:
         size += f" and {_size(state.params):,} that adapt them"
     begin = "from the start" if done is None else f"resuming from step {done} of {run.train.steps}"
+    if done is None and run.train.first_batch:
+        begin += f", at batch {run.train.first_batch} of the data"
     print(f"{size} on {dict(mesh.shape)}, {begin}", flush=True)
     held, used = row_use(examples)
     print(f"rows of {run.data.max_length} tokens: {held:.1f} examples, {used:.1%} used", flush=True)
@@ -239,17 +253,32 @@ def _open_folder(workdir: str | Path) -> Path:
     return folder
 
 
-def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
+def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer, taught_by: str | None) -> None:
     """Writes the files that resuming and sampling need besides the checkpoints."""
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.as_dict(run), sort_keys=False))
+    if taught_by is not None:
+        write_atomically(folder / teacher.DIGEST_FILE, f"{taught_by}\n")
     tokenizer.save(folder)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
     if len(tokenizer.eos_ids) > 1:
         ids["eos_token_id"] = list(tokenizer.eos_ids)
-    trained = {"objective": run.objective}
+    hugging_face.write_config(folder, run.model, ids | _how_to_decode(run))
+
+
+def _how_to_decode(run: RunConfig) -> dict[str, Any]:
+    """The fields of config.json that choose how to decode, see `hugging_face.decoding_defaults`."""
+    anchored = run.diffusion.ar_share > 0
+    fields = {
+        "objective": run.objective,
+        "first_token": "next" if anchored or run.objective == "ar" else "mask",
+        "border": "ar",
+    }
+    if run.objective == "refusion":
+        fields["verify"] = "exact" if anchored else "threshold"
+        fields["slot_sizes"] = list(run.diffusion.slot_sizes)
     if run.objective == "bd3":
-        trained["block_len"] = run.diffusion.block_len
-    hugging_face.write_config(folder, run.model, ids | trained)
+        fields["block_len"] = run.diffusion.block_len
+    return fields
 
 
 def _check_same_run(folder: Path, run: RunConfig) -> None:

@@ -37,6 +37,13 @@ class TrainConfig:
         data.max_length.
       scan_layers: compile one layer and loop over it, instead of compiling every layer.
       init_from: model folder whose weights the run starts from; empty starts from random parameters.
+      first_batch: number of the batch of data that the first step takes, counted in batches of this run; for
+        a run that goes on with the data of the run in init_from.
+      teacher: model folder of a left-to-right model with the same vocabulary, whose predictions replace part
+        of the labels; used if distill_weight is above 0.
+      distill_weight: share of the teacher in the loss of a token, in [0, 1]; 0 trains without it.
+      distill_top_k: number of the teacher's most probable tokens that are compared one by one; all others are
+        compared as one.
       tokenizer: folder of the tokenizer; empty takes the tokenizer of init_from, or bytes if that is empty.
       wandb_project: project of Weights & Biases that also receives the metrics; empty sends none.
     """
@@ -53,13 +60,22 @@ class TrainConfig:
     loss_chunks: int = 1
     scan_layers: bool = False
     init_from: str = ""
+    first_batch: int = 0
+    teacher: str = ""
+    distill_weight: float = 0.0
+    distill_top_k: int = 64
     tokenizer: str = ""
     wandb_project: str = ""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "save_every", "log_every", "microbatches", "keep", "loss_chunks"):
+        counts = ("steps", "batch_size", "save_every", "log_every", "microbatches", "keep", "loss_chunks")
+        for name in (*counts, "distill_top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.first_batch < 0:
+            raise ValueError(f"first_batch must be at least 0, got {self.first_batch}")
+        if not 0 <= self.distill_weight <= 1:
+            raise ValueError(f"distill_weight must be in [0, 1], got {self.distill_weight}")
         for name, known in (("dtype", DTYPES), ("remat", REMAT_POLICIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -85,6 +101,16 @@ class RunConfig:
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise BadInput(f"objective: must be one of {', '.join(OBJECTIVES)}, found {self.objective!r}")
+        if self.diffusion.ar_share and self.objective != "refusion":
+            raise BadInput(
+                f"diffusion.ar_share: must be 0 unless objective is refusion, found "
+                f"{self.diffusion.ar_share} and {self.objective}"
+            )
+        if self.train.distill_weight and (self.objective != "refusion" or not self.train.teacher):
+            raise BadInput(
+                f"train.distill_weight: is {self.train.distill_weight}, which needs train.teacher and the "
+                f"objective refusion, found {self.train.teacher!r} and {self.objective}"
+            )
         filled, block_len = self.data.eos_multiple, self.diffusion.block_len
         if self.objective == "bd3" and filled != 1 and filled % block_len:
             raise BadInput(

@@ -17,16 +17,17 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from refusion_jax import sharding
-from refusion_jax.diffusion import slot_diffusion
+from refusion_jax.diffusion import distillation, slot_diffusion
 from refusion_jax.diffusion.segments import Batch
 from refusion_jax.diffusion.slot_diffusion import Noised
 from refusion_jax.errors import BadInput
 from refusion_jax.model.attention import fitting_kernel
 from refusion_jax.model.transformer import Transformer
 from refusion_jax.sharding import Layout
-from refusion_jax.training.flops import train_flops
+from refusion_jax.training.flops import forward_flops, train_flops
 from refusion_jax.training.objectives import OBJECTIVES
 from refusion_jax.training.run import RunConfig
+from refusion_jax.training.teacher import Teacher, make_teacher
 from refusion_jax.weights import lora
 
 Array = jax.Array
@@ -67,7 +68,8 @@ class Program(NamedTuple):
       batch_sharding: sharding of every array of a batch.
       init: () -> state with random parameters.
       start: parameters of the model, like `state.base` -> state with them; donates its argument.
-      step: (state, batch) -> (next state, metrics), see `train_step`; donates the state.
+      step: (state, batch, *teacher) -> (next state, metrics), see `train_step`; donates the state.
+      teacher: the parameters of the teacher, ShapeDtypeStructs with shardings; empty without one.
     """
 
     state: TrainState
@@ -75,7 +77,8 @@ class Program(NamedTuple):
     batch_sharding: NamedSharding
     init: Callable[[], TrainState]
     start: Callable[[Any], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+    step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    teacher: tuple[Any, ...] = ()
 
 
 class StepParts(NamedTuple):
@@ -87,6 +90,7 @@ class StepParts(NamedTuple):
       model: the model in the run's dtype.
       optimizer: AdamW with clipping and the learning-rate schedule.
       layout: mesh and shardings of the state.
+      teacher: the teacher; None without one.
     """
 
     run: RunConfig
@@ -94,6 +98,7 @@ class StepParts(NamedTuple):
     model: Transformer
     optimizer: optax.GradientTransformation
     layout: Layout
+    teacher: Teacher | None = None
 
 
 def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
@@ -105,7 +110,8 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
       mask_id: id of the mask token; None for objectives without one.
 
     Raises:
-      BadInput: the batch does not split evenly over microbatches and devices, or a row over loss_chunks.
+      BadInput: the batch does not split evenly over microbatches and devices, or a row over loss_chunks; or
+        the teacher does not fit, see `teacher_config`.
     """
     _check_batch(run, mesh)
     platform = mesh.devices.flat[0].platform
@@ -115,6 +121,8 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
     boxed = jax.eval_shape(init)
     layout = sharding.layout(boxed, mesh)
     batch_sharding, shardings = sharding.batch_sharding(mesh), layout.shardings
+    teacher = make_teacher(run, mesh)
+    taught_by = () if teacher is None else (teacher,)
     return Program(
         state=sharding.with_shardings(sharding.unbox(boxed), shardings),
         batch=_abstract_batch(run, batch_sharding),
@@ -127,17 +135,26 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
             donate_argnums=0,
         ),
         step=jax.jit(
-            functools.partial(train_step, StepParts(run, mask_id, model, optimizer, layout)),
-            in_shardings=(shardings, batch_sharding),
+            functools.partial(train_step, StepParts(run, mask_id, model, optimizer, layout, teacher)),
+            in_shardings=(shardings, batch_sharding, *(one.layout.shardings for one in taught_by)),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
             compiler_options=COMPILER_OPTIONS.get(platform),
         ),
+        teacher=tuple(one.params for one in taught_by),
     )
 
 
-def train_step(parts: StepParts, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+def train_step(
+    parts: StepParts, state: TrainState, batch: Batch, teacher: Any = None
+) -> tuple[TrainState, dict[str, Array]]:
     """One update.
+
+    Args:
+      parts: what is static.
+      state: the state.
+      batch: the arrays of a batch.
+      teacher: the parameters of the teacher, where `parts` has one.
 
     Returns:
       the next state, and metrics: float32 [] "loss", "ar_loss" and "diffusion_loss" of the given parameters,
@@ -150,19 +167,24 @@ def train_step(parts: StepParts, state: TrainState, batch: Batch) -> tuple[Train
         with jax.named_scope("noise"):
             key = noise_key(run, state.step)
             noised = objective.corrupt(key, batch, run.diffusion, parts.mask_id)
+            if parts.teacher is not None:
+                noised = distillation.taught(batch, noised)
+                parts = parts._replace(teacher=parts.teacher._replace(params=teacher))
         with jax.named_scope("gradients"):
             grads, losses = _gradients(parts, state, noised)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     tokens = jnp.sum(batch["total_len"])
-    lengths = batch["prompt_len"], batch["total_len"]
     metrics = losses | {
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": run.optimizer.schedule(run.train.steps)(state.step),
         "tokens": tokens,
         "padding": (batch["tokens"].size - tokens) / batch["tokens"].size,
-        "flops": train_flops(run.model, *objective.flop_counts(*lengths, run.diffusion)),
     }
+    work = objective.flop_counts(batch["prompt_len"], batch["total_len"], run.diffusion)
+    metrics["flops"] = train_flops(run.model, *work)
+    if parts.teacher is not None:
+        metrics["flops"] += forward_flops(parts.teacher.model.config, *work)
     with jax.named_scope("update"):
         params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
@@ -202,10 +224,14 @@ def _loss(
         states, _ = model.apply(
             {"params": params}, noised.tokens, noised.positions, **visibility, method="hidden"
         )
+    soft = None
+    if parts.teacher is not None:
+        weight, top_k = run.train.distill_weight, run.train.distill_top_k
+        soft = parts.teacher.soft_targets(noised.lesson, run.data.max_examples_per_row > 1, weight, top_k)
     with jax.named_scope("loss"):
         head = model.apply({"params": params}, method="unembedding")
         weight, chunks = run.diffusion.diffusion_weight, run.train.loss_chunks
-        return slot_diffusion.loss_of_states(states, head, noised, weight, divided_by, chunks)
+        return slot_diffusion.loss_of_states(states, head, noised, weight, divided_by, chunks, soft)
 
 
 def _split(noised: Noised, count: int, mesh: Mesh) -> Noised:

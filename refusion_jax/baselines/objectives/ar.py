@@ -20,8 +20,7 @@ def corrupt(key: Array, batch: Batch, config: DiffusionConfig, mask_id: int | No
 
     def one(tokens: Array, prompt_len: Array, total_len: Array) -> Noised:
         at = segments.locate_tokens(prompt_len, total_len, tokens.shape[0])
-        labelled = jnp.roll(at.response & (at.position > 0), -1)  # a token whose successor is a target
-        weights = labelled.astype(jnp.float32)
+        weights = segments.before_response(at).astype(jnp.float32)
         return Noised(
             tokens=tokens,
             positions=at.position,
