@@ -154,7 +154,7 @@ def describe_training(run: RunConfig, topology: Topology) -> str:
     total_len = jnp.full(rows, length)
     # One eighth is prompt, as in `bench train`; only the FLOPs of bd3 depend on it.
     work = OBJECTIVES[run.objective].flop_counts(total_len // 8, total_len, run.diffusion)
-    flops = float(train_flops(run.model, *work))
+    flops = float(train_flops(run.model, *work, run.lora))
     devices = topology.devices()
     seconds = flops / (len(devices) * peak_flops(devices[0].device_kind))
     mesh = dataclasses.asdict(sharding.sizes(run.mesh, topology.num_devices))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from whole_params import load_params
+from whole_params import load_params, merge_adapters
 
 from refusion_jax import load
 from refusion_jax.checkpoints import hugging_face as hf
@@ -26,7 +26,7 @@ from refusion_jax.train import main
 from refusion_jax.training.optimizer import OptimizerConfig
 from refusion_jax.training.run import RunConfig, TrainConfig
 from refusion_jax.training.step import make_program
-from refusion_jax.weights import fused, lora
+from refusion_jax.weights import fused
 from refusion_jax.weights.lora import LoraConfig
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +106,66 @@ def test_only_adapters_change(alone):
     adapters = sum(leaf.size for leaf in jax.tree.leaves(after.params))
     state = sum(leaf.size for leaf in jax.tree.leaves(after.opt_state))
     assert state <= 2 * adapters + 8 < sum(leaf.size for leaf in jax.tree.leaves(after.frozen))
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those of the jaxprs inside it included."""
+    for equation in jaxpr.eqns:
+        inner = [x for x in jax.tree.leaves(equation.params, is_leaf=is_jaxpr) if is_jaxpr(x)]
+        if not inner:
+            yield equation
+        for x in inner:
+            yield from equations(getattr(x, "jaxpr", x))
+
+
+def is_jaxpr(x) -> bool:
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+def arise(run: RunConfig) -> set[tuple[int, ...]]:
+    """Sorted shapes of the matrices and tables that a step computes from arrays of other shapes."""
+    program = make_program(run, make_mesh(run.mesh, jax.devices()[:1]), mask_id=259)
+    step = jax.make_jaxpr(program.step)(program.state, program.batch)
+
+    def shapes(variables):
+        return {tuple(sorted(v.aval.shape)) for v in variables if hasattr(v.aval, "shape")}
+
+    found = set()
+    for equation in equations(step.jaxpr):
+        name = equation.primitive.name
+        operands = equation.invars[1:] if name == "scatter-add" else equation.invars  # rows added up from 0
+        if name != "broadcast_in_dim":  # a constant
+            found |= shapes(equation.outvars) - shapes(operands)
+    return found
+
+
+@pytest.mark.parametrize("only_masks", [False, True])
+@pytest.mark.parametrize(
+    "train", [{}, {"scan_layers": True, "remat": "full", "loss_chunks": 4, "microbatches": 2}]
+)
+def test_no_gradient_of_a_kernel_is_formed(train, only_masks):
+    """Nothing of the shape of a kernel, the head or the embedding is computed; without adapters all are."""
+    adapted = run_config(**train)
+    adapted = dataclasses.replace(adapted, lora=LoraConfig(rank=3, only_masks=only_masks))
+    everything = dataclasses.replace(adapted, lora=LoraConfig())
+    program = make_program(everything, make_mesh(everything.mesh, jax.devices()[:1]), mask_id=259)
+    leaves = flatten_dict(program.state.params).items()
+    layers = {tuple(sorted(leaf.shape[path[0] == "layers" :])) for path, leaf in leaves}
+    kernels = {shape for shape in layers if len(shape) > 1}
+    assert kernels == {(16, 260), (2, 8, 16), (16, 32)}
+    assert arise(everything) >= kernels
+    assert not arise(adapted) & kernels
+
+
+def test_memory_of_a_step():
+    """Beside parameters and optimizer state a step takes less than half of what the kernels take."""
+    wide = ModelConfig(512, 8, 256, 4, 2, 64, 1024)
+    run = run_config(scan_layers=True, remat="full", batch_size=1)
+    run = dataclasses.replace(run, model=wide, data=DataConfig(max_length=32))
+    program = make_program(run, make_mesh(run.mesh, jax.devices()[:1]), mask_id=259)
+    memory = program.step.lower(program.state, program.batch).compile().memory_analysis()
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(program.state.base["layers"]))
+    assert memory.temp_size_in_bytes < 4 * kernels / 2
 
 
 @pytest.mark.parametrize(("mesh", "train"), [((2, 2, 2), {}), ((2, 2, 2), {"microbatches": 2})])
@@ -196,7 +256,7 @@ def test_who_reads_the_run_gets_the_merged_model(finished, tmp_path):
         return model.apply({"params": params}, tokens, positions)[0]
 
     model, params, _ = load(folder)
-    wanted = logits(model, fused.fuse_projections(lora.merge(saved)))
+    wanted = logits(model, fused.fuse_projections(merge_adapters(saved)))
     assert np.abs(wanted - logits(model, fused.fuse_projections(saved["base"]))).max() > 1e-2  # it did learn
     np.testing.assert_allclose(logits(model, params), wanted, atol=1e-5)
     convert(folder, tmp_path / "exported")

@@ -39,6 +39,7 @@ from refusion_jax.diffusion.segments import Batch
 
 Array = jax.Array
 NORMALISATIONS = ("release", "paper")
+TEXT_ORDER = 0x7E87  # number of a random stream, see `_text_order_draw`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class DiffusionConfig:
       normalisation: divisors of the loss: "release", as in the authors' code, or "paper", equations 2 to 4.
       diffusion_weight: weight of the diffusion loss; the autoregressive loss has weight 1.
       block_len: block length in response tokens, for the objective bd3 only.
+      text_order_share: probability that the clean slots of an example keep their order in the text, for the
+        objective refusion only.
     """
 
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
@@ -58,6 +61,7 @@ class DiffusionConfig:
     normalisation: str = "release"
     diffusion_weight: float = 1.0
     block_len: int = 32
+    text_order_share: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "slot_sizes", tuple(self.slot_sizes))
@@ -67,6 +71,8 @@ class DiffusionConfig:
             raise ValueError(f"block_len must be at least 1, got {self.block_len}")
         if not 0 <= self.eps < 1:
             raise ValueError(f"eps must be in [0, 1), got {self.eps}")
+        if not 0 <= self.text_order_share <= 1:
+            raise ValueError(f"text_order_share must be in [0, 1], got {self.text_order_share}")
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation must be one of {NORMALISATIONS}, got {self.normalisation!r}")
 
@@ -169,7 +175,11 @@ def draw(key: Array, example_id: Array, response_len: Array, max_slots: int, con
             num_masked = jnp.floor(t * num_slots).astype(jnp.int32)
             u = jnp.where(slot < num_slots[owner], u, 2.0)
             masked = _rank(owner, u) - first[owner] < num_masked[owner]
-        return Draw(slot_size, p, masked, _rank(owner, uniform(order_key[owner], slot)))
+        rank = _rank(owner, uniform(order_key[owner], slot))
+        if config.text_order_share:
+            u = jax.vmap(lambda number: _text_order_draw(jax.random.fold_in(key, number)))(example_id)
+            rank = jnp.where(u[owner] < config.text_order_share, jnp.arange(max_slots), rank)
+        return Draw(slot_size, p, masked, rank)
 
     drawn = jax.vmap(one)(segments.columns(example_id), segments.columns(response_len))
     shaped = {
@@ -310,6 +320,11 @@ def _parts(ce: Array, noised: Noised, divided_by: tuple[Array, Array]) -> dict[s
         "ar_loss": jnp.sum(ce * noised.ar_weights) / ar_divisor,
         "diffusion_loss": jnp.sum(ce * noised.diffusion_weights) / diffusion_divisor,
     }
+
+
+def _text_order_draw(key: Array) -> Array:
+    """A uniform number from the key of an example; its own stream, so that no other draw changes."""
+    return jax.random.uniform(jax.random.fold_in(key, TEXT_ORDER))
 
 
 def _ceil_div(x: Array, y: Array) -> Array:

@@ -11,14 +11,19 @@ the values take 2 x 2 a N H forward and twice that backward. Causal attention ha
 attention (mdm) l^2. For bd3, l counts the response twice, because it is in the input twice, and a counts the
 pairs that its mask allows. Neither padding nor rematerialisation counts: l is the length of the example, not
 of its row. The figure is therefore the necessary work, independent of the implementation.
+
+In low-rank adaptation the P frozen parameters need no gradient, so their products take 4 P l instead of
+6 P l: 2 P l forward and 2 P l for the gradients of their inputs. The Q parameters of A and B add 6 Q l.
 """
 
 import jax
 import jax.numpy as jnp
 
 from refusion_jax.model.transformer import ModelConfig
+from refusion_jax.weights.lora import LoraConfig
 
 Array = jax.Array
+NO_ADAPTERS = LoraConfig()
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -32,13 +37,26 @@ def num_parameters(config: ModelConfig) -> int:
     return tables + c.num_layers * layer + c.embed_dim
 
 
-def train_flops(config: ModelConfig, lengths: Array, pairs: Array) -> Array:
+def num_adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Number of parameters of A and B in all layers."""
+    c = config
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    # Of every kernel, the side that is not the model's width.
+    sides = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": c.mlp_dim, "up": c.mlp_dim}
+    sides["down"] = c.mlp_dim
+    return c.num_layers * lora.rank * sum(c.embed_dim + sides[name] for name in lora.targets)
+
+
+def train_flops(config: ModelConfig, lengths: Array, pairs: Array, lora: LoraConfig = NO_ADAPTERS) -> Array:
     """FLOPs of one training step, float32 []; the formula is in the module's docstring.
 
     Args:
       config: the model's shape.
       lengths: [B] or [B, E], l: number of input tokens of each example; 0 for unused entries.
       pairs: of the same shape, a: number of (query, key) pairs of each example.
+      lora: the adapters; with rank 0 all parameters are trained.
     """
     attention = 12 * config.num_layers * config.num_heads * config.head_dim
-    return 6.0 * num_parameters(config) * jnp.sum(lengths) + attention * jnp.sum(pairs)
+    of_model = (4.0 if lora.rank else 6.0) * num_parameters(config)
+    of_adapters = 6.0 * num_adapter_parameters(config, lora)
+    return (of_model + of_adapters) * jnp.sum(lengths) + attention * jnp.sum(pairs)

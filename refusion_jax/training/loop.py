@@ -47,7 +47,7 @@ MUST_NOT_CHANGE = {
 DEFAULTS_OF_OLD_RUNS = {
     "objective": "refusion",
     "data": {"eos_multiple": 1, "eos_extra_blocks": 0},
-    "lora": {"rank": 0},
+    "lora": {"rank": 0, "only_masks": False},
 }
 
 
@@ -245,6 +245,9 @@ def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     tokenizer.save(folder)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
     trained = {"objective": run.objective}
+    if run.lora.only_masks:
+        # Left to right this is the model that it started from: decode its answers, from its own first token.
+        trained |= {"verify": "exact", "first_token": "next"}
     if run.objective == "bd3":
         trained["block_len"] = run.diffusion.block_len
     hugging_face.write_config(folder, run.model, ids | trained)
