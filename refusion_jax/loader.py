@@ -135,8 +135,11 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / checkpoint.FOLDER).is_dir():
         base = hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
-        return peft.with_adapter(config, base, folder)
-    params = lora.unstack(checkpoint.saved_params(folder))
+        params = peft.with_adapter(config, base, folder)
+        if not lora.only_masks(params):  # PEFT may adapt some of the layers only
+            return params
+    else:
+        params = lora.unstack(checkpoint.saved_params(folder))
     model = Transformer(config)
     if "lora" in params:
         model = model.clone(adapter=_adapter(params, mask_id=0 if lora.only_masks(params) else None))
