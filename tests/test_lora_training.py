@@ -1,9 +1,11 @@
 """Training adapters: on every mesh the same, resumed to the last bit, merged for all readers."""
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from whole_params import load_params, merge_adapters
 
-from refusion_jax import load
+from refusion_jax import generate, load
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.convert import convert
@@ -239,6 +241,84 @@ def test_a_run_goes_on_to_the_last_bit(finished, tmp_path):
 def test_bad_input_is_one_line(finished, capsys, flag, message):
     config_file, folder = finished
     assert main([f"--config={config_file}", f"--workdir={folder}", flag]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+@pytest.fixture(scope="module")
+def gated(finished, tmp_path_factory):
+    """A run whose adapters act at masks only, some of its context in text order."""
+    config_file = tmp_path_factory.mktemp("config") / "gated.py"
+    more = "c.lora.only_masks = True\n    c.diffusion = ConfigDict({'text_order_share': 0.5})\n    return c"
+    config_file.write_text(CONFIG.replace("return c", more))
+    folder = tmp_path_factory.mktemp("gated") / "run"
+    assert "607,616 parameters and 10,368 that adapt them on" in command(config_file, folder)
+    return config_file, folder
+
+
+def test_a_gated_run(gated, tmp_path):
+    """The base stays, the mask's embedding is trained, only L_diff counts, and resuming changes nothing."""
+    config_file, whole = gated
+    saved, base = arrays(whole), load_params(TINY, hf.read_config(TINY))
+    jax.tree.map(np.testing.assert_array_equal, saved["base"], base)
+    mask_id = json.loads((whole / "config.json").read_text())["mask_token_id"]
+    moved = np.abs(saved["lora"]["mask_embedding"] - base["embedding"][mask_id])
+    assert 0 < moved.max() < 0.1
+    with open(whole / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    for row in rows:
+        assert float(row["ar_loss"]) == 0 and float(row["loss"]) == float(row["diffusion_loss"]) > 0
+        assert float(row["grad_norm"]) > 0
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "4")
+    assert "resuming from step 2 of 4" in command(config_file, folder)
+    jax.tree.map(np.testing.assert_array_equal, arrays(folder), saved)
+
+
+def test_a_gated_run_answers_as_its_base_left_to_right(gated, tmp_path):
+    """So does the folder it is converted to; slots are decoded with the adapters, the same from both."""
+    _, folder = gated
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["objective"], written["verify"], written["first_token"]) == ("refusion", "exact", "next")
+    convert(folder, tmp_path / "exported")
+    assert (tmp_path / "exported" / "adapter_config.json").exists()
+    prompts = ["<bos>26+0+10=", "<bos>7+11="]
+    left_to_right = functools.partial(
+        generate, prompts, method="ar", first_token="next", gen_length=16, raw=True
+    )
+    wanted = left_to_right(TINY)
+    assert left_to_right(folder) == left_to_right(tmp_path / "exported") == wanted and all(wanted)
+    slots = functools.partial(generate, prompts, method="refusion", gen_length=16, slot_size=4, raw=True)
+    assert slots(folder) == slots(tmp_path / "exported")
+    (model, params, _), (other, exported, _) = load(folder), load(tmp_path / "exported")
+    assert model == other and model.adapter.mask_id == written["mask_token_id"]
+    jax.tree.map(np.testing.assert_array_equal, params, exported)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.lora.only_masks=False"], "lora.only_masks: is False, the run in "),
+        (
+            ["--config.lora.rank=0"],
+            "lora.only_masks: needs a lora.rank of at least 1 and the objective refusion",
+        ),
+        (
+            ["--config.objective=mdm", "--config.diffusion.text_order_share=0"],
+            "found lora.rank 2 and objective 'mdm'",
+        ),
+        (
+            ["--config.objective=ar"],
+            "diffusion.text_order_share: must be 0 for the objective 'ar', found 0.5",
+        ),
+        (["--config.diffusion.text_order_share=2"], "diffusion.text_order_share must be in [0, 1], got 2"),
+    ],
+)
+def test_mistakes_about_masks_are_one_line(gated, capsys, flags, message):
+    config_file, folder = gated
+    assert main([f"--config={config_file}", f"--workdir={folder}", *flags]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
 

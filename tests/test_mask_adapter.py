@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from whole_params import merge_adapters, stack_layers
 
 from refusion_jax import sharding
@@ -182,3 +184,31 @@ def test_the_autoregressive_loss_has_no_gradient():
         np.testing.assert_array_equal(leaf, 0)
     for leaf in jax.tree.leaves(gradients(trained, "diffusion_loss")):
         assert np.abs(leaf).max() > 0 and np.isfinite(leaf).all()
+
+
+def test_a_whole_decode():
+    """The fused model with a cache against the plain transcription, which feeds the unfused one anew."""
+    nothing = jnp.zeros((1, 1), jnp.int32)
+    adapter = dataclasses.replace(ADAPTER, mask_id=decoding.MASK)
+    model = Transformer(decoding.CONFIG, adapter=adapter)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), nothing, nothing)["params"]
+    random = np.random.default_rng(5)
+    extra = {
+        path: random.normal(size=leaf.shape, scale=0.2).astype("f4")
+        for path, leaf in flatten_dict(sharding.unbox(boxed)).items()
+        if "_lora_" in path[-1] or path == ("mask_embedding",)
+    }
+    params = unflatten_dict(flatten_dict(decoding.PARAMS) | extra)
+    cases = decoding.eventful_batch()
+    forward = decoding.Whole(model, params, decoding.SHAPE.prompt + decoding.SHAPE.gen)
+    plain = [decoding.transcribed(case, forward) for case in cases]
+    ours = decoding.sample(cases, model.clone(fused=True), fused.fuse_projections(params), decoding.AHEAD)
+    compared = 0
+    for case, samples, wanted in zip(cases, ours, plain, strict=True):
+        if wanted.margin >= decoding.CLOSE_CALL:
+            compared += 1
+            assert decoding.raw_ids(samples) == wanted.in_text_order(len(case.prompt))[0]
+            assert int(samples.num_iterations) == len(wanted.steps)
+    assert compared >= 6
+    without = [decoding.transcribed(case) for case in cases]
+    assert [a.tokens for a in without] != [b.tokens for b in plain]
