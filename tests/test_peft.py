@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from test_convert import QWEN2, QWEN3, hugging_face
 
@@ -14,6 +15,7 @@ from refusion_jax import convert, load
 from refusion_jax.checkpoints import peft
 from refusion_jax.errors import BadInput
 from refusion_jax.loader import lazy_params, stored_params
+from refusion_jax.sharding import MeshConfig, make_mesh
 
 MASK = 259
 TOKENS = np.array([[5, 6, 7, MASK, MASK]], "i4")
@@ -96,6 +98,16 @@ def test_gated_adapters_pass_through_conversions(tmp_path, gated, layouts):
     ours, theirs = logits(other, found), logits(model.clone(adapter=None), wanted)
     np.testing.assert_array_equal(ours[:, :3], theirs[:, :3])
     assert (np.abs(ours - theirs)[:, 3:].max(-1) > 0.1).all()
+
+
+def test_gated_adapters_on_a_mesh(gated):
+    """Fused and sharded over two devices, as on one."""
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    (model, params, _), (same, spread, _) = load(gated), load(gated, mesh)
+    assert model == same
+    jax.tree.map(np.testing.assert_array_equal, spread, params)
+    assert spread["layers_0"]["attention"]["q_lora_b"].sharding.spec == P(None, "tensor", None)
+    np.testing.assert_allclose(logits(same, spread), logits(model, params), atol=1e-4)
 
 
 def test_files_that_are_written(tmp_path, gated):

@@ -144,7 +144,8 @@ class Transformer(nn.Module):
         x = jnp.take(table, tokens, axis=0)
         adapted = None if self.adapter is None else self.adapter.adapted(tokens)
         if adapted is not None:
-            x = jnp.where(adapted[..., None], self.mask_embedding, x)
+            row = nn.with_logical_constraint(self.mask_embedding, ("act_embed",))
+            x = jnp.where(adapted[..., None], row, x)
         x = x.astype(self.dtype)
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
         c = self.config
