@@ -142,7 +142,8 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
         params = lora.unstack(checkpoint.saved_params(folder))
     model = Transformer(config)
     if "lora" in params:
-        model = model.clone(adapter=_adapter(params, mask_id=0 if lora.only_masks(params) else None))
+        any_id = 0  # shapes do not depend on it
+        model = model.clone(adapter=_adapter(params, any_id if lora.only_masks(params) else None))
     checkpoint.check_shapes(folder, lora.beside(params), sharding.unbox(boxed_params(model)))
     return params
 
