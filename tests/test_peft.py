@@ -96,7 +96,7 @@ def test_gated_adapters_pass_through_conversions(tmp_path, gated, layouts):
     _, wanted, _ = load(plain)
     jax.tree.map(np.testing.assert_array_equal, base, flatten_dict(wanted))
     ours, theirs = logits(other, found), logits(model.clone(adapter=None), wanted)
-    np.testing.assert_array_equal(ours[:, :3], theirs[:, :3])
+    np.testing.assert_allclose(ours[:, :3], theirs[:, :3], atol=1e-4)  # two programs
     assert (np.abs(ours - theirs)[:, 3:].max(-1) > 0.1).all()
 
 
