@@ -22,8 +22,8 @@ class Adapter:
       scale: factor of the product, alpha / rank.
       targets: names of the adapted matrices of every layer.
       mask_id: id of the mask token if the adapters act at mask tokens only, otherwise None. The embedding of
-        mask tokens is then the parameter `mask_embedding` [D], and a token that attends to no mask is computed
-        as without adapters.
+        mask tokens is then the parameter `mask_embedding` [D]; tokens that attend to no mask are computed as
+        without adapters.
     """
 
     rank: int
