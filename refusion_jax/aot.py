@@ -156,7 +156,7 @@ def describe_training(run: RunConfig, topology: Topology) -> str:
     total_len = jnp.full(rows, length)
     # One eighth is prompt, as in `bench train`; only the FLOPs of bd3 depend on it.
     work = OBJECTIVES[run.objective].flop_counts(total_len // 8, total_len, run.diffusion)
-    flops = float(train_flops(run.model, *work))
+    flops = float(train_flops(run.model, *work, run.lora))
     if (teacher := teacher_config(run)) is not None:
         flops += float(forward_flops(teacher, *work))
     devices = topology.devices()

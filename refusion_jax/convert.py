@@ -3,6 +3,7 @@
     python -m refusion_jax.convert Qwen3-8B runs/qwen3_8b                  # Hugging Face to Orbax
     python -m refusion_jax.convert runs/mine exported --dtype=bfloat16     # and back
     python -m refusion_jax.convert SmolLM2.gguf smollm2 --add_tokens=mask  # GGUF to Hugging Face
+    python -m refusion_jax.convert runs/lora exported --to=peft            # base and adapters apart
 
 Tensors are converted one at a time: the memory needed is that of a few of the largest. DST is written under
 a temporary name and renamed when it is complete.
@@ -22,15 +23,16 @@ import jax
 
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import orbax_io as checkpoint
-from refusion_jax.checkpoints import safetensors_io
+from refusion_jax.checkpoints import peft, safetensors_io
 from refusion_jax.checkpoints.gguf_file import GGUFFile
 from refusion_jax.checkpoints.gguf_weights import read_gguf
 from refusion_jax.config import Parser
 from refusion_jax.errors import BadInput, command
 from refusion_jax.files import read_json
-from refusion_jax.loader import lazy_params
+from refusion_jax.loader import stored_params
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
+from refusion_jax.weights import lora
 from refusion_jax.weights.new_tokens import add_rows
 
 DTYPES = tuple(dtype.name for dtype in safetensors_io.DTYPES.values())
@@ -46,7 +48,7 @@ class Model(NamedTuple):
       layout: "hf", "orbax" or "gguf".
       config: shape of the model.
       fields: fields of config.json, with Hugging Face's names.
-      params: parameters of the unrolled model, nested dict of LazyArray.
+      params: parameters of the unrolled model, nested dict of LazyArray; with adapters as in `weights.lora`.
       tokenizer: the checkpoint's tokenizer.
     """
 
@@ -78,7 +80,7 @@ def open_model(path: Path) -> Model:
     fields = read_json(path / "config.json")
     config = hf.parse_config(fields, path / "config.json")
     layout = "orbax" if (path / checkpoint.FOLDER).is_dir() else "hf"
-    return Model(layout, config, fields, lazy_params(path, config), load_tokenizer(path))
+    return Model(layout, config, fields, stored_params(path, config), load_tokenizer(path))
 
 
 def add_tokens(model: Model, asked: Mapping[str, int | None]) -> Model:
@@ -90,8 +92,10 @@ def add_tokens(model: Model, asked: Mapping[str, int | None]) -> Model:
         the present one in that role, as in the authors' training from Qwen3.
 
     Raises:
-      BadInput: the model has a mask token already, or the id or the token's text is in use.
+      BadInput: the model has adapters or a mask token already, or the id or the token's text is in use.
     """
+    if "lora" in model.params:
+        raise BadInput("--add_tokens: SRC has adapters that stay apart from it; add tokens before training")
     extended, num_known = model.tokenizer, model.tokenizer.vocab_size
     # A higher id would leave rows in between that belong to no token.
     highest = max(model.config.vocab_size, num_known + len(asked)) - 1
@@ -111,19 +115,45 @@ def add_tokens(model: Model, asked: Mapping[str, int | None]) -> Model:
     return model._replace(config=config, params=params, fields=fields, tokenizer=extended)
 
 
-def write_model(model: Model, folder: Path, layout: str) -> None:
-    """Writes a model into an empty folder, in layout "hf" or "orbax"."""
-    fields = dict(model.fields) | {"torch_dtype": model.params["embedding"].dtype.name}
+def cast(params: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
+    """The parameters in `dtype`; adapters keep theirs, float32."""
+    base = jax.tree.map(lambda leaf: leaf.astype(dtype), lora.base_of(params))
+    return {**params, "base": base} if "lora" in params else base
+
+
+def layout_written(model: Model, asked: str | None) -> str:
+    """The layout of DST, "hf", "orbax" or "peft": `asked`, or the default for the model.
+
+    Raises:
+      BadInput: the model has no adapters to keep apart, or adapters that cannot be merged.
+    """
+    only_masks = lora.only_masks(model.params)
+    if asked == "peft" and "lora" not in model.params:
+        raise BadInput("--to=peft: SRC must have adapters, found none")
+    if asked == "hf" and only_masks:
+        raise BadInput(
+            "--to=hf: must be peft or orbax for adapters of mask tokens, which cannot be merged, found hf"
+        )
+    if asked is None and model.layout == "hf":
+        return "orbax"
+    return asked or ("peft" if only_masks else "hf")
+
+
+def write_model(model: Model, folder: Path, layout: str, name: str) -> None:
+    """Writes a model into an empty folder, in layout "hf", "orbax" or "peft"; `name` is that of DST."""
+    base = lora.base_of(model.params)
+    fields = dict(model.fields) | {"torch_dtype": base["embedding"].dtype.name}
     for role, index in model.tokenizer.special.roles().items():
         if fields.get(f"{role}_token_id") is None:
             fields[f"{role}_token_id"] = index
     hf.write_config(folder, model.config, fields)
     model.tokenizer.save(folder)
-    if layout == "hf":
-        tensors = hf.to_tensors(model.config, model.params)
-        safetensors_io.write_folder(folder, tensors, SHARD_BYTES)
-    else:
+    if layout == "orbax":
         checkpoint.write_params(folder, model.params)
+        return
+    safetensors_io.write_folder(folder, hf.to_tensors(model.config, base), SHARD_BYTES)
+    if layout == "peft":
+        peft.write_adapter(folder, model.config, model.params, name)
 
 
 @contextlib.contextmanager
@@ -152,7 +182,9 @@ def convert(
     Args:
       src: Hugging Face folder, folder of a run or of an earlier conversion, or .gguf file.
       dst: folder to write. Removed if the conversion fails.
-      to: layout "hf" or "orbax"; None is the one that SRC does not have, and "hf" for a GGUF file.
+      to: layout "hf", "orbax" or "peft": as "hf", with the adapters beside the base instead of merged. None
+        is the one of "hf" and "orbax" that SRC does not have, "hf" for a GGUF file. Adapters of mask tokens
+        only are never merged: they need "orbax", or "peft", which is then the default instead of "hf".
       dtype: one of DTYPES; None keeps the stored dtype, which for a GGUF file is float32.
       asked: tokens to add, as for `add_tokens`.
 
@@ -163,10 +195,13 @@ def convert(
     if dst.exists() or dst.is_symlink():
         raise BadInput(f"DST={dst}: exists, expected a folder to be made")
     model = open_model(src)
+    layout = layout_written(model, to)
+    if layout != "peft" and not lora.only_masks(model.params):
+        model = model._replace(params=lora.merge_lazy(model.params, dtype))
     if asked:
         model = add_tokens(model, asked)
     if dtype:
-        model = model._replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
+        model = model._replace(params=cast(model.params, dtype))
     leaves = jax.tree.leaves(model.params)
     needed = sum(leaf.nbytes for leaf in leaves)
     start = time.perf_counter()
@@ -174,7 +209,7 @@ def convert(
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise BadInput(f"DST={dst}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
-        write_model(model, folder, to or ("orbax" if model.layout == "hf" else "hf"))
+        write_model(model, folder, layout, str(dst))
         for name in COPIED:
             if (src / name).is_file():
                 shutil.copyfile(src / name, folder / name)
@@ -207,7 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("src", metavar="SRC", help="Hugging Face folder, folder of train or convert, or .gguf file")
     add("dst", metavar="DST", help="folder to write; must not exist")
-    add("--to", choices=("hf", "orbax"), help="layout of DST (default: the one that SRC does not have)")
+    add(
+        "--to",
+        choices=("hf", "orbax", "peft"),
+        help="layout of DST (default: the one of hf and orbax that SRC does not have). Adapters are merged, "
+        "except with peft: the base as for hf, its adapters beside it in the files of the PEFT library",
+    )
     add(
         "--dtype", choices=DTYPES, help="dtype of the weights written (default: as stored; float32 from GGUF)"
     )

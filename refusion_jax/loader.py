@@ -11,9 +11,10 @@ import numpy as np
 from refusion_jax import sharding
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import orbax_io as checkpoint
-from refusion_jax.checkpoints import safetensors_io
+from refusion_jax.checkpoints import peft, safetensors_io
 from refusion_jax.errors import BadInput
 from refusion_jax.files import SMALL
+from refusion_jax.model.adapter import Adapter
 from refusion_jax.model.attention import fitting_decode_kernel
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.tokenizer import Tokenizer, load_tokenizer
@@ -39,6 +40,8 @@ def load(
 
     Returns:
       the unrolled model, configured for the fastest decoding on its devices; its parameters; its tokenizer.
+      Adapters for mask tokens only are beside the model's own matrices (Transformer's `adapter`); others are
+      merged into them, in float32.
 
     Raises:
       BadInput: `folder` is not a model folder, or a file in it is missing or broken.
@@ -52,16 +55,21 @@ def load(
         raise BadInput(
             f"{folder}: mask_token_id must be below vocab_size {config.vocab_size}, found {tokenizer.mask_id}"
         )
-    params = lazy_params(folder, config)
-    computed = np.dtype(dtype or params["embedding"].dtype)
+    stored = stored_params(folder, config)
+    computed = np.dtype(dtype or lora.base_of(stored)["embedding"].dtype)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     model = decoding_model(config, computed, platform, int8)
+    if lora.only_masks(stored):
+        model = model.clone(adapter=_adapter(stored, tokenizer.need_mask()))
+        params = lora.beside(stored)
+    else:
+        params = lora.merge_lazy(stored, dtype)
     if model.fused:
         params = fused.fuse_projections(params)
     if int8:
-        params = quantized.quantize(params, rest=dtype)
-    elif dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = quantized.quantize(params, rest=computed)
+    elif dtype is not None or model.adapter is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(computed), params)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.layout(boxed_params(model), mesh).shardings)
@@ -92,21 +100,51 @@ def load_params(folder: str | Path, config: ModelConfig, abstract: Any) -> dict[
     Raises:
       BadInput: a file in the folder is missing or broken.
     """
-    params = lazy_params(folder, config)
+    params = lazy_params(folder, config, np.float32)
     return lazy.load_to_devices(lazy.stack(params) if "layers" in abstract else params, abstract)
 
 
-def lazy_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
+def lazy_params(folder: str | Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
+    """`stored_params`, with adapters merged.
+
+    Args:
+      folder, config: as for `stored_params`.
+      dtype: dtype of kernels that adapters are merged into; None for the stored dtype.
+
+    Raises:
+      BadInput: as `stored_params`, or the adapters are for mask tokens only.
+    """
+    stored = stored_params(folder, config)
+    if lora.only_masks(stored):
+        raise BadInput(
+            f"{folder}: has adapters for mask tokens only, which cannot be merged; expected the folder of a "
+            "model without adapters"
+        )
+    return lora.merge_lazy(stored, dtype)
+
+
+def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     """The parameters of the unrolled model in a model folder: nested dict of LazyArray, nothing read yet.
+
+    Returns:
+      a plain tree, or that of an adapted model as in `weights.lora`.
 
     Raises:
       BadInput: a file in the folder is missing or broken, or an array has another shape than `config` gives.
     """
     folder = Path(folder)
     if not (folder / checkpoint.FOLDER).is_dir():
-        return hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
-    params = lazy.unstack(lora.merge_lazy(checkpoint.saved_params(folder)))
-    checkpoint.check_shapes(folder, params, sharding.unbox(boxed_params(Transformer(config))))
+        base = hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
+        params = peft.with_adapter(config, base, folder)
+        if not lora.only_masks(params):  # PEFT may adapt some of the layers only
+            return params
+    else:
+        params = lora.unstack(checkpoint.saved_params(folder))
+    model = Transformer(config)
+    if "lora" in params:
+        any_id = 0  # shapes do not depend on it
+        model = model.clone(adapter=_adapter(params, any_id if lora.only_masks(params) else None))
+    checkpoint.check_shapes(folder, lora.beside(params), sharding.unbox(boxed_params(model)))
     return params
 
 
@@ -118,6 +156,12 @@ def weight_files(folder: str | Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     params = folder / checkpoint.FOLDER / str(step) / "params"
     return sorted(path for path in params.rglob("*") if path.is_file())
+
+
+def _adapter(params: Any, mask_id: int | None) -> Adapter:
+    """The Transformer's `adapter` for the parameters of an adapted model."""
+    rank, targets = lora.rank_and_targets(params)
+    return Adapter(rank, float(params["scale"].whole()), targets, mask_id)
 
 
 def boxed_params(model: Transformer) -> Any:

@@ -304,7 +304,7 @@ def run_aot(capfd, *arguments: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.mesh.tensor=3", "fsdp=-1, tensor=3 must multiply to the 4 devices"),
+        ("--config.mesh.tensor=3", "fsdp=-1, tensor=3 must multiply to the 4 available devices"),
         ("--config.train.batch_size=6", "train.batch_size must be a multiple of 4"),
     ],
 )

@@ -210,7 +210,7 @@ def test_new_tokens_take_spare_rows_first(tmp_path, tied, to):
     assert run(source, tmp_path / "new", "--add_tokens=mask,bos", f"--to={to}") == 0
     raw, old = raw_config(tmp_path / "new"), safetensors.numpy.load_file(source / "model.safetensors")
     assert (raw["bos_token_id"], raw["mask_token_id"], raw["vocab_size"]) == (260, 261, 262)
-    assert raw["objective"] == "ar" and hf.first_token(tmp_path / "new") == "next"
+    assert raw["objective"] == "ar" and hf.decoding_defaults(tmp_path / "new")["first_token"] == "next"
     _, params, tokenizer = load(tmp_path / "new")
     assert (tokenizer.mask_id, tokenizer.bos_id, tokenizer.vocab_size) == (261, 260, 262)
     tables = {"model.embed_tokens.weight": params["embedding"]}

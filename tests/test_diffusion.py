@@ -141,6 +141,25 @@ def test_orders_are_uniform(many):
     assert abs(ahead.mean() - 0.5) < 4 * 0.5 / math.sqrt(ahead.size)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_context_in_text_order(share):
+    """A share of the examples keeps its slots in order; sizes, masks and all other orders do not change."""
+    examples = np.arange(2048, dtype="i4").reshape(1024, 2)
+    lengths = np.full((1024, 2), 60, "i4")
+    config = DiffusionConfig(slot_sizes=(4,), text_order_share=share)
+    found, before = (
+        draw(jax.random.key(5), examples, lengths, 30, c) for c in (config, DiffusionConfig((4,)))
+    )
+    for name in ("slot_size", "mask_probability", "slot_masked"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(before, name))
+    ours, theirs = (np.asarray(x.slot_rank).reshape(2048, 15) for x in (found, before))
+    in_order = (np.diff(ours, axis=1) > 0).all(1)
+    np.testing.assert_array_equal(ours[~in_order], theirs[~in_order])
+    assert in_order.mean() == (1 if share == 1 else pytest.approx(share, abs=0.05))
+    if share < 1:  # the examples of a row have draws of their own
+        assert abs(np.corrcoef(in_order[::2], in_order[1::2])[0, 1]) < 0.1
+
+
 def test_paper_masks_the_floor_of_t_times_the_number_of_slots():
     config = dataclasses.replace(PAPER, eps=0.0, slot_sizes=(4, 8))
     lengths = np.resize(np.arange(33), N)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
-from whole_params import stack_layers
+from whole_params import merge_adapters, stack_layers
 
 from refusion_jax import sharding
+from refusion_jax.model.adapter import Adapter
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.sharding import MeshConfig, make_mesh
 from refusion_jax.weights import lora
@@ -31,9 +32,15 @@ def base_params(scan_layers: bool = False):
     return stack_layers(params) if scan_layers else params
 
 
-@partial(jax.jit, static_argnums=1)
-def logits(params, scan_layers=False):
-    return Transformer(MODEL, scan_layers=scan_layers).apply({"params": params}, TOKENS, POSITIONS)[0]
+@partial(jax.jit, static_argnums=(1, 2))
+def logits(params, scan_layers=False, adapter=None):
+    model = Transformer(MODEL, scan_layers=scan_layers, adapter=adapter)
+    return model.apply({"params": params}, TOKENS, POSITIONS)[0]
+
+
+def adapted_logits(config: LoraConfig, params, scan_layers=False):
+    adapter = Adapter(config.rank, config.alpha / config.rank, config.targets)
+    return logits(lora.beside(params), scan_layers, adapter)
 
 
 def adapted(config: LoraConfig, base, key: int = 1):
@@ -53,8 +60,10 @@ def on_disk(tree):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_at_first_it_is_the_model_there_was(scan_layers):
     base = base_params(scan_layers)
-    params = lora.init(LoraConfig(rank=3), jax.random.key(0), base, jnp.float32)
-    jax.tree.map(np.testing.assert_array_equal, lora.merge(params), base)
+    config = LoraConfig(rank=3)
+    params = lora.init(config, jax.random.key(0), base, jnp.float32)
+    found = adapted_logits(config, params, scan_layers)
+    np.testing.assert_allclose(found, logits(base, scan_layers), rtol=0, atol=2e-6)
     assert float(params["scale"]) == pytest.approx(16 / 3)
     for path, a, b in lora._pairs(params):
         assert not b.any() and a.any()
@@ -63,41 +72,31 @@ def test_at_first_it_is_the_model_there_was(scan_layers):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_what_is_added_is_a_times_b(scan_layers):
-    """Written out with the model's own einsum letters, in both forms of the model."""
-    params = adapted(LoraConfig(rank=3, alpha=6), base_params(scan_layers))
-    merged, base = flatten_dict(lora.merge(params)), flatten_dict(params["base"])
-    sums = {"q": "Dr,rNH->DNH", "o": "NHr,rD->NHD", "down": "Fr,rD->FD"}
-    for path, a, b in lora._pairs(params):
-        if path[-1] not in sums:
-            continue
-        letters = sums[path[-1]]
-        if scan_layers:
-            letters = "L" + letters.replace(",", ",L").replace("->", "->L")
-        wanted = base[path] + 2 * np.einsum(letters, a, b)
-        np.testing.assert_allclose(merged[path], wanted, atol=1e-6)
-    changed = {path[-1] for path in base if not np.array_equal(base[path], merged[path])}
-    assert changed == set(TARGETS)
-
-
-def test_scanned_and_unrolled_agree():
-    params = adapted(LoraConfig(rank=3), base_params())
-    stacked = {"scale": params["scale"]} | {name: stack_layers(params[name]) for name in ("base", "lora")}
-    np.testing.assert_allclose(logits(lora.merge(stacked), True), logits(lora.merge(params)), atol=1e-5)
+@pytest.mark.parametrize("targets", [("q", "o", "down"), tuple(TARGETS)])
+def test_what_is_added_is_x_times_a_times_b(targets, scan_layers):
+    """The model with adapters computes what the plain model does with W + scale * A B."""
+    config = LoraConfig(rank=3, alpha=6, targets=targets)
+    params = adapted(config, base_params(scan_layers))
+    merged, base = flatten_dict(merge_adapters(params)), flatten_dict(params["base"])
+    assert {path[-1] for path in base if not np.array_equal(base[path], merged[path])} == set(targets)
+    found, wanted = adapted_logits(config, params, scan_layers), logits(unflatten_dict(merged), scan_layers)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    assert np.abs(wanted - logits(params["base"], scan_layers)).max() > 0.1
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), tuple(TARGETS)])
 def test_gradients_reach_the_adapters_of_the_targets_and_nothing_else(targets):
     """Those of W + 2 A B are, with G the gradient of the merged kernel, 2 G B' and 2 A' G."""
-    params = adapted(LoraConfig(rank=3, alpha=6, targets=targets), base_params())
+    config = LoraConfig(rank=3, alpha=6, targets=targets)
+    params = adapted(config, base_params())
     trained, frozen = lora.split(params)
     jax.tree.map(np.testing.assert_array_equal, lora.combine(trained, frozen), params)
 
-    def loss(plain):
-        return jnp.sum(jnp.square(logits(plain)))
+    def loss(logits):
+        return jnp.sum(jnp.square(logits))
 
-    merged_grads = flatten_dict(jax.grad(loss)(lora.merge(params)))
-    grads = jax.grad(lambda trained: loss(lora.merge(lora.combine(trained, frozen))))(trained)
+    merged_grads = flatten_dict(jax.grad(lambda plain: loss(logits(plain)))(merge_adapters(params)))
+    grads = jax.grad(lambda trained: loss(adapted_logits(config, lora.combine(trained, frozen))))(trained)
     for path, a, b in lora._pairs({"lora": grads}):
         assert path[-1] in targets and np.abs(a).max() > 0 and np.abs(b).max() > 0
         full = np.asarray(merged_grads[path])
@@ -115,7 +114,9 @@ def test_merged_as_it_is_read(scan_layers, dtype):
     """Whole and in slices, to the last bit but one of float32; bfloat16 is rounded once."""
     params = adapted(LoraConfig(rank=3), base_params(scan_layers))
     params["base"] = jax.tree.map(lambda x: x.astype(dtype), params["base"])
-    wanted, stored = lora.merge(params), lora.merge_lazy(on_disk(params))
+    unrounded = merge_adapters(params)
+    wanted = jax.tree.map(lambda x: x.astype(dtype), unrounded)
+    stored, precise = (lora.merge_lazy(on_disk(params), asked) for asked in (None, np.float32))
     tolerance = {"atol": 1e-6} if dtype == "float32" else {"rtol": 2**-7}
 
     def same(leaf, value):
@@ -126,13 +127,18 @@ def test_merged_as_it_is_read(scan_layers, dtype):
         np.testing.assert_allclose(leaf.read(part).astype("f4"), value[part], **tolerance)
 
     jax.tree.map(same, stored, wanted)
+    up, wanted_up = (
+        tree["layers" if scan_layers else "layers_0"]["mlp"]["up"] for tree in (precise, unrounded)
+    )
+    assert up.dtype == np.float32
+    np.testing.assert_allclose(up.whole(), wanted_up, atol=1e-6)
 
 
 def test_plain_parameters_pass_through():
     base = base_params()
     assert lora.init(LoraConfig(), jax.random.key(0), base, jnp.float32) is base
     assert lora.split(base) == (base, {}) and lora.combine(base, {}) is base
-    assert lora.merge(base) is base and lora.merge_lazy(base) is base
+    assert lora.beside(base) is base and lora.merge_lazy(base) is base and lora.base_of(base) is base
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -46,7 +46,7 @@ def test_mesh_takes_all_devices(config, shape):
 
 @pytest.mark.parametrize("sizes", [(3, 1, -1), (2, 2, 4), (1, 1, 1), (-1, 16, 1)])
 def test_mesh_that_does_not_fit_the_devices(sizes):
-    with pytest.raises(BadInput, match="8 devices"):
+    with pytest.raises(BadInput, match="8 available devices"):
         make_mesh(MeshConfig(*sizes))
 
 

@@ -17,9 +17,11 @@ import pytest
 from refusion_jax import train
 from refusion_jax.devices import DEVICES, Device, peak_flops
 from refusion_jax.diffusion.slot_diffusion import DiffusionConfig
+from refusion_jax.model.adapter import Adapter
 from refusion_jax.model.transformer import ModelConfig, Transformer
 from refusion_jax.training import flops, metrics, profiling, wall_time
 from refusion_jax.training.objectives import OBJECTIVES
+from refusion_jax.weights.lora import TARGETS, LoraConfig
 
 ROOT = Path(__file__).parent.parent
 SHARES = ("goodput", "input_share", "checkpoint_share", "compile_share")
@@ -95,6 +97,19 @@ def test_work_of_the_other_objectives(response):
     pairs = prompt**2 / 2 + 2 * sum(of_each)
     wanted = 6 * 140_160 * (length + response) + a_pair * pairs
     assert work_of([length], "bd3", prompt) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("targets", [("q", "v", "down"), tuple(TARGETS)])
+def test_work_of_adapters(targets):
+    """4 FLOPs per frozen parameter and token, 6 per parameter of A and B, which are counted."""
+    config, rank = ModelConfig.qwen3_0p6b(), LoraConfig(rank=3, targets=targets)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    adapter = Adapter(3, 1.0, targets)
+    params = jax.eval_shape(Transformer(config, adapter=adapter).init, jax.random.key(0), tokens, tokens)
+    number = sum(leaf.size for leaf in jax.tree.leaves(params)) - flops.num_parameters(config)
+    work = float(flops.train_flops(config, jnp.full(2, 100.0), jnp.full(2, 5000.0), rank))
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * 10_000
+    assert work == pytest.approx((4 * flops.num_parameters(config) + 6 * number) * 200 + attention, rel=1e-6)
 
 
 def test_work_of_a_known_measurement():

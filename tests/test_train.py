@@ -469,7 +469,7 @@ def test_two_processes_save_together_when_one_is_told_to_stop(config_file, finis
         (["--config.train.dtype=float64"], "train.dtype must be one of float32, bfloat16, got 'float64'"),
         (["--config.train.batch_size=12"], "train.batch_size must be a multiple of 8"),
         (["--config.train.microbatches=3"], "train.batch_size must be a multiple of 24"),
-        (["--config.mesh.data=3"], "mesh: data=3, fsdp=1, tensor=1 must multiply to the 8 devices"),
+        (["--config.mesh.data=3"], "mesh: data=3, fsdp=1, tensor=1 must multiply to the 8 available devices"),
         (["--config.model.vocab_size=259"], "model.vocab_size: must be above 259"),
         (["--config.train.tokenizer=/no/such"], "/no/such: no tokenizer found"),
         (["--config.train.init_from=/no/such"], "/no/such"),

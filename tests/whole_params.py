@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from refusion_jax.checkpoints import hugging_face, orbax_io
 from refusion_jax.checkpoints.safetensors_io import read_folder
@@ -41,3 +43,19 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {
         f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(depth)
     }
+
+
+def merge_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
+    """W + scale * A B of an adapted model, in float32, written out with the model's own einsum letters."""
+    sums = dict.fromkeys(("q", "k", "v"), "Dr,rNH->DNH") | dict.fromkeys(("gate", "up"), "Dr,rF->DF")
+    sums |= {"o": "NHr,rD->NHD", "down": "Fr,rD->FD"}
+    kernels, halves = flatten_dict(params["base"]), flatten_dict(params["lora"])
+    for *path, half in halves:
+        if half != "a":
+            continue
+        letters = sums[path[-1]]
+        if path[0] == "layers":
+            letters = "L" + letters.replace(",", ",L").replace("->", "->L")
+        delta = np.einsum(letters, halves[*path, "a"], halves[*path, "b"])
+        kernels[tuple(path)] = np.asarray(kernels[tuple(path)], "f4") + np.asarray(params["scale"]) * delta
+    return unflatten_dict(kernels)

@@ -277,11 +277,6 @@ def decoding_defaults(folder: str | Path) -> dict[str, Any]:
     return chosen | {"slot_sizes": tuple(sizes)}
 
 
-def first_token(folder: str | Path) -> str:
-    """The position from which AR decoding reads the first response token, see `decoding_defaults`."""
-    return decoding_defaults(folder)["first_token"]
-
-
 def block_len(folder: str | Path) -> int | None:
     """Tokens per block of a model trained by block diffusion; None if config.json does not give it."""
     return read_json(Path(folder) / "config.json").get("block_len")

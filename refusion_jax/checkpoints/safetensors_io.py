@@ -158,19 +158,20 @@ def write_folder(folder: str | Path, tensors: Mapping[str, LazyArray], shard_byt
         shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0])
+        write_file(folder / SINGLE, shards[0])
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(folder / file, shard)
+        write_file(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, tensors: Mapping[str, LazyArray]) -> None:
+def write_file(path: Path, tensors: Mapping[str, LazyArray]) -> None:
+    """Writes one safetensors file, which must not exist; one tensor is in memory at a time."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     # Wider dtypes first, so that every tensor is aligned to its item size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))

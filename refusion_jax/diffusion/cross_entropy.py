@@ -4,7 +4,8 @@ The loss is a weighted sum over tokens whose weights are known in advance. Its g
 logits, weight * (softmax - one-hot), is therefore known as soon as the logits are. The forward pass turns it
 into the gradients of states and head at once, one chunk of tokens after another; the backward pass only
 scales them. No logits outlive their chunk and none are computed twice. Tokens of weight 0 (prompts, ends of
-slots, padding) are skipped, except for those that fill up the last chunk.
+slots, padding) are skipped, except for those that fill up the last chunk. The gradient of a head that is not
+differentiated, as in low-rank adaptation, is not computed.
 
 With a teacher, the loss of a token is (1 - s) ce + s KL(teacher || student). The divergence is computed from
 the teacher's most probable tokens, with all others as one bucket: with p and q the two models' probabilities,
@@ -66,7 +67,7 @@ def weighted_cross_entropy(
     Returns:
       float32 [], differentiable in states and head; and float32 [B, T] without a gradient, 0 where w_i is 0.
     """
-    return _forward(states, head, targets, weights, num_chunks, soft)[0]
+    return _forward(states, head, targets, weights, num_chunks, soft, False)[0]
 
 
 def _forward(
@@ -76,10 +77,12 @@ def _forward(
     weights: Array,
     num_chunks: int,
     soft: SoftTargets | None,
+    train_head: bool,
 ):
+    """The results, and the gradients of states and head; None instead of the latter without `train_head`."""
     if num_chunks == 1:
-        ce, d_states, d_head = _chunk(states, head, targets, weights, soft)
-        return (jnp.sum(ce * weights), ce), (d_states, d_head.astype(head.dtype))
+        ce, d_states, d_head = _chunk(states, head, targets, weights, soft, train_head)
+        return (jnp.sum(ce * weights), ce), (d_states, _cast(d_head, head.dtype))
 
     weighted = weights != 0
     order = jnp.argsort(~weighted, axis=1)  # stable: weighted tokens first, otherwise in their order
@@ -89,28 +92,29 @@ def _forward(
     def take(x: Array, indices: Array) -> Array:
         return jnp.take_along_axis(x, indices.reshape(*indices.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-    def chunk(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def chunk(i: Array, sums: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
         ce, d_states, d_head = sums
         indices = jax.lax.dynamic_slice_in_dim(order, i * length, length, axis=1)
         taken = [take(x, indices) if x is not head else x for x in (states, head, targets, weights)]
         if soft is None:
-            part = _chunk(*taken, None)
+            part = _chunk(*taken, None, train_head)
         else:
             of_teacher = {name: take(getattr(soft, name), indices) for name in ("states", "shares")}
-            part = _chunk(*taken, soft.replace(**of_teacher))
+            part = _chunk(*taken, soft.replace(**of_teacher), train_head)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * length, axis=1)
-        return put(ce, part[0]), put(d_states, part[1]), d_head + part[2]
+        summed = d_head + part[2] if train_head else None
+        return put(ce, part[0]), put(d_states, part[1]), summed
 
-    nothing = jnp.zeros(weights.shape), jnp.zeros_like(states), jnp.zeros(head.shape)
+    nothing = jnp.zeros(weights.shape), jnp.zeros_like(states), jnp.zeros(head.shape) if train_head else None
     ce, d_states, d_head = jax.lax.fori_loop(0, num_live, chunk, nothing)
     back = jnp.argsort(order, axis=1)
     ce, d_states = take(ce, back), take(d_states, back)
-    return (jnp.sum(ce * weights), ce), (d_states, d_head.astype(head.dtype))
+    return (jnp.sum(ce * weights), ce), (d_states, _cast(d_head, head.dtype))
 
 
 def _chunk(
-    states: Array, head: Array, targets: Array, weights: Array, soft: SoftTargets | None
-) -> tuple[Array, Array, Array]:
+    states: Array, head: Array, targets: Array, weights: Array, soft: SoftTargets | None, train_head: bool
+) -> tuple[Array, Array, Array | None]:
     """ce [B, T], and the gradients of its weighted sum with respect to the states and (float32) the head."""
     logits = jnp.einsum("BTD,DV->BTV", states, head)
     # Subtract the largest logit first: the loss of a confident token is only a few units in the last place
@@ -130,7 +134,9 @@ def _chunk(
     d_logits = (exponentials / total - wanted) * weights[..., None]
     d_logits = d_logits.astype(states.dtype)
     d_states = jnp.einsum("BTV,DV->BTD", d_logits, head)
-    d_head = jnp.einsum("BTD,BTV->DV", states, d_logits, preferred_element_type=jnp.float32)
+    d_head = None
+    if train_head:
+        d_head = jnp.einsum("BTD,BTV->DV", states, d_logits, preferred_element_type=jnp.float32)
     return ce, d_states, d_head
 
 
@@ -150,10 +156,21 @@ def _divergence(shifted: Array, exponentials: Array, total: Array, soft: SoftTar
     return of_named + of_rest[..., 0], jnp.where(named, p, p_rest * (exponentials / rest))
 
 
-def _backward(num_chunks: int, gradients: tuple[Array, Array], cotangents: tuple[Array, Array]):
+def _cast(x: Array | None, dtype: jnp.dtype) -> Array | None:
+    return None if x is None else x.astype(dtype)
+
+
+def _forward_rule(states, head, targets, weights, num_chunks: int, soft):
+    # With symbolic_zeros each argument has a value and a flag, whether it is differentiated.
+    values = (x.value for x in (states, head, targets, weights))
+    soft = jax.tree.map(lambda x: x.value, soft, is_leaf=lambda x: hasattr(x, "perturbed"))
+    return _forward(*values, num_chunks, soft, head.perturbed)
+
+
+def _backward(num_chunks: int, gradients: tuple[Array, Array | None], cotangents: tuple[Array, Array]):
     scale, _ = cotangents
-    d_states, d_head = (g * scale.astype(g.dtype) for g in gradients)
+    d_states, d_head = (None if g is None else g * scale.astype(g.dtype) for g in gradients)
     return d_states, d_head, None, None, None
 
 
-weighted_cross_entropy.defvjp(_forward, _backward)
+weighted_cross_entropy.defvjp(_forward_rule, _backward, symbolic_zeros=True)

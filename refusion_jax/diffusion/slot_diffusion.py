@@ -46,8 +46,8 @@ from refusion_jax.diffusion.segments import Batch
 Array = jax.Array
 NORMALISATIONS = ("release", "paper")
 
-# `fold_in` of an example's key with 0 to 3 gives the four keys that `split` makes of it, so this is the next.
-_IN_ORDER = 4
+# Random streams of an example. `fold_in` of its key with 0 to 3 gives the four keys that `split` makes of it.
+IN_ORDER, TEXT_ORDER = 4, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,8 @@ class DiffusionConfig:
       block_len: block length in response tokens, for the objective bd3 only.
       ar_share: probability that an example is in order, nothing masked and labelled as by the objective ar;
         for the objective refusion only. 0 is the paper.
+      text_order_share: probability that the clean slots of an example keep their order in the text, for the
+        objective refusion only.
     """
 
     slot_sizes: tuple[int, ...] = (4, 8, 16, 32)
@@ -70,6 +72,7 @@ class DiffusionConfig:
     diffusion_weight: float = 1.0
     block_len: int = 32
     ar_share: float = 0.0
+    text_order_share: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "slot_sizes", tuple(self.slot_sizes))
@@ -81,6 +84,8 @@ class DiffusionConfig:
             raise ValueError(f"eps must be in [0, 1), got {self.eps}")
         if not 0 <= self.ar_share <= 1:
             raise ValueError(f"ar_share must be in [0, 1], got {self.ar_share}")
+        if not 0 <= self.text_order_share <= 1:
+            raise ValueError(f"text_order_share must be in [0, 1], got {self.text_order_share}")
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(f"normalisation must be one of {NORMALISATIONS}, got {self.normalisation!r}")
 
@@ -187,16 +192,16 @@ def draw(key: Array, example_id: Array, response_len: Array, max_slots: int, con
             num_masked = jnp.floor(t * num_slots).astype(jnp.int32)
             u = jnp.where(slot < num_slots[owner], u, 2.0)
             masked = _rank(owner, u) - first[owner] < num_masked[owner]
-        drawn = Draw(slot_size, p, masked, _rank(owner, uniform(order_key[owner], slot)))
+        rank = _rank(owner, uniform(order_key[owner], slot))
+        # Each of these choices has a stream of its own, so no other draw depends on its share.
+        if config.text_order_share:
+            in_text_order = uniform(own, jnp.full(own.shape, TEXT_ORDER)) < config.text_order_share
+            rank = jnp.where(in_text_order[owner], jnp.arange(max_slots), rank)
         if not config.ar_share:
-            return drawn
-        # From a key of its own: the other choices do not depend on ar_share.
-        in_order = uniform(own, jnp.full(own.shape, _IN_ORDER)) < config.ar_share
-        return drawn.replace(
-            slot_masked=masked & ~in_order[owner],
-            slot_rank=jnp.where(in_order[owner], slot, drawn.slot_rank),
-            in_order=in_order,
-        )
+            return Draw(slot_size, p, masked, rank)
+        in_order = uniform(own, jnp.full(own.shape, IN_ORDER)) < config.ar_share
+        masked, rank = masked & ~in_order[owner], jnp.where(in_order[owner], slot, rank)
+        return Draw(slot_size, p, masked, rank, in_order)
 
     drawn = jax.vmap(one)(segments.columns(example_id), segments.columns(response_len))
     return _of_examples(drawn, lambda x: x.reshape(example_id.shape))

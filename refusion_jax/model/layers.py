@@ -3,29 +3,20 @@
 Einsum letters as in model/transformer.py.
 """
 
-import dataclasses
-import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.model.adapter import add_product
 from refusion_jax.model.attention import LayerKV, attend, attend_fed, attend_visible
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.kernels.visible import Visible
+from refusion_jax.model.products import Weights
 from refusion_jax.model.rope import apply_rope
 
 Array = jax.Array
-
-
-def lecun(num_in: int, num_out: int):
-    """LeCun normal initializer of a matrix whose first `num_in` axes are contracted."""
-    return nn.initializers.variance_scaling(
-        1.0, "fan_in", "normal", tuple(range(num_in)), tuple(range(num_in, num_in + num_out))
-    )
 
 
 class Ragged(NamedTuple):
@@ -52,12 +43,14 @@ class Context(NamedTuple):
       mask: bool mask, or Visible for the kernel "triton"; None as in `Transformer.__call__`.
       segments: segment of each token, in a pass with neither cache nor mask; or None.
       ragged: layout of the tokens fed, or None where they are laid out by row.
+      adapted: bool in the layout of the tokens fed, the tokens that adapters act on; None for all.
     """
 
     cache: LayerKV | None = None
     mask: Array | Visible | None = None
     segments: Array | None = None
     ragged: Ragged | None = None
+    adapted: Array | None = None
 
     def by_row(self, x: Array) -> Array:
         """[1, N, ...] laid out as [B, T, ...]; the padding of a row is finite and otherwise arbitrary."""
@@ -68,73 +61,6 @@ class Context(NamedTuple):
         if self.ragged is None:
             return y
         return y.at[self.ragged.row, self.ragged.place].get(mode="clip")[None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """How the layers store and multiply their matrices; other fields as in Transformer.
-
-    Attributes:
-      int8_kernel: whether products of a few tokens with an int8 matrix use `triton_int8.product`.
-    """
-
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-    fused: bool = False
-    int8: bool = False
-    int8_kernel: bool = False
-
-    def product(self, module: nn.Module, equation: str, x: Array, name: str, shape, axes, num_in=1) -> Array:
-        """x times the parameter `name`, a matrix that `module` declares.
-
-        Args:
-          module: the layer that owns the parameter.
-          equation: einsum of x and the matrix.
-          x: activations, the contracted axes last.
-          name: name of the parameter.
-          shape: shape of the matrix, contracted axes first.
-          axes: logical axis names of `shape`.
-          num_in: number of contracted axes.
-        """
-        if not self.int8:
-            init = nn.with_logical_partitioning(lecun(num_in, len(shape) - num_in), axes)
-            matrix = module.param(name, init, shape, self.param_dtype)
-            return jnp.einsum(equation, x, matrix.astype(self.dtype))
-        outputs, summed = shape[num_in:], shape[:num_in]
-        init = nn.with_logical_partitioning(nn.initializers.zeros, (*axes[num_in:], *axes[:num_in]))
-        matrix = module.param(name, init, (*outputs, *summed), jnp.int8)
-        init = nn.with_logical_partitioning(nn.initializers.ones, axes[num_in:])
-        scale = module.param(f"{name}_scale", init, outputs, jnp.float32)
-        return self.int8_product(x, matrix, scale, num_in)
-
-    def int8_product(
-        self, x: Array, matrix: Array, scale: Array, num_in: int = 1, dtype: Any = None
-    ) -> Array:
-        """x [..., contracted] times the int8 matrix [outputs, contracted] and its scale [outputs].
-
-        The result is in `dtype`; None is that of the activations.
-        """
-        leading, outputs = x.shape[: x.ndim - num_in], scale.shape
-        flat = x.reshape(math.prod(leading), -1), matrix.reshape(math.prod(outputs), -1)
-        # On a mesh the compiler partitions the product; it cannot partition a kernel.
-        kernel = _int8_kernel(*flat) if self.int8_kernel and not nn.get_logical_axis_rules() else None
-        if kernel is not None:
-            y = kernel(*flat).reshape(*leading, *outputs)
-        else:
-            summed = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(matrix.ndim - num_in, matrix.ndim))
-            y = jax.lax.dot_general(
-                x, matrix.astype(self.dtype), (summed, ((), ())), preferred_element_type=jnp.float32
-            )
-        return (y * scale).astype(dtype or self.dtype)
-
-
-def _int8_kernel(x: Array, matrix: Array) -> Callable[[Array, Array], Array] | None:
-    """The Triton kernel for x [N, D] and matrix [F, D], None if it does not handle them."""
-    from refusion_jax.model.kernels import triton_int8  # loads Pallas's Triton backend
-
-    if not triton_int8.fits(x, matrix):
-        return None
-    return functools.partial(triton_int8.product, interpret=jax.default_backend() != "gpu")
 
 
 class RMSNorm(nn.Module):
@@ -183,11 +109,11 @@ class Attention(nn.Module):
     def __call__(self, x: Array, rope, layer: Array | int | None, context: Context):
         c, w = self.config, self.weights
         if w.fused:
-            qkv = self._fused(x, rope)
+            qkv = self._fused(x, rope, context.adapted)
             q = qkv[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.head_dim)
             k, v = qkv[..., -2, :], qkv[..., -1, :]
         else:
-            q, k, v = self._separate(x, rope)
+            q, k, v = self._separate(x, rope, context.adapted)
         cache, mask = context.cache, context.mask
         with jax.named_scope("attend"):
             if isinstance(mask, Visible):
@@ -203,15 +129,15 @@ class Attention(nn.Module):
                 q, *fresh = (context.by_row(part) for part in (q, k, v))
                 y = context.as_fed(attend(q, tuple(fresh), of_layer, mask))
         shape, axes = (c.num_heads, c.head_dim, c.embed_dim), ("heads", "head_dim", "embed")
-        return w.product(self, "BTNH,NHD->BTD", y, "o", shape, axes, num_in=2), (k, v)
+        return w.product(self, "BTNH,NHD->BTD", y, "o", shape, axes, 2, context.adapted), (k, v)
 
-    def _separate(self, x: Array, rope) -> tuple[Array, Array, Array]:
+    def _separate(self, x: Array, rope, adapted: Array | None) -> tuple[Array, Array, Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], after norm and RoPE."""
         c, w = self.config, self.weights
 
         def project(name: str, heads: int, axis: str) -> Array:
             shape = (c.embed_dim, heads, c.head_dim)
-            y = w.product(self, "BTD,DNH->BTNH", x, name, shape, ("embed", axis, "head_dim"))
+            y = w.product(self, "BTD,DNH->BTNH", x, name, shape, ("embed", axis, "head_dim"), adapted=adapted)
             if c.qkv_bias:
                 y = y + self._bias(f"{name}_bias", shape[1:], (axis, "head_dim"))
             return nn.with_logical_constraint(y, ("act_batch", "act_length", f"act_{axis}", None))
@@ -224,7 +150,7 @@ class Attention(nn.Module):
             k = RMSNorm(c.norm_eps, "head_dim", w.param_dtype, name="k_norm")(k)
         return apply_rope(q, rope), apply_rope(k, rope), v
 
-    def _fused(self, x: Array, rope) -> Array:
+    def _fused(self, x: Array, rope, adapted: Array | None) -> Array:
         """The results of `_separate` as one array, [B, T, K, G + 2, H]: G queries, key, value per head of K.
 
         Norm and RoPE act on the whole array and `where` restores the values, so that they compile to as few
@@ -235,6 +161,8 @@ class Attention(nn.Module):
         shape = (c.embed_dim, c.num_kv_heads, groups + 2, c.head_dim)
         axes = ("embed", "kv_heads", None, "head_dim")
         y = w.product(self, "BTD,DKJH->BTKJH", x, "qkv", shape, axes)
+        if w.adapter is not None:
+            y = add_product(y, self._low_rank_qkv(x), adapted)
         if c.qkv_bias:
             y = y + self._bias("qkv_bias", shape[1:], axes[1:])
         y = nn.with_logical_constraint(y, ("act_batch", "act_length", "act_kv_heads", None, None))
@@ -245,6 +173,18 @@ class Attention(nn.Module):
             z = _normalised(z, c.norm_eps) * jnp.where(is_key, k, q).astype(w.dtype)
         z = apply_rope(z, tuple(table[..., None, :] for table in rope))
         return jnp.where(is_value, y, z)
+
+    def _low_rank_qkv(self, x: Array) -> Array:
+        """The adapters' products of q, k and v in the order of `_fused`, float32 [B, T, K, G + 2, H]."""
+        c = self.config
+
+        def of(name: str, heads: int, axis: str) -> Array:
+            shape, axes = (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim")
+            y = self.weights.low_rank(self, x, name, shape, axes)
+            return y.reshape(*x.shape[:2], c.num_kv_heads, -1, c.head_dim)
+
+        parts = of("q", c.num_heads, "heads"), of("k", c.num_kv_heads, "kv_heads")
+        return jnp.concatenate([*parts, of("v", c.num_kv_heads, "kv_heads")], axis=-2)
 
     def _bias(self, name: str, shape, axes) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
@@ -258,16 +198,20 @@ class MLP(nn.Module):
     weights: Weights
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        (D, F), w = (self.config.embed_dim, self.config.mlp_dim), self.weights
+    def __call__(self, x: Array, context: Context) -> Array:
+        (D, F), w, adapted = (self.config.embed_dim, self.config.mlp_dim), self.weights, context.adapted
+        shape, axes = (D, F), ("embed", "mlp")
         if w.fused:
             y = w.product(self, "BTD,DJF->BTJF", x, "gate_up", (D, 2, F), ("embed", None, "mlp"))
+            if w.adapter is not None:
+                deltas = [w.low_rank(self, x, name, shape, axes) for name in ("gate", "up")]
+                y = add_product(y, jnp.stack(deltas, axis=2), adapted)
             gate, up = y[:, :, 0], y[:, :, 1]
         else:
-            gate = w.product(self, "BTD,DF->BTF", x, "gate", (D, F), ("embed", "mlp"))
-            up = w.product(self, "BTD,DF->BTF", x, "up", (D, F), ("embed", "mlp"))
+            gate = w.product(self, "BTD,DF->BTF", x, "gate", shape, axes, adapted=adapted)
+            up = w.product(self, "BTD,DF->BTF", x, "up", shape, axes, adapted=adapted)
         y = nn.with_logical_constraint(nn.silu(gate) * up, ("act_batch", "act_length", "act_mlp"))
-        return w.product(self, "BTF,FD->BTD", y, "down", (F, D), ("mlp", "embed"))
+        return w.product(self, "BTF,FD->BTD", y, "down", (F, D), ("mlp", "embed"), adapted=adapted)
 
 
 class Block(nn.Module):
@@ -287,5 +231,5 @@ class Block(nn.Module):
         y, kv = attention(y, rope, layer, context)
         x = nn.with_logical_constraint(x + y, ("act_batch", "act_length", "act_embed"))
         y = RMSNorm(c.norm_eps, "embed", w.param_dtype, name="mlp_norm")(x)
-        y = MLP(c, w, name="mlp")(y)
+        y = MLP(c, w, name="mlp")(y, context)
         return nn.with_logical_constraint(x + y, ("act_batch", "act_length", "act_embed")), kv

@@ -16,10 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.model.adapter import Adapter
 from refusion_jax.model.attention import fed_mask
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.kernels.visible import visible
-from refusion_jax.model.layers import Block, Context, Ragged, RMSNorm, Weights, lecun
+from refusion_jax.model.layers import Block, Context, Ragged, RMSNorm
+from refusion_jax.model.products import Weights, lecun
 from refusion_jax.model.rope import rope_tables
 
 Array = jax.Array
@@ -38,6 +40,19 @@ REMAT_POLICIES = {
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_attention
     ),
 }
+
+
+def _without_adapters(policy: Any, rank: int) -> Any:
+    """`policy`, except that products over the adapters' rank are recomputed: large results of little work."""
+
+    def saved(primitive: Any, *inputs: Any, **params: Any) -> bool:
+        if primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            if [inputs[0].shape[axis] for axis in contracted] == [rank]:
+                return False
+        return policy(primitive, *inputs, **params)
+
+    return saved
 
 
 class Transformer(nn.Module):
@@ -60,6 +75,7 @@ class Transformer(nn.Module):
         `quantized.quantize` makes them. Activations, embedding, norms and biases keep their dtypes.
       causal: whether a pass without a mask is causal in the order fed; otherwise each token sees all.
       cache_by_layer: whether decoders pass the cache as one array per layer, as TPUs need; see KVCache.
+      adapter: low-rank adapters beside the matrices of the layers, or None.
     """
 
     config: ModelConfig
@@ -73,17 +89,22 @@ class Transformer(nn.Module):
     int8: bool = False
     causal: bool = True
     cache_by_layer: bool = False
+    adapter: Adapter | None = None
 
     def setup(self):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), self.param_dtype)
-        self.weights = Weights(
-            self.dtype, self.param_dtype, self.fused, self.int8, int8_kernel=self.kernel == "triton"
-        )
+        if self.adapter is not None and self.adapter.mask_id is not None:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+            self.mask_embedding = self.param("mask_embedding", init, (c.embed_dim,), self.param_dtype)
+        int8_kernel = self.kernel == "triton"
+        self.weights = Weights(self.dtype, self.param_dtype, self.fused, self.int8, int8_kernel, self.adapter)
         block, arguments = Block, (c, self.weights, self.kernel, self.max_segments, self.causal)
-        if REMAT_POLICIES[self.remat] is not None:
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            policy = policy if self.adapter is None else _without_adapters(policy, self.adapter.rank)
+            block = nn.remat(Block, policy=policy, prevent_cse=not self.scan_layers)
         if self.scan_layers:
             block = nn.scan(
                 block,
@@ -120,11 +141,17 @@ class Transformer(nn.Module):
         """Final normalised states [B, T, D] and the fresh keys and values; see `__call__`."""
         # Gather the table over fsdp before the lookup; otherwise the compiler moves the activations.
         table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = jnp.take(table, tokens, axis=0)
+        adapted = None if self.adapter is None else self.adapter.adapted(tokens)
+        if adapted is not None:
+            row = nn.with_logical_constraint(self.mask_embedding, ("act_embed",))
+            x = jnp.where(adapted[..., None], row, x)
+        x = x.astype(self.dtype)
         x = nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
         c = self.config
         rope = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        context = Context(cache, self._mask(tokens, cache, mask, segments, ragged), segments, ragged)
+        mask = self._mask(tokens, cache, mask, segments, ragged)
+        context = Context(cache, mask, segments, ragged, adapted)
         if self.scan_layers:
             layers = None if cache is None else jnp.arange(c.num_layers)
             x, kv = self.layers(x, rope, layers, context)

@@ -51,7 +51,7 @@ DEFAULTS_OF_OLD_RUNS = {
     "data": {"eos_multiple": 1, "eos_extra_blocks": 0},
     "train": {"first_batch": 0, "distill_weight": 0.0, "distill_top_k": 64},
     "diffusion": {"ar_share": 0.0},
-    "lora": {"rank": 0},
+    "lora": {"rank": 0, "only_masks": False},
 }
 
 
@@ -267,14 +267,15 @@ def _describe(folder: Path, run: RunConfig, tokenizer: Tokenizer, taught_by: str
 
 def _how_to_decode(run: RunConfig) -> dict[str, Any]:
     """The fields of config.json that choose how to decode, see `hugging_face.decoding_defaults`."""
-    anchored = run.diffusion.ar_share > 0
+    # Left to right, a model with adapters at mask tokens only is the model that it started from.
+    reads_left_to_right = run.diffusion.ar_share > 0 or run.lora.only_masks
     fields = {
         "objective": run.objective,
-        "first_token": "next" if anchored or run.objective == "ar" else "mask",
+        "first_token": "next" if reads_left_to_right or run.objective == "ar" else "mask",
         "border": "ar",
     }
     if run.objective == "refusion":
-        fields["verify"] = "exact" if anchored else "threshold"
+        fields["verify"] = "exact" if reads_left_to_right else "threshold"
         fields["slot_sizes"] = list(run.diffusion.slot_sizes)
     if run.objective == "bd3":
         fields["block_len"] = run.diffusion.block_len

@@ -121,6 +121,16 @@ class RunConfig:
             raise BadInput(
                 f"lora.rank: is {self.lora.rank}, which needs train.init_from, the model to adapt; found none"
             )
+        if self.diffusion.text_order_share and self.objective != "refusion":
+            raise BadInput(
+                f"diffusion.text_order_share: must be 0 for the objective {self.objective!r}, "
+                f"found {self.diffusion.text_order_share}"
+            )
+        if self.lora.only_masks and not (self.lora.rank and self.objective == "refusion"):
+            raise BadInput(
+                "lora.only_masks: needs a lora.rank of at least 1 and the objective refusion, "
+                f"found lora.rank {self.lora.rank} and objective {self.objective!r}"
+            )
 
 
 def run_tokenizer(run: RunConfig) -> Tokenizer:

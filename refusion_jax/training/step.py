@@ -21,6 +21,7 @@ from refusion_jax.diffusion import distillation, slot_diffusion
 from refusion_jax.diffusion.segments import Batch
 from refusion_jax.diffusion.slot_diffusion import Noised
 from refusion_jax.errors import BadInput
+from refusion_jax.model.adapter import Adapter
 from refusion_jax.model.attention import fitting_kernel
 from refusion_jax.model.transformer import Transformer
 from refusion_jax.sharding import Layout
@@ -36,6 +37,9 @@ Array = jax.Array
 COMPILER_OPTIONS = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True},
 }
+
+# Parameters that are not cast to the dtype of matrix products, see `_working_copy`.
+KEPT_PRECISE = ("embedding", lora.MASK_EMBEDDING)
 
 
 class TrainState(struct.PyTreeNode):
@@ -115,9 +119,9 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
     """
     _check_batch(run, mesh)
     platform = mesh.devices.flat[0].platform
-    model = _model(run, platform)
+    model = _model(run, platform, mask_id)
     optimizer = run.optimizer.transformation(run.train.steps)
-    init = functools.partial(_random_state, run, model, optimizer)
+    init = functools.partial(_random_state, run, model, optimizer, mask_id)
     boxed = jax.eval_shape(init)
     layout = sharding.layout(boxed, mesh)
     batch_sharding, shardings = sharding.batch_sharding(mesh), layout.shardings
@@ -129,7 +133,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
         batch_sharding=batch_sharding,
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
         start=jax.jit(
-            functools.partial(_state_with, run, optimizer),
+            functools.partial(_state_with, run, optimizer, mask_id),
             in_shardings=(shardings.base,),
             out_shardings=shardings,
             donate_argnums=0,
@@ -170,6 +174,8 @@ def train_step(
             if parts.teacher is not None:
                 noised = distillation.taught(batch, noised)
                 parts = parts._replace(teacher=parts.teacher._replace(params=teacher))
+            if run.lora.only_masks:  # clean tokens do not depend on what is trained
+                noised = noised.replace(ar_weights=jnp.zeros_like(noised.ar_weights))
         with jax.named_scope("gradients"):
             grads, losses = _gradients(parts, state, noised)
         with jax.named_scope("update"):
@@ -182,7 +188,7 @@ def train_step(
         "padding": (batch["tokens"].size - tokens) / batch["tokens"].size,
     }
     work = objective.flop_counts(batch["prompt_len"], batch["total_len"], run.diffusion)
-    metrics["flops"] = train_flops(run.model, *work)
+    metrics["flops"] = train_flops(run.model, *work, run.lora)
     if parts.teacher is not None:
         metrics["flops"] += forward_flops(parts.teacher.model.config, *work)
     with jax.named_scope("update"):
@@ -198,16 +204,12 @@ def noise_key(run: RunConfig, step: Array) -> Array:
 def _gradients(parts: StepParts, state: TrainState, noised: Noised) -> tuple[Any, dict[str, Array]]:
     """Gradients with respect to `state.params`, and the losses, summed over the microbatches."""
     divided_by = slot_diffusion.divisors(noised)  # of the whole batch, so that microbatches add up
-    # The trained parameters are the model's own, or adapters that are merged into the model's. Gradients are
-    # taken with respect to the merged parameters; `pull_back` maps them to the trained ones.
-    params, pull_back = jax.vjp(lambda trained: lora.merge(lora.combine(trained, state.frozen)), state.params)
-    working = _working_copy(params, parts.model.dtype)
+    trained = _working_copy(state.params, parts.model.dtype)
 
     def of_microbatch(microbatch: Noised) -> tuple[Any, dict[str, Array]]:
-        grads, losses = jax.grad(_loss, has_aux=True)(working, parts, microbatch, divided_by)
-        grads = jax.lax.with_sharding_constraint(grads, parts.layout.shardings.base)
-        grads = jax.tree.map(lambda g, param: g.astype(param.dtype), grads, params)
-        return pull_back(grads)[0], losses
+        grads, losses = jax.grad(_loss, has_aux=True)(trained, state.frozen, parts, microbatch, divided_by)
+        grads = jax.lax.with_sharding_constraint(grads, parts.layout.shardings.params)
+        return jax.tree.map(lambda g, param: g.astype(param.dtype), grads, state.params), losses
 
     if parts.run.train.microbatches == 1:
         return of_microbatch(noised)
@@ -215,10 +217,11 @@ def _gradients(parts: StepParts, state: TrainState, noised: Noised) -> tuple[Any
 
 
 def _loss(
-    params: Any, parts: StepParts, noised: Noised, divided_by: tuple[Array, Array]
+    trained: Any, frozen: Any, parts: StepParts, noised: Noised, divided_by: tuple[Array, Array]
 ) -> tuple[Array, dict[str, Array]]:
     """The loss that trains, and its parts, of one microbatch."""
     run, model = parts.run, parts.model
+    params = lora.beside(lora.combine(trained, frozen))
     visibility = OBJECTIVES[run.objective].attention_kwargs(noised, run.data.max_examples_per_row > 1)
     with jax.named_scope("forward"):
         states, _ = model.apply(
@@ -258,12 +261,15 @@ def _sum_over(function: Callable[[Noised], Any], microbatches: Noised) -> Any:
 
 
 def _working_copy(params: Any, dtype: Any) -> Any:
-    """Parameters in the dtype of matrix products, cast once per step and not at each use.
+    """Trained parameters in the dtype of matrix products, cast once per step and not at each use.
 
-    The embedding keeps its dtype: the gradient of the mask token's row sums as many terms as the batch has
+    Embeddings keep their dtype: the gradient of the mask token's row sums as many terms as the batch has
     masked positions, too many for bfloat16.
     """
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params) | {"embedding": params["embedding"]}
+    return {
+        name: leaf if name in KEPT_PRECISE else jax.tree.map(lambda leaf: leaf.astype(dtype), leaf)
+        for name, leaf in params.items()
+    }
 
 
 def _check_batch(run: RunConfig, mesh: Mesh) -> None:
@@ -278,9 +284,12 @@ def _check_batch(run: RunConfig, mesh: Mesh) -> None:
         raise BadInput(f"train.loss_chunks must divide {lengths}, got {run.train.loss_chunks}")
 
 
-def _model(run: RunConfig, platform: str) -> Transformer:
+def _model(run: RunConfig, platform: str, mask_id: int | None) -> Transformer:
     """The model as it is trained on "gpu", "tpu" or "cpu"."""
-    dtype = jnp.dtype(run.train.dtype)
+    dtype, adapter = jnp.dtype(run.train.dtype), None
+    if run.lora.rank:
+        scale, at = run.lora.alpha / run.lora.rank, mask_id if run.lora.only_masks else None
+        adapter = Adapter(run.lora.rank, scale, run.lora.targets, at)
     return Transformer(
         run.model,
         dtype,
@@ -290,20 +299,25 @@ def _model(run: RunConfig, platform: str) -> Transformer:
         kernel=fitting_kernel(platform, dtype, run.model.head_dim, run.data.max_length),
         max_segments=run.data.max_examples_per_row + 1,  # one more, for padding
         causal=OBJECTIVES[run.objective].causal,
+        adapter=adapter,
     )
 
 
-def _random_state(run: RunConfig, model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+def _random_state(
+    run: RunConfig, model: Transformer, optimizer: optax.GradientTransformation, mask_id: int | None
+) -> TrainState:
     """The state before the first step with random parameters, in Linen's partitioning boxes."""
     nothing = jnp.zeros((1, 1), jnp.int32)
     # Kernels do not take a length of one token; parameters do not depend on the kernel.
-    params = model.clone(kernel="dense").init(_keys(run)[0], nothing, nothing)["params"]
-    return _state_with(run, optimizer, params)
+    params = model.clone(kernel="dense", adapter=None).init(_keys(run)[0], nothing, nothing)["params"]
+    return _state_with(run, optimizer, mask_id, params)
 
 
-def _state_with(run: RunConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+def _state_with(
+    run: RunConfig, optimizer: optax.GradientTransformation, mask_id: int | None, params: Any
+) -> TrainState:
     """The state before the first step with the given parameters of the model."""
-    adapted = lora.init(run.lora, _keys(run)[0], params, jnp.dtype(run.train.dtype))
+    adapted = lora.init(run.lora, _keys(run)[0], params, jnp.dtype(run.train.dtype), mask_id)
     trained, frozen = lora.split(adapted)
     return TrainState(jnp.int32(0), trained, optimizer.init(trained), frozen)
 

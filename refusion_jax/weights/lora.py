@@ -1,14 +1,18 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685), implemented on parameter trees, outside the model.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): parameter trees of a frozen model and its adapters.
 
-The kernels of the model are frozen. For each target kernel W, a product of two thin matrices is trained and
+The kernels of the model are frozen. For each target kernel W, two thin matrices are trained, whose product is
 added to it:
 
   W + alpha / rank * A B,   A uniform in +- 1 / sqrt(inputs), B zero at first, as in the PEFT library
 
-At step 0 the adapted model therefore equals the original. `merge` computes plain parameters, which the model
-uses in training and which every reader of a checkpoint gets. The parameters of an adapted model are
+At step 0 the adapted model therefore equals the original. The parameters of an adapted model are trained and
+stored as
 
   {"base": the original parameters, "lora": {... {"q": {"a", "b"}} ...}, "scale": alpha / rank}
+
+`beside` gives the parameters of a Transformer with `adapter`, which computes x W + scale * (x A) B;
+`merge_lazy` those of a plain Transformer, which computes x (W + scale * A B). Adapters for mask tokens only
+(`LoraConfig.only_masks`) have "mask_embedding" [D] in "lora" and cannot be merged.
 
 A tree without the key "lora" is a plain model; every function here returns it unchanged, so callers need not
 check. The axes of a kernel are its input axes, then its output axes: A has the former, B the latter. In the
@@ -26,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from refusion_jax.weights import lazy
 from refusion_jax.weights.lazy import Index, LazyArray
 
 Array = jax.Array
@@ -33,6 +38,7 @@ Params = Mapping[str, Any]
 
 # Kernel -> number of its input axes. Hugging Face's names are q_proj, k_proj and so on.
 TARGETS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+MASK_EMBEDDING = "mask_embedding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +49,14 @@ class LoraConfig:
       rank: rank of the adapters A B; 0 trains all parameters and no adapters.
       alpha: scale of the adapters; alpha / rank times A B is added to a kernel.
       targets: names of the adapted kernels of every layer, among q, k, v, o, gate, up and down.
+      only_masks: the adapters act at mask tokens only, and the mask token's embedding is trained with them.
+        Left to right the model stays the model in train.init_from. For the objective refusion only.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = tuple(TARGETS)
+    only_masks: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -59,14 +68,15 @@ class LoraConfig:
             raise ValueError(f"targets must be some of {', '.join(TARGETS)}, got {self.targets}")
 
 
-def init(config: LoraConfig, key: Array, base: Params, dtype: Any) -> Params:
+def init(config: LoraConfig, key: Array, base: Params, dtype: Any, mask_id: int | None = None) -> Params:
     """The parameters of an adapted model that computes the same as `base`.
 
     Args:
       config: the adapters; with rank 0, `base` is returned unchanged.
       key: random key of A.
       base: parameters of the scanned or the unrolled model, with or without Linen's partitioning boxes.
-      dtype: dtype in which the base is stored; A, B and the scale are float32.
+      dtype: dtype in which the base is stored; A, B, the mask token's embedding and the scale are float32.
+      mask_id: id of the mask token, for `only_masks`.
 
     Returns:
       the tree described in the module's docstring; A and B are boxed if their kernel is.
@@ -77,9 +87,12 @@ def init(config: LoraConfig, key: Array, base: Params, dtype: Any) -> Params:
     for number, (path, kernel) in enumerate(sorted(flatten_dict(base).items())):
         if path[-1] in config.targets:
             pairs[path] = _pair(jax.random.fold_in(key, number), path, kernel, config.rank)
+    trained = unflatten_dict(pairs)
+    if config.only_masks:
+        trained[MASK_EMBEDDING] = _row(base["embedding"], mask_id)
     return {
         "base": jax.tree.map(lambda leaf: leaf.astype(dtype), base),
-        "lora": unflatten_dict(pairs),
+        "lora": trained,
         "scale": jnp.float32(config.alpha / config.rank),
     }
 
@@ -96,25 +109,55 @@ def combine(trained: Params, frozen: Params) -> Params:
     return {"lora": trained, **frozen} if frozen else trained
 
 
-def merge(params: Params) -> Params:
-    """The plain parameters of an adapted model, in the dtype of the base. Differentiable."""
-    if "lora" not in params:
-        return params
-    kernels = flatten_dict(params["base"])
-    with jax.default_matmul_precision("highest"):  # as precise as `merge_lazy`
-        for path, a, b in _pairs(params):
-            delta = params["scale"] * _product(a, b, _stacked(path))
-            kernels[path] = (kernels[path].astype(jnp.float32) + delta).astype(kernels[path].dtype)
-    return unflatten_dict(kernels)
+def base_of(params: Params) -> Params:
+    """The parameters of the model that is adapted."""
+    return params["base"] if "lora" in params else params
 
 
-def merge_lazy(params: Params) -> Params:
-    """`merge` for parameters that have not been read yet, a nested dict of LazyArray."""
+def only_masks(params: Params) -> bool:
+    """Whether `params` have adapters for mask tokens only."""
+    return MASK_EMBEDDING in params.get("lora", {})
+
+
+def rank_and_targets(params: Params) -> tuple[int, tuple[str, ...]]:
+    """The rank of the adapters in `params`, and the names of the adapted kernels."""
+    found = {path[-1]: a.shape[-1] for path, a, _ in _pairs(params)}
+    return max(found.values()), tuple(name for name in TARGETS if name in found)
+
+
+def beside(params: Params) -> Params:
+    """The parameters of a Transformer with `adapter`; arrays or LazyArrays."""
     if "lora" not in params:
         return params
+    leaves = flatten_dict(params["base"])
+    for path, a, b in _pairs(params):
+        *layer, name = path
+        leaves[*layer, f"{name}_lora_a"], leaves[*layer, f"{name}_lora_b"] = a, b
+    if only_masks(params):
+        leaves[MASK_EMBEDDING,] = params["lora"][MASK_EMBEDDING]
+    return unflatten_dict(leaves)
+
+
+def unstack(params: Params) -> Params:
+    """`lazy.unstack` of a plain or an adapted model."""
+    if "lora" not in params:
+        return lazy.unstack(params)
+    return params | {name: lazy.unstack(params[name]) for name in ("base", "lora")}
+
+
+def merge_lazy(params: Params, dtype: Any = None) -> Params:
+    """The plain parameters of an adapted model of LazyArrays.
+
+    Args:
+      params: parameters that have not been read yet, with adapters that act at all tokens, or without.
+      dtype: dtype of the merged kernels, which are computed in float32; None for those of the base.
+    """
+    if "lora" not in params:
+        return params
+    assert not only_masks(params), "adapters of mask tokens cannot be merged"
     kernels = flatten_dict(params["base"])
     for path, a, b in _pairs(params):
-        kernels[path] = _merged(kernels[path], a, b, params["scale"], path)
+        kernels[path] = _merged(kernels[path], a, b, params["scale"], path, dtype)
     return unflatten_dict(kernels)
 
 
@@ -134,10 +177,17 @@ def _pair(key: Array, path: tuple[str, ...], kernel: Any, rank: int) -> dict[str
     return {"a": a, "b": b}
 
 
+def _row(table: Any, index: int) -> Any:
+    """Row `index` of a table, in float32."""
+    if isinstance(table, nn.LogicallyPartitioned):
+        return nn.LogicallyPartitioned(_row(table.value, index), table.names[1:])
+    return table[index].astype(jnp.float32)
+
+
 def _pairs(params: Params) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     """(path of the kernel, A, B) of each target."""
     halves = flatten_dict(params["lora"])
-    for path in sorted({path[:-1] for path in halves}):
+    for path in sorted({path[:-1] for path in halves if path != (MASK_EMBEDDING,)}):
         yield path, halves[*path, "a"], halves[*path, "b"]
 
 
@@ -146,23 +196,24 @@ def _stacked(path: tuple[str, ...]) -> int:
     return int(path[0] == "layers")
 
 
-def _product(a: Any, b: Any, stacked: int) -> Any:
-    """A B in the shape of the kernel; JAX or NumPy arrays."""
+def _product(a: np.ndarray, b: np.ndarray, stacked: int) -> np.ndarray:
+    """A B in the shape of the kernel."""
     layers, rank = a.shape[:stacked], a.shape[-1]
     shape = (*a.shape[:-1], *b.shape[stacked + 1 :])
     return (a.reshape(*layers, -1, rank) @ b.reshape(*layers, rank, -1)).reshape(shape)
 
 
 def _merged(
-    kernel: LazyArray, a: LazyArray, b: LazyArray, scale: LazyArray, path: tuple[str, ...]
+    kernel: LazyArray, a: LazyArray, b: LazyArray, scale: LazyArray, path: tuple[str, ...], dtype: Any
 ) -> LazyArray:
     stacked, middle = _stacked(path), len(a.shape) - 1
+    dtype = kernel.dtype if dtype is None else np.dtype(dtype)
 
     def read(index: Index) -> np.ndarray:
         whole = slice(None)
-        a_part = a.read((*index[:middle], whole))
-        b_part = b.read((*index[:stacked], whole, *index[middle:]))
+        a_part = a.read((*index[:middle], whole)).astype(np.float32)
+        b_part = b.read((*index[:stacked], whole, *index[middle:])).astype(np.float32)
         delta = scale.whole() * _product(a_part, b_part, stacked)
-        return (kernel.read(index).astype(np.float32) + delta).astype(kernel.dtype)
+        return (kernel.read(index).astype(np.float32) + delta).astype(dtype)
 
-    return dataclasses.replace(kernel, read=read)
+    return dataclasses.replace(kernel, dtype=dtype, read=read)
