@@ -5,7 +5,7 @@
 #
 # writes the runs DIR/ar and DIR/anchored; SHARE is diffusion.ar_share. A phase that was interrupted goes on.
 set -euo pipefail
-dir=$1 share=${2:-0.33} first=${3:-12000} second=${4:-24000}
+dir=$1 share=${2:-0.2} first=${3:-13000} second=${4:-49000}
 shift $(($# < 4 ? $# : 4))
 train() { python -m refusion_jax.train --config=configs/small.py "$@"; }
 train --workdir="$dir/ar" --config.objective=ar --config.train.steps="$first" "$@"
