@@ -5,9 +5,9 @@
     python -m refusion_jax.convert runs/small/anchored refusion_jax/small --dtype=bfloat16
     python docs/small/measure.py
 
-5.6 million parameters, 11 MB in bfloat16, small enough to decode on a laptop's CPU. docs/small/train.sh trains
-it in two phases on the same data: 13,000 steps left to right, then 49,000 steps anchored. Expect 13 minutes
-on an H100; then at least 99 % of held-out problems are answered right on seven of the eight tasks
+5.6 million parameters, 11 MB in bfloat16, small enough to decode on a laptop's CPU. docs/small/train.sh
+trains it in two phases on the same data: 13,000 steps left to right, then 49,000 steps anchored. Expect 13
+minutes on an H100; then at least 99 % of held-out problems are answered right on seven of the eight tasks
 (docs/small_model.md has the table). Training takes too long on a CPU; use configs/tiny.py there.
 """
 

@@ -2,9 +2,9 @@
 
     python docs/small/measure.py
 
-evaluates the model as it decodes by default (exact verification), by thresholds and left to right. It writes
-the results to docs/small/METHOD.json, their table to docs/small_model.md, and traces of a few problems of each
-task to refusion_jax/traces/. Run it after replacing the model in refusion_jax/small.
+evaluates the model as it decodes by default (exact verification), by thresholds and left to right. It
+writes the results to docs/small/METHOD.json, their table to docs/small_model.md, and traces of a few problems
+of each task to refusion_jax/traces/. Run it after replacing the model in refusion_jax/small.
 """
 
 import json

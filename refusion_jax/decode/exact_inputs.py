@@ -25,6 +25,7 @@ from refusion_jax.decode.tokens_fed import TokensFed
 Array = jax.Array
 
 FEWEST_DRAFTS = 3  # that a row drafts, however few were accepted
+LIKELY = 0.5  # probability from which masks for an outcome pay where each token fed costs time
 FIRST_RATE = 8.0  # accepted drafts per pass, assumed of a row that has verified none
 
 
@@ -95,7 +96,7 @@ def most_fed(shape: Shape, first: bool = False) -> int:
 
 
 def exact_inputs(
-    row: ExactRow, request: Requests, tokens: Array, filled: Array, mask_id: Array, size: int, frugal: bool
+    row: ExactRow, request: Requests, tokens: Array, filled: Array, mask_id: Array, size: int, shape: Shape
 ) -> tuple[TokensFed, ExactLayout]:
     """The inputs of a row's next pass.
 
@@ -105,9 +106,9 @@ def exact_inputs(
       filled: bool [S], the cache entries.
       mask_id: int32 scalar.
       size: Q.
-      frugal: as in Shape.
+      shape: the padded sizes, for `frugal` and `ahead`.
     """
-    layout = _layout(row, request, size, frugal)
+    layout = _layout(row, request, size, shape)
     m, q = row.drafted, jnp.arange(size)
     outcome = jnp.arange(row.draft.shape[0] + 1)
     chain = q <= m
@@ -144,7 +145,7 @@ def exact_inputs(
     return TokensFed(token, position, active, jnp.zeros_like(token), mask, sampling), layout
 
 
-def _layout(row: ExactRow, request: Requests, size: int, frugal: bool) -> ExactLayout:
+def _layout(row: ExactRow, request: Requests, size: int, shape: Shape) -> ExactLayout:
     m, asked = row.drafted, request.exact
     index = jnp.arange(row.draft.shape[0] + 1)
     from_mask = reads_mask(row.count + index, asked.from_mask, asked.border_every) & (index <= m)
@@ -152,9 +153,10 @@ def _layout(row: ExactRow, request: Requests, size: int, frugal: bool) -> ExactL
     used = 1 + m + jnp.sum(from_mask)
 
     drafts, room = asked.draft_length, size - used
-    if frugal:
-        drafts = jnp.minimum(drafts, jnp.maximum(FEWEST_DRAFTS, jnp.ceil(2 * row.rate).astype(jnp.int32)))
-        room = jnp.minimum(room, 2 * (drafts + 1))
+    if shape.frugal:
+        # Tokens up to shape.ahead cost next to nothing: a third for drafts, the rest for masks.
+        justified = jnp.ceil(2 * row.rate).astype(jnp.int32)
+        drafts = jnp.minimum(drafts, jnp.maximum(max(FEWEST_DRAFTS, shape.ahead // 3), justified))
     # One place is left for the bonus token that follows the drafts.
     wanted = jnp.minimum(drafts, asked.gen_length - row.count - index - 2)
     probability = _outcomes(row, request, index)
@@ -162,6 +164,8 @@ def _layout(row: ExactRow, request: Requests, size: int, frugal: bool) -> ExactL
     other = probability[:, None]
     likelier = (other > probability) | ((other == probability) & (index[:, None] < index))
     start = jnp.sum(jnp.where(likelier, length[:, None], 0), axis=0)
+    if shape.frugal:
+        room = jnp.minimum(room, jnp.where(probability >= LIKELY, room, shape.ahead - used))
     taken = jnp.clip(room - start, 0, length)
     taken = jnp.where(taken > 1, taken, 0)  # the first mask alone drafts nothing
     return ExactLayout(jnp.where(index <= m, reading, size), used + start, taken)

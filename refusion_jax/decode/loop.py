@@ -194,9 +194,9 @@ def batch_inputs(state: DecodeState, mask_id: Array, shape: Shape, *, first: boo
         )
         fed_slots = jax.vmap(PassInputs.fed)(slots, state.row, state.requests)
     if state.exact is not None:
-        size, frugal = most_fed_exact(shape, first), shape.frugal
+        size = most_fed_exact(shape, first)
         fed_exact, layout = jax.vmap(
-            lambda row, request, *arrays: exact_inputs(row, request, *arrays, mask_id, size, frugal)
+            lambda row, request, *arrays: exact_inputs(row, request, *arrays, mask_id, size, shape)
         )(state.exact, state.requests, state.tokens, filled)
     if fed_slots is None or fed_exact is None:
         return Inputs(fed_exact if fed_slots is None else fed_slots, slots, layout)
