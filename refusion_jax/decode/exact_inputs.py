@@ -26,7 +26,7 @@ Array = jax.Array
 
 FEWEST_DRAFTS = 3  # that a row drafts, however few were accepted
 LIKELY = 0.5  # probability from which masks for an outcome pay where each token fed costs time
-FIRST_RATE = 8.0  # accepted drafts per pass, assumed of a row that has verified none
+FIRST_RATE = 20.0  # accepted drafts per pass, assumed of a row that has verified none
 
 
 class ExactRow(struct.PyTreeNode):
