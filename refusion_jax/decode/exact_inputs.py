@@ -151,9 +151,10 @@ def _layout(row: ExactRow, request: Requests, size: int, frugal: bool) -> ExactL
     reading = jnp.where(from_mask, m + jnp.cumsum(from_mask), index)
     used = 1 + m + jnp.sum(from_mask)
 
-    drafts, room = asked.draft_length, size - used
+    drafts, room = most_drafts(row, request, frugal), size - used
+    if asked.lookup is not None:
+        drafts = jnp.where(asked.lookup, 0, drafts)  # lookup.py drafts
     if frugal:
-        drafts = jnp.minimum(drafts, jnp.maximum(FEWEST_DRAFTS, jnp.ceil(2 * row.rate).astype(jnp.int32)))
         room = jnp.minimum(room, 2 * (drafts + 1))
     # One place is left for the bonus token that follows the drafts.
     wanted = jnp.minimum(drafts, asked.gen_length - row.count - index - 2)
@@ -165,6 +166,13 @@ def _layout(row: ExactRow, request: Requests, size: int, frugal: bool) -> ExactL
     taken = jnp.clip(room - start, 0, length)
     taken = jnp.where(taken > 1, taken, 0)  # the first mask alone drafts nothing
     return ExactLayout(jnp.where(index <= m, reading, size), used + start, taken)
+
+
+def most_drafts(row: ExactRow, request: Requests, frugal: bool) -> Array:
+    """int32: the most drafts that the row's next pass verifies."""
+    most = request.exact.draft_length
+    justified = jnp.maximum(FEWEST_DRAFTS, jnp.ceil(2 * row.rate).astype(jnp.int32))
+    return jnp.minimum(most, justified) if frugal else most
 
 
 def _outcomes(row: ExactRow, request: Requests, index: Array) -> Array:
