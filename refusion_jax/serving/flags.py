@@ -5,7 +5,7 @@ from typing import Any
 
 from refusion_jax.baselines.decoders.config import CACHES
 from refusion_jax.config import DTYPES
-from refusion_jax.decode.config import BORDERS, FIRST_TOKENS, SEMANTICS, SLOT_SCORES, VERIFY
+from refusion_jax.decode.config import BORDERS, DRAFT_FROM, FIRST_TOKENS, SEMANTICS, SLOT_SCORES, VERIFY
 from refusion_jax.files import SMALL
 from refusion_jax.serving.methods import METHODS, SETTINGS, default_settings
 
@@ -74,6 +74,11 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     number: dict[str, Any] = {"type": float, "metavar": "X"}
     add("gen_length", "maximum response length in tokens, EOS included", **whole)
     add("draft_length", "verify exact: most drafts that a pass verifies", **whole)
+    add(
+        "draft_from",
+        "verify exact: draft with mask tokens, or look drafts up in the prompt and the answer so far",
+        choices=DRAFT_FROM,
+    )
     add("slot_size", "refusion: tokens per slot", **whole)
     add(
         "num_blocks",
