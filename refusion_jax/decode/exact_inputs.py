@@ -172,7 +172,7 @@ def _layout(row: ExactRow, request: Requests, size: int, shape: Shape) -> ExactL
 def most_drafts(row: ExactRow, request: Requests, shape: Shape) -> Array:
     """int32: the most drafts that the row's next pass verifies."""
     most = request.exact.draft_length
-    if not shape.frugal:
+    if not shape.frugal or request.exact.replay is not None:
         return most
     # Tokens up to shape.ahead cost next to nothing: a third is for drafts, the rest for masks.
     justified = jnp.ceil(2 * row.rate).astype(jnp.int32)
