@@ -124,7 +124,7 @@ def test_aup_by_hand():
     aup = of("figures").aup
     assert aup([(1.0, 79.0)], 79.0) == 79.0
     assert aup([(4.0, 80.0)], 90.0) == 320.0  # the first rectangle has no weight
-    # 1 * 80, then two trapezoids of width 1: 80 has weight 1, 76 has exp(-0.15) = 0.860708; 60 does not count.
+    # 1 * 80, then two trapezoids of width 1: 80 has weight 1, 76 has exp(-0.15) = 0.860708; 60 is too low.
     expected = 80 + (80 + 76 * 0.860708) / 2 + (76 * 0.860708 + 80) / 2
     assert aup([(3.0, 80.0), (1.0, 80.0), (4.0, 60.0), (2.0, 76.0)], 80.0) == pytest.approx(
         expected, rel=1e-6
