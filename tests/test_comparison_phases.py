@@ -124,7 +124,7 @@ def test_aup_by_hand():
     aup = of("figures").aup
     assert aup([(1.0, 79.0)], 79.0) == 79.0
     assert aup([(4.0, 80.0)], 90.0) == 320.0  # the first rectangle has no weight
-    # 1 * 80, then two trapezoids of width 1: 80 has weight 1, 76 has exp(-0.15) = 0.860708; 60 is too low.
+    # 1 * 80, then two trapezoids of width 1; weights: 80 has 1, 76 exp(-0.15) = 0.860708; 60 does not count.
     expected = 80 + (80 + 76 * 0.860708) / 2 + (76 * 0.860708 + 80) / 2
     assert aup([(3.0, 80.0), (1.0, 80.0), (4.0, 60.0), (2.0, 76.0)], 80.0) == pytest.approx(
         expected, rel=1e-6
@@ -169,7 +169,9 @@ def test_the_section_of_the_page(tmp_path, monkeypatch):
     assert [row[1] for row in rows[:2]] == ["thresholds", "exact"]
     ours = rows[1]
     assert (
-        ours[2].startswith("80.0 ±") and ours[3].startswith("+20.0 (") and ours[4:7] == ["320", "4.00", "40"]
+        ours[2].startswith("80.0 ±")
+        and ours[3].startswith("+20.0 (")
+        and ours[4:7] == ["320", "4.00", "40"]  # 160 tokens in 4 s
     )
     assert "| 0.33 | 70.0 ±" in section and section.count("| MDM |") == section.count("| BD3 |") == 1
     assert "a GPU, JAX 0, Python 3" in section and "{{" not in section
