@@ -45,6 +45,7 @@ def decode(
     border_every: int = 0,
     temperature: float = 0.0,
     seed: int = 0,
+    draft_from: str = "masks",
 ) -> Decoded:
     """Decodes `prompt`; `size` is Q, the most tokens that a pass feeds."""
     run = _Run(forward, temperature, seed)
@@ -71,6 +72,7 @@ def decode(
                 outcomes.append((survival * (1 - confidence[k] if k < m else 1), k))
             survival *= confidence[k] if k < m else 1
         room, riding = size - 1 - m - masks, {}
+        outcomes *= draft_from == "masks"
         run.margins += [abs(p - q) for p, k in outcomes for q, j in outcomes if j < k]
         for _, k in sorted(outcomes, key=lambda outcome: (-outcome[0], outcome[1])):
             wanted = min(draft_length, gen_length - start - k - 2)
@@ -94,9 +96,26 @@ def decode(
             confidence.append(probability)
             if token in eos_ids:
                 break
-        passes.append(Pass(start, m, accepted, bonus, bool(drafts) and not done))
+        ahead = bool(drafts) and not done
+        if draft_from == "lookup":
+            most = min(draft_length, gen_length - len(tokens) - 1)
+            for token in looked_up(list(prompt) + tokens)[: max(most, 0)]:
+                drafts.append(token)
+                confidence.append(1.0)  # not read
+                if token in eos_ids:
+                    break
+        passes.append(Pass(start, m, accepted, bonus, ahead))
         if done:
             return Decoded(tokens, passes, min(run.margins, default=np.inf))
+
+
+def looked_up(context: list[int]) -> list[int]:
+    """What followed the latest earlier occurrence of the last three, two or one tokens."""
+    for n in (3, 2, 1):
+        for end in range(len(context) - 1, n - 1, -1):
+            if context[end - n : end] == context[-n:]:
+                return context[end:]
+    return []
 
 
 class _Run:

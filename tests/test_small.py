@@ -48,9 +48,10 @@ def test_the_pages_table_is_that_of_the_results():
 
 def test_what_was_measured_is_what_the_page_says():
     asked = set(flags("evaluate"))
-    assert {f"--config={MEASURE['CONFIG']}", "--gen_length=256", *MEASURE["METHODS"]["refusion"]} <= asked
-    for method, results in RESULTS.items():
-        assert results["method"] == method and results["dtype"] == "float32"
+    assert {f"--config={MEASURE['CONFIG']}", "--gen_length=256", *MEASURE["METHODS"]["exact"]} <= asked
+    for name, results in RESULTS.items():
+        assert results["method"] == ("ar" if name == "ar" else "refusion") and results["dtype"] == "float32"
+        assert name == "ar" or results["settings"]["verify"] == name
         assert f"--gen_length={results['settings']['gen_length']}" in asked
 
 
@@ -59,7 +60,7 @@ def assert_as_right_as_stated(folder: Path, tasks: set[str]) -> None:
     found = json.loads((folder / "results.json").read_text())["tasks"]
     assert set(found) == tasks
     for task, figures in found.items():
-        (lower, upper), (least, most) = figures["interval"], RESULTS["refusion"]["tasks"][task]["interval"]
+        (lower, upper), (least, most) = figures["interval"], RESULTS["exact"]["tasks"][task]["interval"]
         assert lower <= most and least <= upper, task
 
 
@@ -67,12 +68,12 @@ def assert_as_right_as_stated(folder: Path, tasks: set[str]) -> None:
 def test_the_pages_command_finds_its_accuracies(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert evaluate.main([*flags("evaluate"), "--limit=40", f"--output={tmp_path}"]) == 0
-    assert_as_right_as_stated(tmp_path, set(RESULTS["refusion"]["tasks"]))
+    assert_as_right_as_stated(tmp_path, set(RESULTS["exact"]["tasks"]))
 
 
 def test_short_problems_are_as_often_right_as_the_page_says(tmp_path):
     """Those whose prompts share `sample`'s compilation."""
-    stated = RESULTS["refusion"]["tasks"]
+    stated = RESULTS["exact"]["tasks"]
     settings = {task: stated[task]["task_settings"] for task in ("arithmetic", "multiplication", "countdown")}
     asked = [f"--task={','.join(settings)}", f"--task_settings={json.dumps(settings)}"]
     assert evaluate.main([*asked, "--limit=30", "--batch_size=1", f"--output={tmp_path}"]) == 0
@@ -102,7 +103,15 @@ def test_mistakes_in_what_to_evaluate(capsys, arguments, message):
     assert message in line
 
 
-TRACES = pytest.mark.parametrize("name", MEASURE["TRACES"])
+def test_exact_answers_are_as_often_right_as_those_left_to_right():
+    """They are the same answers; the tokens of both per answer are too."""
+    for task, figures in RESULTS["exact"]["tasks"].items():
+        assert figures["accuracy"] == RESULTS["ar"]["tasks"][task]["accuracy"], task
+        assert figures["response_tokens"] == RESULTS["ar"]["tasks"][task]["response_tokens"], task
+
+
+SLOT_SIZES = {"small_slots8_blocks4": 8, "small_slots32_blocks4": 32}
+TRACES = pytest.mark.parametrize("name", SLOT_SIZES)
 
 
 def trace_file(name: str) -> Path:
@@ -111,9 +120,9 @@ def trace_file(name: str) -> Path:
 
 @TRACES
 def test_its_courses_fit_the_settings_of_their_name(name):
-    config = DecodeConfig(0, 1, gen_length=256, num_blocks=4, slot_size=MEASURE["TRACES"][name])
+    config = DecodeConfig(0, 1, gen_length=256, num_blocks=4, slot_size=SLOT_SIZES[name])
     courses = read_courses(trace_file(name))
-    assert len(courses) == MEASURE["COURSES"] * len(RESULTS["refusion"]["tasks"])
+    assert len(courses) == MEASURE["COURSES"] * len(RESULTS["exact"]["tasks"])
     rows = len(courses)
     followed = replay(courses, config, Shape.exact([[2]] * rows, [config] * rows).padded())
     assert followed.length.tolist() == [len(course) for course in courses]
@@ -125,7 +134,7 @@ def test_its_courses_fit_the_settings_of_their_name(name):
 def test_its_courses_are_followed(tmp_path, monkeypatch, name):
     """By weights of no meaning, which commit whole slots where an EOS cut short what was recorded."""
     monkeypatch.setattr(bench_decode, "memory_bandwidth", lambda: 1e10)
-    figures, size = tmp_path / "figures.json", MEASURE["TRACES"][name]
+    figures, size = tmp_path / "figures.json", SLOT_SIZES[name]
     courses = read_courses(trace_file(name))[:4]
     shape = [f"--config={ROOT}/configs/tiny.py", "--config.model.num_layers=1", "--dtype=float32"]
     settings = ["--gen_length=256", "--num_blocks=4", f"--slot_size={size}", "--prompt_length=8"]
@@ -142,6 +151,21 @@ def test_its_courses_are_followed(tmp_path, monkeypatch, name):
         )
 
     assert row["tokens"] == size * sum(begun(plan) for course in courses for plan in course)
+
+
+def test_its_exact_courses_are_followed(tmp_path, monkeypatch):
+    """By weights of no meaning, through the command: as many passes and tokens as were recorded."""
+    monkeypatch.setattr(bench_decode, "memory_bandwidth", lambda: 1e10)
+    figures, courses = tmp_path / "figures.json", read_courses(trace_file("small_exact"))
+    assert set(SLOT_SIZES) | {"small_exact"} == set(MEASURE["TRACES"])
+    assert len(courses) == MEASURE["COURSES"] * len(RESULTS["exact"]["tasks"])
+    work = [f"--config={ROOT}/configs/tiny.py", "--config.model.num_layers=1", "--dtype=float32"]
+    work += ["--verify=exact", "--gen_length=256", "--prompt_length=8", "--method=refusion", "--repeats=1"]
+    work += ["--batch_size=8", f"--replay={trace_file('small_exact')}", f"--output={figures}"]
+    assert bench.main(["decode", *work]) == 0
+    (row,) = json.loads(figures.read_text())
+    assert row["passes"] == max(len(course) for course in courses[:8])
+    assert row["tokens"] == sum(step["accepted"] + 1 for course in courses[:8] for step in course)
 
 
 def test_what_is_no_python_is_packed():

@@ -57,6 +57,16 @@ def requests_of(opened: opening.Opened, queries: Sequence[str], settings: dict[s
     ]
 
 
+def provenance() -> dict[str, str]:
+    """What decoded: the command, the device and the versions."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def decode(
     opened: opening.Opened,
     tasks: dict[str, Task],
@@ -65,7 +75,10 @@ def decode(
     shape: Shape,
     repeats: int,
 ) -> dict[str, dict[str, float]]:
-    """What becomes of the requests of every task; seconds are the median of `repeats` times."""
+    """What becomes of the requests of every task; seconds are the median of `repeats` times.
+
+    `verdicts` has a 1 for each right answer and a 0 for each wrong one, in the order of the problems.
+    """
     model, params, tokenizer, *_ = opened
     found = {}
     for name, of_task in requests.items():
@@ -82,6 +95,7 @@ def decode(
             "tokens": sum(a["num_tokens"] for a in answers),
             "forwards": sum(a["num_forwards"] for a in answers),
             "seconds": round(statistics.median(seconds), 4),
+            "verdicts": "".join("01"[verdict] for verdict in right),
         }
     return found
 
@@ -155,9 +169,9 @@ def plan_of(stage: str, name: str, method: str, queries: Queries) -> list[tuple[
     return [(settings, queries) for settings in choices.timed(validated)]
 
 
-def held_out() -> dict[str, Task]:
-    """The tasks of configs/comparison.py that have a judge, with their settings there."""
-    return {task.name: task for task in config_tasks("configs/comparison.py") if task.judged}
+def held_out(config: str = "configs/comparison.py") -> dict[str, Task]:
+    """The tasks of a configuration file that have a judge, with their settings there."""
+    return {task.name: task for task in config_tasks(config) if task.judged}
 
 
 def main() -> None:
@@ -184,10 +198,7 @@ def main() -> None:
         "run": flags.run,
         "method": method,
         "split": split,
-        "command": shlex.join(["python", *sys.argv]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **provenance(),
         "found": found,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ Counts = dict[str, float]
 
 GEN_LENGTH = 256
 TOLERANCE = 0.02  # mean accuracy that the fastest setting may lose
+WIDTH = 0.05  # mean accuracy below the best at which AUP stops counting
 # The starting point of the ablations: the most frequent thresholds in arXiv 2512.13586.
 USUAL = {
     "num_blocks": 4,
@@ -69,6 +70,32 @@ def ablations() -> list[Settings]:
     ]
     settings = [{"slot_size": size} | USUAL | change for size in (8, 32) for change in varied] + slot_sizes()
     return distinct(settings)
+
+
+# The experiment of phases.py.
+
+
+def blocks_of_32(gen_length: int) -> list[Settings]:
+    """Thresholds that validation chooses from: blocks of 32 tokens, which were best before, of one slot or of
+    four. With one slot there is no choice among slots, so `slot_threshold` does not matter."""
+    blocks = {"num_blocks": gen_length // 32}
+    one = crossed(slot_size=[32], slot_threshold=[0.9], token_threshold=[0.1, 0.3, 0.5, 0.7, 0.9, 0.97])
+    four = crossed(slot_size=[8], slot_threshold=[0.9, 0.6], token_threshold=[0.3, 0.6, 0.9])
+    return [blocks | setting for setting in one + four]
+
+
+def front(entries: Sequence[Entry]) -> list[Settings]:
+    """The settings that no other beats in both accuracy and tokens per pass, the most accurate first, within
+    WIDTH of it. Their accuracies in the test split give the AUP."""
+    points = [(accuracy(e["tasks"].values()), tokens_a_pass(e["tasks"].values()), e) for e in entries]
+    points.sort(key=lambda point: point[:2], reverse=True)
+    chosen: list[Settings] = []
+    fastest_so_far = 0.0
+    for share, passes, entry in points:
+        if share >= points[0][0] - WIDTH and passes > fastest_so_far:
+            chosen.append(entry["settings"])
+            fastest_so_far = passes
+    return chosen
 
 
 def accuracy(rows: Iterable[Counts]) -> float:

@@ -1,17 +1,10 @@
 """The tables of docs/comparison.md."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
-
-from figures import NAMES, Result, request_costs, results, shown, speeds, varied, with_interval
+import phase_tables
+from figures import NAMES, Result, request_costs, results, shown, speeds, table, varied, with_interval
 from settings import accuracy, slot_sizes, tokens_a_pass
 
 from refusion_jax.serving.score import wilson
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def share(row: Result) -> str:
@@ -228,4 +221,5 @@ TABLES = {
     "recompute": lambda: ablation("recompute", "slot_threshold"),
     "sizes": sizes,
     "commands": commands,
+    "phases": phase_tables.section,
 }

@@ -59,7 +59,9 @@ def searched(objective: str, rate: float, steps: int) -> str:
     return f"{objective}_rate_{rate:g}" + (f"_{steps}" if steps > min(SEARCH) else "")
 
 
-def command(name: str, overrides: dict) -> list[str]:
+def command(
+    name: str, overrides: dict, config: str = "configs/comparison.py", runs: Path = RUNS
+) -> list[str]:
     """What trains a run; at the chosen rate where the overrides say none."""
     chosen = {"train.save_every": overrides["train.steps"], "optimizer.learning_rate": LEARNING_RATE}
     settings = chosen | overrides
@@ -67,8 +69,8 @@ def command(name: str, overrides: dict) -> list[str]:
         "python",
         "-m",
         "refusion_jax.train",
-        "--config=configs/comparison.py",
-        f"--workdir={RUNS / name}",
+        f"--config={config}",
+        f"--workdir={runs / name}",
         *(f"--config.{key}={value}" for key, value in settings.items()),
     ]
 

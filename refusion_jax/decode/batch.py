@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from refusion_jax.decode.config import ENTROPY, MEAN, SLOT_SCORES, DecodeConfig, check_whole
+from refusion_jax.decode.config import DRAFT_FROM, ENTROPY, MEAN, SLOT_SCORES, DecodeConfig, check_whole
 from refusion_jax.decode.samples import is_eos
 from refusion_jax.errors import BadInput
 
@@ -34,6 +34,7 @@ class Shape:
         `drafts` to `frugal` are for such requests.
       mask_readings: the most places per pass that are read off mask tokens (exact.py); also read by AR.
       masks_ahead: the number of mask tokens that ride along with W drafts.
+      draft_from: the members of config.DRAFT_FROM that some request asks for.
       frugal: whether a row drafts and carries fewer tokens where few of its drafts are accepted.
       caches: the members of baselines.decoders.config.CACHES that some request asks for; read by MDM only.
     """
@@ -51,6 +52,7 @@ class Shape:
     drafts: int = 0
     mask_readings: int = 0
     masks_ahead: int = 0
+    draft_from: tuple[str, ...] = ("masks",)
     frugal: bool = False
     caches: tuple[str, ...] = ()
 
@@ -75,6 +77,7 @@ class Shape:
             iterations=max(plans),
             drafts=max((c.draft_length for c in exact), default=0),
             mask_readings=max((c.mask_readings for c in exact), default=0),
+            draft_from=tuple(where for where in DRAFT_FROM if any(c.draft_from == where for c in configs)),
             scores=tuple(score for score in SLOT_SCORES[MEAN:] if score in asked_scores),
             recompute=any(c.recompute for c in configs),
         )
@@ -99,8 +102,18 @@ class Shape:
             **lengths,
             trace=trace,
             ahead=ahead,
-            masks_ahead=ahead if self.drafts else 0,
+            masks_ahead=ahead if self.drafts_by_masks else 0,
         )
+
+    @property
+    def drafts_by_masks(self) -> bool:
+        """Whether some request with `verify` "exact" drafts from mask tokens."""
+        return self.drafts > 0 and "masks" in self.draft_from
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether some request with `verify` "exact" looks its drafts up in its own context."""
+        return self.drafts > 0 and "lookup" in self.draft_from
 
     @property
     def entropy(self) -> bool:
@@ -117,7 +130,7 @@ class Shape:
                 raise BadInput(
                     f"the shape's {field} must be at least {required} for these requests, found {found}"
                 )
-        for field in ("scores", "caches"):
+        for field in ("scores", "draft_from", "caches"):
             found, required = getattr(self, field), getattr(needed, field)
             if not set(required) <= set(found):
                 raise BadInput(f"the shape's {field} must hold {required} for these requests, found {found}")
@@ -179,6 +192,7 @@ class ExactRequests(struct.PyTreeNode):
       draft_length: int32, the most drafts per pass.
       from_mask: bool, first_token "mask" instead of "next".
       border_every: int32, multiples of it are read off a mask token; 0 for border "ar".
+      lookup: bool, draft_from "lookup" instead of "masks"; None where the shape has "masks" alone.
       replay: the recorded decode that each row repeats, or None.
     """
 
@@ -186,17 +200,21 @@ class ExactRequests(struct.PyTreeNode):
     draft_length: jax.Array
     from_mask: jax.Array
     border_every: jax.Array
+    lookup: jax.Array | None
     replay: ExactReplay | None
 
     @classmethod
-    def batch(cls, configs: Sequence[DecodeConfig], rows: int) -> "ExactRequests":
-        """The fields of these requests as NumPy arrays, padded to `rows`."""
+    def batch(cls, configs: Sequence[DecodeConfig], shape: Shape) -> "ExactRequests":
+        """The fields of these requests as NumPy arrays, padded to `shape.rows`."""
+        rows = shape.rows
+        looks_up = padded_column([c.draft_from == "lookup" for c in configs], rows, bool)
         lengths = [c.gen_length if c.exact else 0 for c in configs]
         return cls(
             gen_length=padded_column(lengths, rows, jnp.int32),
             draft_length=padded_column([c.draft_length for c in configs], rows, jnp.int32),
             from_mask=padded_column([c.first_token == "mask" for c in configs], rows, bool),
             border_every=padded_column([c.border_every for c in configs], rows, jnp.int32),
+            lookup=looks_up if shape.looks_up else None,
             replay=None,
         )
 
@@ -260,7 +278,7 @@ class Requests(struct.PyTreeNode):
             slot_score=padded_column(scores, shape.rows, jnp.int32) if shape.scores else None,
             recompute=column("recompute", bool) if shape.recompute else None,
             replay=None,
-            exact=ExactRequests.batch(configs, shape.rows) if shape.drafts else None,
+            exact=ExactRequests.batch(configs, shape) if shape.drafts else None,
         )
 
 

@@ -12,6 +12,7 @@ SEMANTICS = ("fixed", "release")
 VERIFY = ("threshold", "exact")
 FIRST_TOKENS = ("next", "mask")
 BORDERS = ("ar", "draft")
+DRAFT_FROM = ("masks", "lookup")
 SLOT_SIZES = (4, 8, 16, 32)  # of the authors' training
 SLOT_SCORES = ("first", "mean", "entropy")
 FIRST, MEAN, ENTROPY = range(3)
@@ -55,6 +56,8 @@ class DecodeConfig:
         same weights (exact.py). slot_size, num_blocks, slot_score, recompute and both thresholds do not apply
         then, and gen_length may be any length.
       draft_length: W, the most drafts that a pass verifies; for "exact".
+      draft_from: where drafts come from, for "exact". "masks": from mask tokens. "lookup": from the prompt
+        and the answer so far, without mask tokens (lookup.py), so any left-to-right model will do.
       first_token: the logits from which the first response token is read; for "exact", as in ARConfig.
       border: "draft" reads a response token whose place is a border of slots of every size off a mask token
         in its place, because training never predicted it from the token before; "ar" reads it as any other.
@@ -79,6 +82,7 @@ class DecodeConfig:
     recompute: bool = False
     verify: str = "threshold"
     draft_length: int = 64
+    draft_from: str = "masks"
     first_token: str = "next"
     border: str = "ar"
     slot_sizes: tuple[int, ...] = SLOT_SIZES
@@ -93,9 +97,12 @@ class DecodeConfig:
         check_choice("semantics", self.semantics, SEMANTICS)
         check_choice("slot_score", self.slot_score, SLOT_SCORES)
         check_choice("verify", self.verify, VERIFY)
+        check_choice("draft_from", self.draft_from, DRAFT_FROM)
         check_readings(self)
         if self.exact and self.semantics == "release":
             raise BadInput("semantics 'release' needs verify 'threshold', found 'exact'")
+        if self.draft_from == "lookup" and not self.exact:
+            raise BadInput("draft_from 'lookup' needs verify 'exact', found 'threshold'")
         if not isinstance(self.recompute, bool):
             raise BadInput(f"recompute must be true or false, found {quoted(self.recompute)}")
         if self.block_len > MOST_BLOCK_TOKENS:

@@ -10,7 +10,7 @@ prompt token. A pass feeds the pending token and m drafts, each seeing those bef
 their readings, and k the length of the longest prefix of drafts with d_i = a_(i-1). The pass commits
 d_1 ... d_k and the bonus token a_k, and caches the pending token and d_1 ... d_k. So every pass commits at
 least one token, and the cache is that of AR decoding. Mask tokens that ride along draft what follows, for the
-likely outcomes k (exact_inputs.py).
+likely outcomes k (exact_inputs.py). Rows that look drafts up in their own context feed no masks (lookup.py).
 
 A sampled token of place c is argmax(log p_c / T + g_c), with g_c the Gumbel noise of (seed, c). Drafts use
 the same noise, so the ids are those of AR sampling with the same seed, whatever was drafted.
@@ -106,9 +106,7 @@ def verify(
     # The first mask of a group stands in the bonus token's place and is not used.
     fed_at = jnp.where(index[:-1] < drafted, first + 1 + index[:-1], scores.draft.shape[0])
     draft = at_places(scores.draft, fed_at)
-    is_end = request.is_eos(draft, eos_ids) & (index[:-1] < drafted)
-    ends = is_end.any() & (replay is None)
-    drafted = jnp.where(ends, jnp.argmax(is_end) + 1, drafted)  # nothing is drafted beyond an EOS
+    drafted, ends = through_eos(draft, drafted, request, eos_ids)
     verified = row.drafted > 0
     rate = jnp.where(verified, MEMORY * row.rate + (1 - MEMORY) * accepted, row.rate)
     done = row.done | eos.any() | (count >= asked.gen_length)
@@ -133,6 +131,16 @@ def verify(
         entry=ExactTrace(row.count, row.drafted, accepted, committed, (drafted > 0) & ~done),
     )
     return after, outcome
+
+
+def through_eos(draft: Array, drafted: Array, request: Requests, eos_ids: Array) -> tuple[Array, Array]:
+    """(int32, bool): the number of drafts without those after an EOS, and whether the last is an EOS.
+
+    A replay has no EOS: all `drafted` of its drafts [W] stay.
+    """
+    is_end = request.is_eos(draft, eos_ids) & (jnp.arange(draft.shape[0]) < drafted)
+    ends = is_end.any() & (request.exact.replay is None)
+    return jnp.where(ends, jnp.argmax(is_end) + 1, drafted), ends
 
 
 def record(trace: ExactTrace, before: ExactRow, outcome: ExactOutcome) -> ExactTrace:

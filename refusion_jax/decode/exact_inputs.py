@@ -152,11 +152,9 @@ def _layout(row: ExactRow, request: Requests, size: int, shape: Shape) -> ExactL
     reading = jnp.where(from_mask, m + jnp.cumsum(from_mask), index)
     used = 1 + m + jnp.sum(from_mask)
 
-    drafts, room = asked.draft_length, size - used
-    if shape.frugal:
-        # Tokens up to shape.ahead cost next to nothing: a third for drafts, the rest for masks.
-        justified = jnp.ceil(2 * row.rate).astype(jnp.int32)
-        drafts = jnp.minimum(drafts, jnp.maximum(max(FEWEST_DRAFTS, shape.ahead // 3), justified))
+    drafts, room = most_drafts(row, request, shape), size - used
+    if asked.lookup is not None:
+        drafts = jnp.where(asked.lookup, 0, drafts)  # lookup.py drafts
     # One place is left for the bonus token that follows the drafts.
     wanted = jnp.minimum(drafts, asked.gen_length - row.count - index - 2)
     probability = _outcomes(row, request, index)
@@ -169,6 +167,16 @@ def _layout(row: ExactRow, request: Requests, size: int, shape: Shape) -> ExactL
     taken = jnp.clip(room - start, 0, length)
     taken = jnp.where(taken > 1, taken, 0)  # the first mask alone drafts nothing
     return ExactLayout(jnp.where(index <= m, reading, size), used + start, taken)
+
+
+def most_drafts(row: ExactRow, request: Requests, shape: Shape) -> Array:
+    """int32: the most drafts that the row's next pass verifies."""
+    most = request.exact.draft_length
+    if not shape.frugal or request.exact.replay is not None:
+        return most
+    # Tokens up to shape.ahead cost next to nothing: a third is for drafts, the rest for masks.
+    justified = jnp.ceil(2 * row.rate).astype(jnp.int32)
+    return jnp.minimum(most, jnp.maximum(max(FEWEST_DRAFTS, shape.ahead // 3), justified))
 
 
 def _outcomes(row: ExactRow, request: Requests, index: Array) -> Array:

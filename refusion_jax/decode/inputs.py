@@ -81,7 +81,7 @@ def filled_up(shape: Shape, ahead: int | None = None, device_kind: str | None = 
       device_kind: as in `tokens_ahead`.
     """
     if ahead is not None:
-        return dataclasses.replace(shape, ahead=ahead, masks_ahead=ahead if shape.drafts else 0)
+        return dataclasses.replace(shape, ahead=ahead, masks_ahead=ahead if shape.drafts_by_masks else 0)
     ahead = tokens_ahead(shape.rows, device_kind)
     shape = dataclasses.replace(shape, ahead=ahead)
     if not shape.drafts:
@@ -90,6 +90,8 @@ def filled_up(shape: Shape, ahead: int | None = None, device_kind: str | None = 
     # Where those of two do not fit under the ridge, rows draft what their acceptance justifies.
     chain = 1 + shape.drafts
     known = ridge_tokens(device_kind or jax.devices()[0].device_kind) is not None
+    if not shape.drafts_by_masks:
+        return dataclasses.replace(shape, frugal=not known or ahead < chain)
     return dataclasses.replace(
         shape, masks_ahead=max(ahead - chain, chain), frugal=not known or ahead < 3 * chain
     )

@@ -42,6 +42,7 @@ from refusion_jax.decode.exact_inputs import most_fed as most_fed_exact
 from refusion_jax.decode.forward import Forwarded, forward, score_rows
 from refusion_jax.decode.inputs import PassInputs, pass_inputs
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
+from refusion_jax.decode.lookup import looked_up
 from refusion_jax.decode.outputs import read_outputs
 from refusion_jax.decode.phases import Outcome, carry_out
 from refusion_jax.decode.row_state import Phase, RowState, geometry
@@ -172,6 +173,9 @@ def first_pass(
 
 def next_pass(model, params, state: DecodeState, mask_id: Array, eos_ids: Array, shape: Shape) -> DecodeState:
     """One forward pass, every row in its own phase, with speculative tokens up to `shape.ahead`."""
+    if shape.looks_up:
+        draft = functools.partial(looked_up, eos_ids=eos_ids, shape=shape)
+        state = state.replace(exact=jax.vmap(draft)(state.exact, state.requests, state.tokens))
     inputs = batch_inputs(state, mask_id, shape)
     with jax.named_scope("forward"):
         result = forward(model, params, state.cache, inputs.fed, shape)

@@ -5,7 +5,7 @@ from typing import Any
 
 from refusion_jax.baselines.decoders.config import CACHES
 from refusion_jax.config import DTYPES
-from refusion_jax.decode.config import BORDERS, FIRST_TOKENS, SEMANTICS, SLOT_SCORES, VERIFY
+from refusion_jax.decode.config import BORDERS, DRAFT_FROM, FIRST_TOKENS, SEMANTICS, SLOT_SCORES, VERIFY
 from refusion_jax.files import SMALL
 from refusion_jax.serving.methods import METHODS, SETTINGS, default_settings
 
@@ -73,7 +73,6 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     whole: dict[str, Any] = {"type": int, "metavar": "N"}
     number: dict[str, Any] = {"type": float, "metavar": "X"}
     add("gen_length", "maximum response length in tokens, EOS included", **whole)
-    add("draft_length", "verify exact: most drafts that a pass verifies", **whole)
     add("slot_size", "refusion: tokens per slot", **whole)
     add(
         "num_blocks",
@@ -113,6 +112,18 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("temperature", "sampling temperature of the drafts; 0 is greedy", **number)
     add("seed", "seed of the drafts if temperature is above 0", **whole)
+    _add_exact_flags(parser)
+    parser.add_argument(
+        "--ahead",
+        **whole,
+        help="refusion: fill each pass of a request with speculative tokens up to this many; 0 feeds one "
+        "phase per pass, as the authors do; verify exact: mask tokens beside the drafts (default: the number "
+        "that costs the device next to nothing)",
+    )
+
+
+def _add_exact_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the settings of exact verification; some are also for ar."""
     parser.add_argument(
         "--verify",
         choices=VERIFY,
@@ -133,11 +144,16 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         "(ar) or off a mask token (draft) (default: as the checkpoint's config.json says, else ar)",
     )
     parser.add_argument(
-        "--ahead",
-        **whole,
-        help="refusion: fill each pass of a request with speculative tokens up to this many; 0 feeds one "
-        "phase per pass, as the authors do; verify exact: mask tokens beside the drafts (default: the number "
-        "that costs the device next to nothing)",
+        "--draft_length",
+        type=int,
+        metavar="N",
+        help=f"verify exact: most drafts that a pass verifies {_default('draft_length')}",
+    )
+    parser.add_argument(
+        "--draft_from",
+        choices=DRAFT_FROM,
+        help="verify exact: draft with mask tokens, or look drafts up in the prompt and the answer so far "
+        f"{_default('draft_from')}",
     )
 
 
