@@ -61,7 +61,8 @@ def followed(tmp_path_factory):
     """The folder in which the page was followed, and what its scripts printed, by command."""
     folder, printed = tmp_path_factory.mktemp("guide"), {}
     one_layer(folder / "Qwen3-0.6B")
-    (folder / "docs").symlink_to(ROOT / "docs")
+    for name in ("docs", "refusion_jax"):
+        (folder / name).symlink_to(ROOT / name)
     for name, first in (("train", 10), ("held_out", 15)):
         sums = [f"{a}+{b}+10" for a in range(first, first + 4) for b in range(5)]
         examples = [{"query": query, "response": query.replace("+", ";")} for query in sums]
@@ -167,6 +168,14 @@ def test_acceptance_by_offset(report):
     last = "1 of 2 answers have the ids of left-to-right decoding"
     assert report(answers, ar) == [*table, last]
     assert report([exact(0, (0, 0))])[2:] == table[2:3]
+
+
+def test_the_example_on_the_page(followed):
+    """The page shows the first lines of what its command prints."""
+    _, printed = followed
+    command = "python docs/acceptance.py refusion_jax/traces/small_exact.jsonl"
+    shown = PAGE.split(f"{command}\n```\n\n```\n")[1].split("…")[0]
+    assert shown.count("\n") == 10 and printed[command].startswith(shown)
 
 
 def test_results_without_exact_traces_are_refused(report):
