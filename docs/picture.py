@@ -1,7 +1,7 @@
 """Draws docs/decode.svg from a trace of one decode.
 
-    python -m refusion_jax.sample --prompt="What is 68 times 93?" --gen_length=48 --slot_size=4 \
-        --slot_threshold=0.8 --token_threshold=0.8 --trace=docs/decode_trace.json
+    python -m refusion_jax.sample --prompt="What is 68 times 93?" --verify=threshold --gen_length=48 \
+        --slot_size=4 --slot_threshold=0.8 --token_threshold=0.8 --trace=docs/decode_trace.json
     python docs/picture.py docs/decode_trace.json docs/decode.svg
 
 Columns are the response's tokens, rows the phases of each plan. The drawing takes every cell from the trace.

@@ -40,6 +40,7 @@ LONGEST = (
     "test_bench",
     "test_blocks",
     "test_launch",
+    "test_convert_guide",
     "test_lora_training",
     "test_triton_attention",
     "test_sample",
