@@ -1,8 +1,12 @@
 """The model that comes with the package: the embedded tasks, trained from scratch on bytes.
 
-    docs/small/train.sh runs/small
+    python -m refusion_jax.train --config=configs/small.py --workdir=runs/small
+
+trains by the paper's objective alone. The model in the package takes two phases:
+
+    docs/small/train.sh runs/small_phases
     rm -r refusion_jax/small
-    python -m refusion_jax.convert runs/small/anchored refusion_jax/small --dtype=bfloat16
+    python -m refusion_jax.convert runs/small_phases/anchored refusion_jax/small --dtype=bfloat16
     python docs/small/measure.py
 
 5.6 million parameters, 11 MB in bfloat16, small enough to decode on a laptop's CPU. docs/small/train.sh

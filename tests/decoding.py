@@ -171,7 +171,8 @@ WHOLE = Whole(MODEL, PARAMS, SHAPE.prompt + SHAPE.gen)
 
 def transcribed(case: Case, forward=WHOLE) -> transcription.Decoded:
     settings = dataclasses.asdict(case.config)
-    for name in ("temperature", "seed", "verify", "draft_length", "first_token", "border", "slot_sizes"):
+    of_exact = ("verify", "draft_length", "draft_from", "first_token", "border", "slot_sizes")
+    for name in ("temperature", "seed", *of_exact):
         del settings[name]
     return transcription.decode(forward, case.prompt, **settings)
 

@@ -92,7 +92,7 @@ class Judged(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def judge(state, logits, dtype, target):
-    fed = decode.batch_inputs(state, jnp.int32(MASK), ahead=0)
+    fed = decode.batch_inputs(state, jnp.int32(MASK), SHAPE, first=True).slots
     cold = DraftSampling(
         *(jnp.zeros(SHAPE.block, x) for x in (jnp.float32, jnp.uint32, jnp.int32, jnp.int32))
     )

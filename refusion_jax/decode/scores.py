@@ -51,12 +51,13 @@ def score(
     """The scores of N tokens.
 
     Args:
-      logits: float32 [N, V].
+      logits: [N, V], of any float dtype; computed with in float32.
       target: int32 [N], the token after each of them, whose probability is wanted.
       sampling: how drafts are sampled.
       entropy: whether to compute the entropy.
       dtype: the model's, to which `sampling.rounded` rounds.
     """
+    logits = logits.astype(jnp.float32)
     if sampling.rounded is not None and dtype != jnp.float32:
         logits = jnp.where(sampling.rounded[:, None], logits.astype(dtype).astype(jnp.float32), logits)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
