@@ -39,7 +39,7 @@ from refusion_jax.decode.exact import record as record_exact
 from refusion_jax.decode.exact import verify
 from refusion_jax.decode.exact_inputs import ExactLayout, ExactRow, exact_inputs
 from refusion_jax.decode.exact_inputs import most_fed as most_fed_exact
-from refusion_jax.decode.forward import Forwarded, forward, score_rows
+from refusion_jax.decode.forward import Forwarded, forward, padded_to, score_rows
 from refusion_jax.decode.inputs import PassInputs, pass_inputs
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
 from refusion_jax.decode.lookup import looked_up
@@ -82,7 +82,7 @@ class DecodeState(struct.PyTreeNode):
             return self.cache.filled
         # An exact row's last committed token is not cached.
         place = jnp.arange(self.tokens.shape[1]) - self.requests.prompt_len[:, None]
-        return jnp.where(self._is_exact[:, None], place < self.exact.count[:, None], self.cache.filled)
+        return jnp.where(self.is_exact[:, None], place < self.exact.count[:, None], self.cache.filled)
 
     @property
     def done(self) -> Array:
@@ -103,7 +103,8 @@ class DecodeState(struct.PyTreeNode):
         return sum(half.iterations for half in (self.row, self.exact) if half is not None)
 
     @property
-    def _is_exact(self) -> Array:
+    def is_exact(self) -> Array:
+        """bool [B]: rows that are decoded exactly; only where the shape has such requests."""
         return self.requests.exact.gen_length > 0
 
 
@@ -147,7 +148,7 @@ def first_pass(
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
     prefilled = state.requests.prompt_len
     if state.exact is not None:
-        prefilled -= state.requests.exact.gen_length > 0  # the last prompt token is pending
+        prefilled -= state.is_exact  # the last prompt token is pending
     real = positions < prefilled[:, None]
     inputs = batch_inputs(state, mask_id, shape, first=True)
     fed = inputs.fed
@@ -205,10 +206,9 @@ def batch_inputs(state: DecodeState, mask_id: Array, shape: Shape, *, first: boo
     if fed_slots is None or fed_exact is None:
         return Inputs(fed_exact if fed_slots is None else fed_slots, slots, layout)
     size = max(fed_slots.tokens.shape[1], fed_exact.tokens.shape[1])
-    is_exact = state.requests.exact.gen_length > 0
 
     def of_row(exact: Array, slots: Array) -> Array:
-        return jnp.where(is_exact.reshape(-1, *(1,) * (slots.ndim - 1)), exact, slots)
+        return jnp.where(state.is_exact.reshape(-1, *(1,) * (slots.ndim - 1)), exact, slots)
 
     fed = jax.tree.map(of_row, fed_exact.padded(size), fed_slots.padded(size))
     return Inputs(fed, slots, layout)
@@ -228,7 +228,7 @@ def advance(state: DecodeState, inputs: Inputs, result: Forwarded, dtype, eos_id
     if row is not None:
         positions = jax.vmap(lambda row, request: geometry(row, request).position)(row, state.requests)
         after, outcome = _after_slots(state, inputs.slots, result.scores, dtype, eos_ids)
-        keep |= _padded(outcome.keep, keep)
+        keep |= padded_to(outcome.keep, 1, keep.shape[1])
         cache = cache.fill(positions, outcome.committed)
         tokens = scatter_rows(tokens, positions, row.draft, outcome.committed)
         trace = None if trace is None else record(trace, row, after, outcome, state.requests)
@@ -258,11 +258,6 @@ def _after_slots(
 
     scores = jax.tree.map(lambda x: x[:, :size], scores)
     return jax.vmap(one)(state.row, state.requests, inputs, scores)
-
-
-def _padded(x: Array, like: Array) -> Array:
-    """x [B, N] padded with zeros to the shape of `like` [B, Q]."""
-    return jnp.pad(x, ((0, 0), (0, like.shape[1] - x.shape[1])))
 
 
 DECODER = Decoder(Shape.exact, Requests.batch, start, first_pass, repeated(next_pass))
