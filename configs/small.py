@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     tasks = {
         "arithmetic": {},
         "multiplication": {"left_digits": 2, "right_digits": 2},
-        "countdown": {"numbers": 3, "largest": 12},
+        "countdown": {"numbers": 3, "largest": 12, "share": 1},
         "word_problems": {"max_steps": 3},
         "paths": {"nodes": 6, "extra": 2, "max_steps": 3},
         "extraction": {},

@@ -175,7 +175,7 @@ def test_the_section_of_the_page(tmp_path, monkeypatch):
     )
     assert "| 0.33 | 70.0 ±" in section and section.count("| MDM |") == section.count("| BD3 |") == 1
     assert "a GPU, JAX 0, Python 3" in section and "{{" not in section
-    assert phases.is_decoded(phases.Setup(folder=tmp_path), "ar") is False
+    assert phases.is_done(phases.Setup(folder=tmp_path), "ar", "counted") is False
 
 
 def test_the_most_wanted_job_that_can_start(setup):
@@ -192,12 +192,17 @@ def test_the_most_wanted_job_that_can_start(setup):
     finish("ar")
     finish("ar_half")
     by_share = [f"train anchored_{share}" for share in phases.SHARES]
-    assert labels() == ["decode ar", *by_share, "train refusion", "train adapter", "train ar_refusion"]
-    phases.append(setup, "ar", {"stage": "done"})
+    assert labels() == ["decode ar", "decode ar_half", *by_share, "train refusion", "train adapter", "train ar_refusion"]
+    phases.append(setup, "ar", {"stage": "counted"})
     searched(setup, (7, 8, 7))
     for share in phases.SHARES:
-        phases.append(setup, f"anchored_{share}", {"stage": "done"})
-    assert labels() == ["train anchored", "train refusion", "train adapter", "train ar_refusion"]
+        phases.append(setup, f"anchored_{share}", {"stage": "counted"})
+    rest = ["train refusion", "train adapter", "train ar_refusion"]
+    assert labels() == ["decode ar_half", "train anchored", *rest]
+    # Timed is what is decoded and still there, once.
+    assert [job.label for job in drive.timings(setup, phases.TARGETS)] == ["time ar"]
+    phases.append(setup, "ar", {"stage": "timed"})
+    assert not list(drive.timings(setup, phases.TARGETS))
 
 
 def test_the_driver_stops_in_time_and_goes_on_after_a_failure(setup, monkeypatch):
@@ -217,11 +222,10 @@ def test_the_driver_stops_in_time_and_goes_on_after_a_failure(setup, monkeypatch
                 started.append(name)
                 yield drive.Job("decode", name, ["python", "-c", code])
 
-    monkeypatch.setattr(drive, "wanted", wanted)
     monkeypatch.setattr(drive, "record", lambda *_: None)
     monkeypatch.setattr(drive, "SHORTEST", 0)
     start = time.monotonic()
-    driver = drive.Driver(setup, ["ar"], start + 2, start + 3)
+    driver = drive.Driver(setup, ["ar"], wanted, start + 2, start + 3)
     driver.run(["0", "1"])
     assert 2 <= time.monotonic() - start < 10
-    assert driver.failed == ["decode broken"] and not driver.complete
+    assert driver.failed == ["decode broken"]

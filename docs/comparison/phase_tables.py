@@ -11,6 +11,7 @@ from settings import accuracy, front, tokens_a_pass
 TEXT = Path(__file__).parent / "phases_text.md"
 LABELS = {
     "ar": "AR",
+    "ar_half": "AR, half of the steps",
     "refusion": "ReFusion",
     "ar_refusion": "AR, then ReFusion",
     "anchored": "AR, then anchored",

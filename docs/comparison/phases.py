@@ -122,7 +122,7 @@ def best_with_a_teacher(setup: Setup) -> Overrides | None:
 ADAPTER = {"lora.rank": 64, "lora.alpha": 128, "lora.only_masks": True, "diffusion.text_order_share": 0.5}
 RUNS = {
     "ar": Run("ar", 1, ("ar", "lookup")),
-    "ar_half": Run("ar", 1 / 2),
+    "ar_half": Run("ar", 1 / 2, ("ar",)),
     **{
         f"anchored_{share}": Run(
             "refusion", 1 / 4, ("exact",), "ar_half", {"diffusion.ar_share": share}, searched=True
@@ -178,8 +178,9 @@ def append(setup: Setup, name: str, figure: Figure) -> None:
     temporary.replace(path)
 
 
-def is_decoded(setup: Setup, name: str) -> bool:
-    return any(figure["stage"] == "done" for figure in figures(setup, name))
+def is_done(setup: Setup, name: str, part: str) -> bool:
+    """Whether a part of PARTS of a run's decoding has ended."""
+    return any(figure["stage"] == part for figure in figures(setup, name))
 
 
 def of_stage(found: Sequence[Figure], stage: str, way: str) -> list[Figure]:
@@ -210,7 +211,9 @@ class Ask:
         return any((figure["settings"], figure["at_a_time"]) == key for figure in done)
 
 
-STAGES = ("validation", "test", "speed")
+# What is decoded together: speeds by themselves, so that nothing else takes time of the GPU.
+PARTS = {"counted": ("validation", "test"), "timed": ("speed",)}
+STAGES = tuple(stage for stages in PARTS.values() for stage in stages)
 
 
 def asks(name: str, stage: str, found: Sequence[Figure], setup: Setup) -> Iterator[Ask]:

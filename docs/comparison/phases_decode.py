@@ -1,6 +1,6 @@
 """Decodes a run of phases.py in all its ways, one figure after the other.
 
-    python docs/comparison/phases_decode.py RUN [--rehearse]
+    python docs/comparison/phases_decode.py RUN [--speeds] [--rehearse]
 
 adds each finished figure to phases_RUN.jsonl in the folder of results. Figures that are there are not decoded
 again, so an interrupted command goes on where it ended. In validation and in the test split problems are
@@ -93,15 +93,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", choices=phases.TARGETS)
     parser.add_argument("--rehearse", action="store_true", help="with the tiny model, on a CPU")
+    parser.add_argument("--speeds", action="store_true", help="times, instead of counting")
     flags = parser.parse_args()
     setup = phases.REHEARSAL if flags.rehearse else phases.Setup()
     tasks = held_out(setup.config)
     methods = {phases.WAYS[way].method for way in phases.RUNS[flags.run].ways}
     where = [f"--checkpoint={setup.folder / flags.run}", f"--gen_length={setup.gen_length}"]
     opened = {method: opening.open_by([*where, f"--method={method}"]) for method in methods}
-    for stage in phases.STAGES:
+    part = "timed" if flags.speeds else "counted"
+    for stage in phases.PARTS[part]:
         run_stage(flags.run, stage, opened, tasks, setup)
-    phases.append(setup, flags.run, {"stage": "done"})
+    phases.append(setup, flags.run, {"stage": part})
 
 
 if __name__ == "__main__":

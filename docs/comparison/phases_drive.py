@@ -1,11 +1,14 @@
 """Trains and decodes the runs of phases.py, side by side on several GPUs, as far as the time allows.
 
     python docs/comparison/phases_drive.py --gpus=0,1 --budget=580
+    python docs/comparison/phases_drive.py --speeds
 
-starts the most wanted training or decoding that can start whenever a GPU is free. Before `--budget` seconds
-have passed it ends what is running (trainings save, finished figures are in their files) and exits with 143;
-the same command goes on. It exits with 0 when everything is decoded, with 1 if something failed (the logs are
-beside the runs). Copy the result files to docs/comparison/results and run render.py.
+The first starts the most wanted training or decoding that can start whenever a GPU is free; a GPU named twice,
+as in 0,0, does two things at a time. Before `--budget` seconds have passed it ends what is running (trainings
+save, finished figures are in their files) and exits with 143; the same command goes on. It exits with 0 when
+everything is decoded, with 1 if something failed (the logs are beside the runs). The second times the decoding
+of runs that are decoded, one after the other. Copy the result files to docs/comparison/results and run
+render.py.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +35,7 @@ POLL = 0.5  # seconds
 class Job(NamedTuple):
     """A training or a decoding of a run."""
 
-    kind: str  # "train" or "decode"
+    kind: str  # "train", "decode" or "time"
     run: str
     arguments: list[str]
 
@@ -46,17 +49,30 @@ def trained(setup: phases.Setup, name: str) -> bool:
     return (setup.folder / name / "checkpoints" / str(steps)).is_dir()
 
 
+def decoding(kind: str, name: str, setup: phases.Setup) -> Job:
+    flags = ["--speeds"] * (kind == "time") + ["--rehearse"] * (setup is phases.REHEARSAL)
+    return Job(
+        kind, name, ["python", str(HERE.relative_to(Path.cwd()) / "phases_decode.py"), name, *flags]
+    )
+
+
+def timings(setup: phases.Setup, targets: list[str]) -> Iterator[Job]:
+    """The timing of what is trained and decoded."""
+    for name in targets:
+        if phases.is_done(setup, name, "counted") and trained(setup, name):
+            if not phases.is_done(setup, name, "timed"):
+                yield decoding("time", name, setup)
+
+
 def wanted(setup: phases.Setup, targets: list[str]) -> Iterator[Job]:
-    """What can start now, the most wanted first."""
-    rehearse = ["--rehearse"] if setup is phases.REHEARSAL else []
+    """What else can start now, the most wanted first."""
     for target in targets:
-        if phases.is_decoded(setup, target):
+        if phases.is_done(setup, target, "counted"):
             continue
         before = phases.RUNS[target].after
         name = before if before and not trained(setup, before) else target
         if trained(setup, name):
-            script = str(HERE.relative_to(Path.cwd()) / "phases_decode.py")
-            yield Job("decode", name, ["python", script, name, *rehearse])
+            yield decoding("decode", name, setup)
         elif (overrides := phases.overrides(name, setup)) is not None:
             yield Job("train", name, command(name, overrides, setup.config, setup.folder))
 
@@ -78,12 +94,20 @@ class Driver:
     Args:
       setup: the sizes.
       targets: the runs to decode.
+      jobs: (setup, targets) -> what can start now; `wanted` or `timings`.
       stop_at: the time (`time.monotonic`) at which running jobs are ended.
       kill_at: the time at which those that have not ended are killed.
     """
 
-    def __init__(self, setup: phases.Setup, targets: list[str], stop_at: float, kill_at: float):
-        self._setup, self._targets = setup, targets
+    def __init__(
+        self,
+        setup: phases.Setup,
+        targets: list[str],
+        jobs: Callable[[phases.Setup, list[str]], Iterator[Job]],
+        stop_at: float,
+        kill_at: float,
+    ):
+        self._setup, self._targets, self._jobs = setup, targets, jobs
         self._stop_at, self._kill_at = stop_at, kill_at
         self._lock = threading.Lock()
         self._taken: set[str] = set()  # labels of jobs that run or failed
@@ -98,14 +122,10 @@ class Driver:
         for worker in workers:
             worker.join()
 
-    @property
-    def complete(self) -> bool:
-        return all(phases.is_decoded(self._setup, target) for target in self._targets)
-
     def _work(self, gpu: str) -> None:
         while time.monotonic() < self._stop_at - SHORTEST:
             with self._lock:
-                jobs = wanted(self._setup, self._targets)
+                jobs = self._jobs(self._setup, self._targets)
                 job = next((job for job in jobs if job.label not in self._taken), None)
                 waits = len(self._taken) > len(self.failed)
                 if job is not None:
@@ -164,6 +184,7 @@ def main() -> None:
         default=",".join(phases.TARGETS),
         help="runs to decode, the most wanted first (default: all)",
     )
+    add("--speeds", action="store_true", help="times what is decoded, one run after the other, on one GPU")
     add("--rehearse", action="store_true", help="with the tiny model, on a CPU")
     flags = parser.parse_args()
     targets = flags.only.split(",")
@@ -173,11 +194,16 @@ def main() -> None:
         )
     end = time.monotonic() + flags.budget
     setup = phases.REHEARSAL if flags.rehearse else phases.Setup()
-    driver = Driver(setup, targets, end - flags.margin, end - flags.margin / 8)
-    driver.run(flags.gpus.split(","))
+    gpus, jobs = flags.gpus.split(","), timings if flags.speeds else wanted
+    if flags.speeds and len(gpus) > 1:
+        parser.error(f"--gpus must be one GPU with --speeds, found {flags.gpus}")
+    driver = Driver(setup, targets, jobs, end - flags.margin, end - flags.margin / 8)
+    driver.run(gpus)
     for label in driver.failed:
         print(f"failed: {label}, see {setup.folder / label.split()[1]}.log")
-    sys.exit(1 if driver.failed else 0 if driver.complete else PREEMPTED_EXIT_CODE)
+    part = "timed" if flags.speeds else "counted"
+    complete = all(phases.is_done(setup, target, part) for target in targets)
+    sys.exit(1 if driver.failed else 0 if complete else PREEMPTED_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,21 @@ class Adapter:
         return None if self.mask_id is None else tokens == self.mask_id
 
     def product(
-        self, module: nn.Module, x: Array, name: str, shape, axes, num_in: int, param_dtype: jnp.dtype
+        self,
+        module: nn.Module,
+        x: Array,
+        name: str,
+        shape,
+        axes,
+        num_in: int,
+        param_dtype: jnp.dtype,
+        adapted: Array | None,
     ) -> Array:
-        """scale * (x A) B of the matrix `name`, summed and returned in float32; 0 if it is no target.
+        """scale * (x A) B of the matrix `name`, in the dtype of x; 0 if it is no target.
+
+        Where `adapted` is False it is exactly 0. Only x A, of `rank` numbers a token, is masked for that and
+        kept in float32; what has the size of the layer's own products is a product alone, which the compiler
+        can add to them.
 
         Args:
           module: the layer that owns the matrix and declares A and B.
@@ -48,29 +60,17 @@ class Adapter:
           axes: logical axis names of `shape`.
           num_in: number of contracted axes.
           param_dtype: dtype of A and B.
+          adapted: bool [B, T], the tokens to adapt, or None for all.
         """
         if name not in self.targets:
-            return jnp.zeros((*x.shape[: x.ndim - num_in], *shape[num_in:]), jnp.float32)
+            return jnp.zeros((*x.shape[: x.ndim - num_in], *shape[num_in:]), x.dtype)
         # `weights.lora.init` and checkpoints give the values.
         zeros = nn.initializers.zeros
         init = nn.with_logical_partitioning(zeros, (*axes[:num_in], None))
         a = module.param(f"{name}_lora_a", init, (*shape[:num_in], self.rank), param_dtype)
         init = nn.with_logical_partitioning(zeros, (None, *axes[num_in:]))
         b = module.param(f"{name}_lora_b", init, (self.rank, *shape[num_in:]), param_dtype)
-        inner = jnp.tensordot(x, a.astype(x.dtype), num_in, preferred_element_type=jnp.float32)
-        outer = jnp.tensordot(inner.astype(x.dtype), b.astype(x.dtype), 1, preferred_element_type=jnp.float32)
-        return self.scale * outer
-
-
-def add_product(y: Array, product: Array, adapted: Array | None) -> Array:
-    """y + product, in the dtype of y; exactly y where `adapted` is given and False.
-
-    Args:
-      y: [B, T, ...], products with a matrix.
-      product: float32, of the same shape, of `Adapter.product`.
-      adapted: bool [B, T], the tokens to adapt, or None for all.
-    """
-    total = (y.astype(jnp.float32) + product).astype(y.dtype)
-    if adapted is None:
-        return total
-    return jnp.where(adapted.reshape(*adapted.shape, *(1,) * (y.ndim - 2)), total, y)
+        inner = self.scale * jnp.tensordot(x, a.astype(x.dtype), num_in, preferred_element_type=jnp.float32)
+        if adapted is not None:
+            inner = jnp.where(adapted[..., None], inner, 0)
+        return jnp.tensordot(inner.astype(x.dtype), b.astype(x.dtype), 1)

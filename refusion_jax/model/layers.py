@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from refusion_jax.model.adapter import add_product
 from refusion_jax.model.attention import LayerKV, attend, attend_fed, attend_visible
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.model.kernels.visible import Visible
@@ -162,7 +161,7 @@ class Attention(nn.Module):
         axes = ("embed", "kv_heads", None, "head_dim")
         y = w.product(self, "BTD,DKJH->BTKJH", x, "qkv", shape, axes)
         if w.adapter is not None:
-            y = add_product(y, self._low_rank_qkv(x), adapted)
+            y = y + self._low_rank_qkv(x, adapted)
         if c.qkv_bias:
             y = y + self._bias("qkv_bias", shape[1:], axes[1:])
         y = nn.with_logical_constraint(y, ("act_batch", "act_length", "act_kv_heads", None, None))
@@ -174,13 +173,13 @@ class Attention(nn.Module):
         z = apply_rope(z, tuple(table[..., None, :] for table in rope))
         return jnp.where(is_value, y, z)
 
-    def _low_rank_qkv(self, x: Array) -> Array:
-        """The adapters' products of q, k and v in the order of `_fused`, float32 [B, T, K, G + 2, H]."""
+    def _low_rank_qkv(self, x: Array, adapted: Array | None) -> Array:
+        """The adapters' products of q, k and v in the order of `_fused`, [B, T, K, G + 2, H]."""
         c = self.config
 
         def of(name: str, heads: int, axis: str) -> Array:
             shape, axes = (c.embed_dim, heads, c.head_dim), ("embed", axis, "head_dim")
-            y = self.weights.low_rank(self, x, name, shape, axes)
+            y = self.weights.low_rank(self, x, name, shape, axes, 1, adapted)
             return y.reshape(*x.shape[:2], c.num_kv_heads, -1, c.head_dim)
 
         parts = of("q", c.num_heads, "heads"), of("k", c.num_kv_heads, "kv_heads")
@@ -204,8 +203,8 @@ class MLP(nn.Module):
         if w.fused:
             y = w.product(self, "BTD,DJF->BTJF", x, "gate_up", (D, 2, F), ("embed", None, "mlp"))
             if w.adapter is not None:
-                deltas = [w.low_rank(self, x, name, shape, axes) for name in ("gate", "up")]
-                y = add_product(y, jnp.stack(deltas, axis=2), adapted)
+                parts = [w.low_rank(self, x, name, shape, axes, 1, adapted) for name in ("gate", "up")]
+                y = y + jnp.stack(parts, axis=2)
             gate, up = y[:, :, 0], y[:, :, 1]
         else:
             gate = w.product(self, "BTD,DF->BTF", x, "gate", shape, axes, adapted=adapted)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from refusion_jax.model.adapter import Adapter, add_product
+from refusion_jax.model.adapter import Adapter
 
 Array = jax.Array
 
@@ -67,11 +67,13 @@ class Weights:
         y = self._without_adapter(module, equation, x, name, shape, axes, num_in)
         if self.adapter is None or name not in self.adapter.targets:
             return y
-        return add_product(y, self.low_rank(module, x, name, shape, axes, num_in), adapted)
+        return y + self.low_rank(module, x, name, shape, axes, num_in, adapted)
 
-    def low_rank(self, module: nn.Module, x: Array, name: str, shape, axes, num_in: int = 1) -> Array:
+    def low_rank(
+        self, module: nn.Module, x: Array, name: str, shape, axes, num_in: int, adapted: Array | None
+    ) -> Array:
         """`Adapter.product` of the matrix `name`, with arguments as in `product`."""
-        return self.adapter.product(module, x, name, shape, axes, num_in, self.param_dtype)
+        return self.adapter.product(module, x, name, shape, axes, num_in, self.param_dtype, adapted)
 
     def _without_adapter(self, module, equation: str, x: Array, name: str, shape, axes, num_in: int) -> Array:
         if not self.int8:
