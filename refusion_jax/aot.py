@@ -24,10 +24,10 @@ import rich.box
 from refusion_jax import config, sharding
 from refusion_jax.benchmarks.table import Table
 from refusion_jax.config import PREFIX
-from refusion_jax.decode.config import VERIFY
 from refusion_jax.devices import GIB, TPU_CHIPS, peak_flops
 from refusion_jax.errors import BadInput, command
 from refusion_jax.model.config import ModelConfig
+from refusion_jax.model.reading import VERIFY
 from refusion_jax.tpu import table as tpu_table
 from refusion_jax.tpu.collectives import Collective
 from refusion_jax.tpu.lowering import (

@@ -192,7 +192,14 @@ def test_the_most_wanted_job_that_can_start(setup):
     finish("ar")
     finish("ar_half")
     by_share = [f"train anchored_{share}" for share in phases.SHARES]
-    assert labels() == ["decode ar", "decode ar_half", *by_share, "train refusion", "train adapter", "train ar_refusion"]
+    assert labels() == [
+        "decode ar",
+        "decode ar_half",
+        *by_share,
+        "train refusion",
+        "train adapter",
+        "train ar_refusion",
+    ]
     phases.append(setup, "ar", {"stage": "counted"})
     searched(setup, (7, 8, 7))
     for share in phases.SHARES:

@@ -99,10 +99,13 @@ def test_a_model_without_a_mask_decodes_left_to_right(checkpoint, tmp_path):
     )
     asked_nothing = command(f"--checkpoint={folder}", "--prompt=26+0+10", *OF_OTHERS)
     assert asked_nothing.out == ran.out
-    assert_refused(
-        command(f"--checkpoint={folder}", "--method=ar", "--first_token=mask", "--prompt=1", *OF_OTHERS),
-        "mask_token_id is missing",
-    )
+    for reads_masks in ("--first_token=mask", "--border=draft"):
+        assert_refused(
+            command(f"--checkpoint={folder}", "--method=ar", reads_masks, "--prompt=1", *OF_OTHERS),
+            "mask_token_id is missing",
+        )
+    by_lookup = ["--method=refusion", "--verify=exact", "--draft_from=lookup", "--prompt=26+0+10"]
+    assert command(f"--checkpoint={folder}", *by_lookup, *OF_OTHERS).out == ran.out
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
     python docs/adapter/prompts.py --text=text.jsonl --output=runs/adapter
 
-reads conversations, one {"query": …} per line (docs/comparison/general_text.py samples them), and writes requests for
-`sample --input`: train.jsonl, with all queries but 200 and 1,500 problems of each task of configs/comparison.py that
-is generated; chat.jsonl, the 200 others; tasks.jsonl, 34 held-out problems of each task. The last two ask for traces.
+reads conversations, one {"query": …} per line (docs/comparison/general_text.py samples them), and writes
+requests for `sample --input`: train.jsonl, with all queries but 200 and 1,500 problems of each generated task
+of configs/comparison.py; chat.jsonl, the 200 others; tasks.jsonl, 34 held-out problems of each task. The last
+two ask for traces.
 """
 
 import argparse

@@ -3,12 +3,12 @@
     python docs/comparison/phases_drive.py --gpus=0,1 --budget=580
     python docs/comparison/phases_drive.py --speeds
 
-The first starts the most wanted training or decoding that can start whenever a GPU is free; a GPU named twice,
-as in 0,0, does two things at a time. Before `--budget` seconds have passed it ends what is running (trainings
-save, finished figures are in their files) and exits with 143; the same command goes on. It exits with 0 when
-everything is decoded, with 1 if something failed (the logs are beside the runs). The second times the decoding
-of runs that are decoded, one after the other. Copy the result files to docs/comparison/results and run
-render.py.
+The first starts the most wanted training or decoding that can start whenever a GPU is free; a GPU named
+twice, as in 0,0, does two things at a time. Before `--budget` seconds have passed it ends what is running
+(trainings save, finished figures are in their files) and exits with 143; the same command goes on. It exits
+with 0 when everything is decoded, with 1 if something failed (the logs are beside the runs). The second times
+the decoding of runs that are decoded, one after the other. Copy the result files to docs/comparison/results
+and run render.py.
 """
 
 import argparse
@@ -51,17 +51,15 @@ def trained(setup: phases.Setup, name: str) -> bool:
 
 def decoding(kind: str, name: str, setup: phases.Setup) -> Job:
     flags = ["--speeds"] * (kind == "time") + ["--rehearse"] * (setup is phases.REHEARSAL)
-    return Job(
-        kind, name, ["python", str(HERE.relative_to(Path.cwd()) / "phases_decode.py"), name, *flags]
-    )
+    return Job(kind, name, ["python", str(HERE.relative_to(Path.cwd()) / "phases_decode.py"), name, *flags])
 
 
 def timings(setup: phases.Setup, targets: list[str]) -> Iterator[Job]:
     """The timing of what is trained and decoded."""
     for name in targets:
-        if phases.is_done(setup, name, "counted") and trained(setup, name):
-            if not phases.is_done(setup, name, "timed"):
-                yield decoding("time", name, setup)
+        counted, timed = (phases.is_done(setup, name, part) for part in phases.PARTS)
+        if counted and not timed and trained(setup, name):
+            yield decoding("time", name, setup)
 
 
 def wanted(setup: phases.Setup, targets: list[str]) -> Iterator[Job]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from refusion_jax.errors import BadInput
 from refusion_jax.files import read_json, write_atomically
+from refusion_jax.model.reading import BORDERS, FIRST_TOKENS, SLOT_SIZES, VERIFY
 from refusion_jax.model.rope import RopeScaling
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.weights.lazy import LazyArray
@@ -35,11 +36,10 @@ LEFT_OUT = (
 
 # Fields of config.json that choose how to decode: default, and possible values.
 DECODING_FIELDS = {
-    "verify": ("threshold", ("threshold", "exact")),
-    "first_token": ("mask", ("next", "mask")),
-    "border": ("ar", ("ar", "draft")),
+    "verify": ("threshold", VERIFY),
+    "first_token": ("mask", FIRST_TOKENS),
+    "border": ("ar", BORDERS),
 }
-SLOT_SIZES = (4, 8, 16, 32)  # of the paper, for models whose config.json does not state theirs
 
 HEAD = "lm_head.weight"
 # Buffers in old files; they follow from config.json.

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from refusion_jax.errors import BadInput
+from refusion_jax.model.reading import BORDERS, FIRST_TOKENS, SLOT_SIZES, VERIFY
 
 SEMANTICS = ("fixed", "release")
-VERIFY = ("threshold", "exact")
-FIRST_TOKENS = ("next", "mask")
-BORDERS = ("ar", "draft")
 DRAFT_FROM = ("masks", "lookup")
-SLOT_SIZES = (4, 8, 16, 32)  # of the authors' training
 SLOT_SCORES = ("first", "mean", "entropy")
 FIRST, MEAN, ENTROPY = range(3)
 # Larger values are taken for typing errors. They would not fit in memory: one pass feeds a whole block, and

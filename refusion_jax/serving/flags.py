@@ -5,8 +5,9 @@ from typing import Any
 
 from refusion_jax.baselines.decoders.config import CACHES
 from refusion_jax.config import DTYPES
-from refusion_jax.decode.config import BORDERS, DRAFT_FROM, FIRST_TOKENS, SEMANTICS, SLOT_SCORES, VERIFY
+from refusion_jax.decode.config import DRAFT_FROM, SEMANTICS, SLOT_SCORES
 from refusion_jax.files import SMALL
+from refusion_jax.model.reading import BORDERS, FIRST_TOKENS, VERIFY
 from refusion_jax.serving.methods import METHODS, SETTINGS, default_settings
 
 

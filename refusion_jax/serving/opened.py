@@ -20,7 +20,7 @@ from refusion_jax.loader import decoding_scope, load
 from refusion_jax.model.transformer import Transformer
 from refusion_jax.serving.flags import add_decoding_flags, given_settings
 from refusion_jax.serving.methods import METHODS, default_settings
-from refusion_jax.serving.requests import Defaults
+from refusion_jax.serving.requests import Defaults, feeds_masks
 from refusion_jax.tokenizer import MASK_MISSING, Tokenizer
 
 
@@ -85,7 +85,7 @@ def open_checkpoint(
     model, params, tokenizer = load(checkpoint, mesh, computed, int8)
     method = asked_method(checkpoint, method)
     asked = asked_settings(checkpoint, method, settings or {})
-    if method != "ar" and tokenizer.mask_id is None:
+    if feeds_masks(method, asked) and tokenizer.mask_id is None:
         raise BadInput(f"{checkpoint}: {MASK_MISSING}")
     return Opened(model, params, tokenizer, Defaults(method, asked), mesh)
 

@@ -81,14 +81,21 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
             raise BadInput(f"unknown field {key!r}")
     known = {field.name for field in dataclasses.fields(METHODS[defaults.method])}
     settings = {key: value for key, value in {**defaults.settings, **own}.items() if key in known}
-    feeds_mask = defaults.method != "ar" or settings.get("first_token") == "mask"
-    # AR with first_token "next" never reads the logits of the mask token it feeds, so EOS can replace it.
-    mask_id = tokenizer.need_mask() if feeds_mask or tokenizer.mask_id is not None else tokenizer.eos_id
+    # What feeds no masks never reads the logits of the one in a batch's padding, so EOS can replace it.
+    needs_mask = tokenizer.mask_id is not None or feeds_masks(defaults.method, settings)
+    mask_id = tokenizer.need_mask() if needs_mask else tokenizer.eos_id
     config = METHODS[defaults.method](mask_id=mask_id, eos_id=tokenizer.eos_ids, **settings)
     prompt = _encode(given[0], raw[given[0]], defaults, tokenizer)
     check_prompt(prompt, vocab_size)
     config.check_prompt(prompt)
     return Request(raw["id"], prompt, config, trace)
+
+
+def feeds_masks(method: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a request with these settings feeds mask tokens to the model."""
+    reads_masks = settings.get("first_token") == "mask" or settings.get("border") == "draft"
+    looks_up = settings.get("verify") == "exact" and settings.get("draft_from") == "lookup"
+    return reads_masks or (method != "ar" and not looks_up)
 
 
 def is_id(value: Any) -> bool:

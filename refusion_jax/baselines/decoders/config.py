@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from refusion_jax.decode.config import (
     MOST_BLOCK_TOKENS,
     MOST_TOKENS,
-    SLOT_SIZES,
     as_ids,
     border_every,
     check_choice,
@@ -17,6 +16,7 @@ from refusion_jax.decode.config import (
     check_whole,
 )
 from refusion_jax.errors import BadInput
+from refusion_jax.model.reading import SLOT_SIZES
 
 CACHES = ("none", "prefix", "dual")
 NONE, PREFIX, DUAL = range(3)
