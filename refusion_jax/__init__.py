@@ -5,6 +5,7 @@ Importing the package imports no JAX; its public names are loaded when they are 
 
 from typing import TYPE_CHECKING
 
+from refusion_jax import interrupt
 from refusion_jax.deferred import deferred
 from refusion_jax.version import __version__
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from refusion_jax import diffusion
     from refusion_jax.loader import load
     from refusion_jax.serving.generate import generate
+
+if interrupt.is_command():  # before the slow imports of the command
+    interrupt.install()
 
 __all__ = ["__version__", "diffusion", "generate", "load"]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from refusion_jax import interrupt
 from refusion_jax.errors import BadInput
 
 # The model that comes with the package, trained by configs/small.py.
@@ -61,6 +62,8 @@ def open_atomically(path: str | Path, *, keep_partial: bool = False) -> Iterator
     partial = path.with_name(
         f"{path.name}.partial" if keep_partial else f".{path.name}.partial-{os.getpid()}"
     )
+    if not keep_partial:
+        interrupt.temporary.add(partial)
     try:
         with partial.open("wb") as file:
             yield file
@@ -70,6 +73,7 @@ def open_atomically(path: str | Path, *, keep_partial: bool = False) -> Iterator
     finally:
         if not keep_partial:
             partial.unlink(missing_ok=True)
+            interrupt.temporary.discard(partial)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

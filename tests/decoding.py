@@ -171,7 +171,7 @@ WHOLE = Whole(MODEL, PARAMS, SHAPE.prompt + SHAPE.gen)
 
 def transcribed(case: Case, forward=WHOLE) -> transcription.Decoded:
     settings = dataclasses.asdict(case.config)
-    of_exact = ("verify", "draft_length", "draft_from", "first_token", "border", "slot_sizes")
+    of_exact = ("verify", "draft_length", "draft_from", "first_token", "border", "slot_sizes", "pad_id")
     for name in ("temperature", "seed", *of_exact):
         del settings[name]
     return transcription.decode(forward, case.prompt, **settings)

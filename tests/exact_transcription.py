@@ -48,7 +48,14 @@ def decode(
     draft_from: str = "masks",
 ) -> Decoded:
     """Decodes `prompt`; `size` is Q, the most tokens that a pass feeds."""
-    run = _Run(forward, temperature, seed)
+
+    def without_masks(*arguments: np.ndarray) -> np.ndarray:
+        logits = np.array(forward(*arguments))
+        if mask_id not in eos_ids:
+            logits[..., mask_id] = -np.inf  # no answer holds mask tokens
+        return logits
+
+    run = _Run(without_masks, temperature, seed)
     tokens, drafts, confidence, passes = [], [], [], []
     while True:
         context, start, m = list(prompt) + tokens, len(tokens), len(drafts)

@@ -142,7 +142,8 @@ def test_scores_choose_differently():
     """In the first plan of one request the settings give different scores and choose different slots."""
     case = Case([5, 9, 2], DecodeConfig(MASK, NEVER, 32, 4, slot_threshold=0.3))
     fed = np.asarray([*case.prompt, *[MASK] * 32])
-    logits = WHOLE(fed, np.arange(35), np.tril(np.ones((35, 35), bool)))[3:]
+    logits = np.array(WHOLE(fed, np.arange(35), np.tril(np.ones((35, 35), bool)))[3:])
+    logits[:, MASK] = -np.inf  # no answer holds mask tokens
     cases = [changed(case, slot_score=score) for score in SLOT_SCORES]
     states = final_states(cases)
     for one, state in zip(cases, states, strict=True):
@@ -196,7 +197,7 @@ def test_default_requests_carry_nothing_of_it():
 
 # Checks of the settings.
 
-TOKENIZER = types.SimpleNamespace(need_mask=lambda: MASK, mask_id=MASK, eos_ids=(2,))
+TOKENIZER = types.SimpleNamespace(need_mask=lambda: MASK, mask_id=MASK, eos_ids=(2,), pad_id=2)
 
 
 def parse(method: str = "refusion", **settings) -> asking.Request:

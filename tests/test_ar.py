@@ -72,7 +72,9 @@ def plain_loop(case: Case) -> list[int]:
     def next_logits(tokens: list[int]) -> np.ndarray:
         padded = np.zeros(SHAPE.prompt + SHAPE.gen + 1, np.int32)
         padded[: len(tokens)] = tokens
-        return np.asarray(causal_logits(padded))[len(tokens) - 1]
+        logits = np.array(causal_logits(padded))[len(tokens) - 1]
+        logits[config.mask_id] = -np.inf  # no answer holds mask tokens
+        return logits
 
     while len(tokens) < len(case.prompt) + config.gen_length:
         first = len(tokens) == len(case.prompt)
@@ -170,6 +172,7 @@ def test_temperature_draws_from_the_tempered_softmax(compilations):
             s.raw_ids[0] for s in sample([Case(prompt, dataclasses.replace(config, seed=i)) for i in seeds])
         ]
     weights = np.exp(np.asarray(causal_logits(np.asarray(prompt, np.int32)))[-1] / temperature)
+    weights[MASK] = 0
     expected = weights / weights.sum()
     surplus = np.bincount(drawn, minlength=VOCAB) - count * expected
     assert (np.abs(surplus) < 4 * np.sqrt(count * expected) + 1).all()

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 from whole_params import restore_params
 
 from refusion_jax.checkpoints import orbax_io as checkpoint
-from refusion_jax.checkpoints.orbax_io import Checkpoints, Preemption
+from refusion_jax.checkpoints.orbax_io import Checkpoints
 from refusion_jax.errors import BadInput
 from refusion_jax.sharding import MeshConfig, make_mesh
+from refusion_jax.training.signals import Preemption
 
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -86,6 +87,7 @@ def test_keeps_the_newest(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in range(1, 6):
             checkpoints.save(step, trees(step), {})
+        checkpoints.finish()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["4", "5"]
 
 
@@ -112,6 +114,7 @@ def test_half_written_and_half_deleted_checkpoints_are_not_there(copy):
     with Checkpoints(copy, keep=2) as checkpoints:
         assert checkpoints.latest_step() == 7
         checkpoints.save(8, trees(8), {})
+        checkpoints.finish()
     assert sorted(os.listdir(folder)) == ["7", "8"]
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import transcription
 from decoding import (
     CONFIG,
@@ -27,7 +28,10 @@ from decoding import (
     sample,
 )
 
+from refusion_jax.baselines.decoders import ar
+from refusion_jax.baselines.decoders.config import ARConfig
 from refusion_jax.decode import loop as decode
+from refusion_jax.decode.batch import Shape
 from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.decode.outputs import read_outputs
 from refusion_jax.decode.row_state import Phase
@@ -67,6 +71,8 @@ def test_drafts_are_samples_of_the_tempered_softmax_with_confidence_of_the_plain
     _, (logits,) = np.split(
         WHOLE(np.asarray([5, 9, 2, MASK]), np.arange(4), np.tril(np.ones((4, 4), bool))), [3]
     )
+    logits = np.array(logits)
+    logits[..., MASK] = -np.inf  # no answer holds mask tokens
     drawn = [s for i in range(0, count, 8) for s in sample([hot(case, temperature, i + k) for k in range(8)])]
     counts = np.bincount([s.raw_ids[0] for s in drawn], minlength=CONFIG.vocab_size)
     expected = transcription.probabilities(logits / temperature)
@@ -157,3 +163,26 @@ def test_bfloat16_model_decodes(eventful):
     shuffled = [6, 0, 3, 5]
     for again, i in zip(sample([batch[i] for i in shuffled], model, params), shuffled, strict=True):
         assert_same(again, ours[i])
+
+
+@pytest.mark.parametrize("head", ["MASK and PAD first", "PAD ends answers"])
+def test_no_answer_holds_mask_or_padding_tokens(head):
+    """With equal logits the argmax is the first token: the mask, were it not removed."""
+    rigged = jax.tree.map(jnp.zeros_like, PARAMS)
+    ends = 1 if head == "PAD ends answers" else 9
+    common = {"mask_id": 0, "eos_id": (9, ends), "pad_id": 1}
+    expected = [1] if ends == 1 else [2] * 8
+    configs = [
+        DecodeConfig(**common, gen_length=8, slot_size=4),
+        DecodeConfig(**common, gen_length=8, slot_size=4, slot_threshold=-1, token_threshold=-1),
+        DecodeConfig(**common, gen_length=8, verify="exact", draft_length=4),
+    ]
+    for config in configs:
+        samples = decode.sample(MODEL, rigged, [[5, 6]], config)
+        assert samples.raw_ids[0, : int(samples.num_raw[0])].tolist()[: len(expected)] == expected
+    config = ARConfig(**common, gen_length=8)
+    samples = ar.DECODER.sample(MODEL, rigged, [[5, 6]], config, shape=Shape(rows=1, prompt=4, gen=8))
+    assert samples.raw_ids[0, : int(samples.num_raw[0])].tolist() == expected
+    release = DecodeConfig(**common | {"eos_id": 9}, gen_length=8, slot_size=4, semantics="release")
+    samples = decode.sample(MODEL, rigged, [[5, 6]], release)
+    assert set(samples.raw_ids[0, : int(samples.num_raw[0])].tolist()) == {0}  # as the authors' code

@@ -18,6 +18,7 @@ from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.errors import BadInput
 from refusion_jax.train import main
 from refusion_jax.training import processes
+from refusion_jax.training.signals import PREEMPTED_EXIT_CODE
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -128,7 +129,7 @@ def test_sigterm_makes_all_processes_save_and_end(config_file, tmp_path):
     run = Run(config_file, tmp_path / "run", "--processes=2", "--devices=2", *steps)
     run.wait_for_step(4)
     run.process.terminate()
-    text = run.finish(checkpoint.PREEMPTED_EXIT_CODE)
+    text = run.finish(PREEMPTED_EXIT_CODE)
     step = checkpoint.latest_step(run.workdir)
     assert text.count(f"SIGTERM: saving step {step} of 5000") == 1
     assert run.rows()[-1, 0] == step

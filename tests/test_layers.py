@@ -18,11 +18,12 @@ SANDBOXED = "data.tasks.sandbox_child"
 COMMANDS = set(refusion_jax.__main__.COMMANDS)
 
 # Rooms that any other may import.
-GROUND = {"errors", "files", "deferred", "version"}
+GROUND = {"errors", "files", "deferred", "interrupt", "version"}
 MAY_IMPORT = {
     "": set(),
     # ground
     "errors": set(),
+    "interrupt": set(),
     "deferred": set(),
     "version": set(),
     "__main__": {"config"},

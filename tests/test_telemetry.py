@@ -150,7 +150,7 @@ class Clock(wall_time.WallTime):
 
 
 def step_values(tokens: int) -> dict[str, np.generic]:
-    work = {"tokens": np.int32(tokens), "flops": np.float32(8e12 * tokens)}
+    work = {"tokens": np.int32(tokens), "flops": np.float32(8e12 * tokens), "bad_steps": np.int32(0)}
     return {name: np.float32(0.5) for name in metrics.STEP_COLUMNS} | work
 
 

@@ -33,6 +33,7 @@ from refusion_jax.training import metrics
 from refusion_jax.training.loop import first_state
 from refusion_jax.training.optimizer import OptimizerConfig
 from refusion_jax.training.run import RunConfig, TrainConfig, worker_examples
+from refusion_jax.training.signals import PREEMPTED_EXIT_CODE
 from refusion_jax.training.step import make_program
 
 ROOT = Path(__file__).parent.parent
@@ -334,7 +335,7 @@ def test_a_run_that_dies_goes_on_to_the_last_bit(config_file, finished, tmp_path
         stopped = Run(config_file, folder, devices)
         stopped.wait_for_step(reached + random.randint(1, 6))
         stopped.process.send_signal(signal.SIGTERM)
-        text = stopped.finish(checkpoint.PREEMPTED_EXIT_CODE)
+        text = stopped.finish(PREEMPTED_EXIT_CODE)
         assert ("from the start" if step is None else f"resuming from step {step} of 24") in text
         step = checkpoint.latest_step(folder)
         assert stopped.rows()[-1][0] == str(step)
@@ -445,7 +446,7 @@ def test_two_processes_save_together_when_one_is_told_to_stop(config_file, finis
     stopped[0].wait_for_step(5)
     stopped[1].process.send_signal(signal.SIGTERM)
     for run in stopped:
-        run.finish(checkpoint.PREEMPTED_EXIT_CODE)
+        run.finish(PREEMPTED_EXIT_CODE)
     step = checkpoint.latest_step(tmp_path / "run")
     assert 5 <= step < 24
     resumed = start()

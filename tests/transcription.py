@@ -118,6 +118,9 @@ class _Run:
         for i, seen in enumerate(sees):
             mask[i, seen] = True
         logits = self.forward(np.asarray(tokens), np.asarray(positions), mask)[committed:]
+        if not self.release and self.mask_id != self.eos_id:
+            logits = np.array(logits)
+            logits[:, self.mask_id] = -np.inf  # no answer holds mask tokens
         borders = np.cumsum([len(new_tokens) for new_tokens, _ in sequences])[:-1]
         self.forwards += 1
         return np.split(logits, borders)
@@ -268,7 +271,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def likeliness(logits: np.ndarray) -> np.float32:
     """exp(-H), with H the mean entropy, in nats, of the softmax of logits [W, V]."""
     p = probabilities(logits)
-    return np.exp((p * np.log(p)).sum(-1).mean())
+    return np.exp((p * np.log(np.where(p > 0, p, 1))).sum(-1).mean())
 
 
 # The score of a slot from its logits [W, V].

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import phases
 from train_runs import command, summary
 
-from refusion_jax.checkpoints.orbax_io import PREEMPTED_EXIT_CODE
+from refusion_jax.training.signals import PREEMPTED_EXIT_CODE
 
 HERE = Path(__file__).parent
 SHORTEST = 45  # seconds; with less time left nothing is started

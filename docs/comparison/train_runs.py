@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from refusion_jax.checkpoints.orbax_io import PREEMPTED_EXIT_CODE
+from refusion_jax.training.signals import PREEMPTED_EXIT_CODE
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/comparison")

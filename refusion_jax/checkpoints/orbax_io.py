@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, and notice of preemption; the only file that imports Orbax.
+"""Checkpoints of a training run; the only file that imports Orbax.
 
     DIR/checkpoints/STEP/params      parameters, sharded
     DIR/checkpoints/STEP/optimizer   step and optimizer state
@@ -11,8 +11,8 @@ matter when the process is killed.
 
 import contextlib
 import logging
+import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -27,7 +27,7 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
-from refusion_jax.errors import BadInput
+from refusion_jax.errors import BadInput, Failed
 from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
 FOLDER = "checkpoints"
@@ -36,27 +36,27 @@ CHUNK_BYTES = 2**24  # of a converted array, read and decompressed at a time
 BATCH_BYTES = 2**26  # of converted arrays, written at a time; one more array may exceed it
 APPEARS_SECONDS = 60  # longest wait until a process sees a folder made by process 0; NFS may take 30 s
 
-# Exit code of a process that saved and stopped on SIGTERM. SLURM requeues a preempted job whatever its code;
-# Kubernetes and xpk restart on 128 + signal number by default.
-PREEMPTED_EXIT_CODE = 128 + signal.SIGTERM
-
 
 class Checkpoints:
     """Saves and restores the checkpoints of one training run. All processes of the run call its methods.
 
+    A checkpoint is *good* once a step from it was finite, which the run tells by `prove`. Good ones are
+    never deleted for one that is not proven yet.
+
     Args:
       folder: DIR, the folder of the run, on a file system shared by all processes.
-      keep: number of newest checkpoints that are kept; older ones are deleted.
+      keep: number of newest good checkpoints that are kept; older ones are deleted.
 
     Raises:
       BadInput: process 0 created a folder that this process does not see.
+      Failed: a checkpoint could not be written, from the method that notices it.
     """
 
     def __init__(self, folder: str | Path, keep: int):
         self._folder = Path(folder).resolve()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, todelete_subdir=OUTDATED, cleanup_tmp_directories=True
-        )
+        self._keep = keep
+        self._silent = contextlib.ExitStack()
+        options = ocp.CheckpointManagerOptions(todelete_subdir=OUTDATED, cleanup_tmp_directories=True)
         with _orbax_silent():
             self._manager = ocp.CheckpointManager(self._folder / FOLDER, options=options)
         deadline = time.monotonic() + APPEARS_SECONDS
@@ -65,13 +65,19 @@ class Checkpoints:
                 raise BadInput(f"{self._folder}: must be on a disk that all processes see")
             time.sleep(0.5)
         self._delete_leftovers()
+        self._steps = sorted(self._manager.all_steps())
+        self.good_step = self._steps[-2] if len(self._steps) > 1 else None
 
     def __enter__(self) -> "Checkpoints":
+        self._silent.enter_context(_orbax_silent())  # saves run, and fail, in the background
         return self
 
-    def __exit__(self, *error) -> None:
-        self._manager.close()
+    def __exit__(self, kind, *error) -> None:
+        # An exception that is on its way says more than one of closing.
+        with contextlib.suppress(Failed) if kind else contextlib.nullcontext():
+            self._writing(self._manager.close)
         self._delete_leftovers()
+        self._silent.close()
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, a save in progress included; None if there is no checkpoint.
@@ -94,10 +100,20 @@ class Checkpoints:
           data: state of the data iterator, JSON. It is the same in all processes, so that a run can resume
             with another number of processes.
         """
-        self._manager.wait_until_finished()  # before that, Orbax may be moving a checkpoint into OUTDATED
-        self._delete_in_background()
+        self._delete_outdated()
         items = {name: ocp.args.StandardSave(tree, _layer_by_layer(tree)) for name, tree in trees.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)), force=True)
+        args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
+        self._writing(lambda: self._manager.save(step, args=args, force=True))
+        self._steps.append(step)
+
+    def prove(self, before: int) -> None:
+        """Notes that the checkpoints of steps below `before` are good: the step `before` was finite."""
+        if self._steps and self._steps[-1] < before:
+            self.good_step = self._steps[-1]
+
+    def finish(self) -> None:
+        """Waits for the last save, of a run that has ended well, and deletes what is over `keep` then."""
+        self._delete_outdated()
 
     def restore(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """Restores the trees and the state of the data iterator saved at `step`.
@@ -117,10 +133,25 @@ class Checkpoints:
         restored = _reading(folder, lambda: self._manager.restore(step, args=args))
         return {name: restored[name] for name in trees}, restored["data"]
 
+    def _writing(self, write: Callable[[], Any]) -> None:
+        """Calls `write`, and turns what Orbax raises for a save that failed into Failed."""
+        try:
+            write()
+        except Exception as error:
+            complete = latest_step(self._folder)
+            kept = "no checkpoint is complete" if complete is None else f"checkpoint {complete} is complete"
+            raise Failed(
+                f"{self._folder / FOLDER}: a checkpoint could not be written ({_reason(error)}); {kept}"
+            ) from None
+
     # Orbax moves an old checkpoint into OUTDATED by one rename and leaves it there. If it were deleted in
     # place, a kill in the middle would leave half a checkpoint under its final name.
 
-    def _delete_in_background(self) -> None:
+    def _delete_outdated(self) -> None:
+        self._writing(self._manager.wait_until_finished)  # before that, the newest is not complete
+        for step in self._steps[: -self._keep]:
+            self._writing(lambda step=step: self._manager.delete(step))
+        self._steps = self._steps[-self._keep :]
         outdated = self._folder / FOLDER / OUTDATED
         if jax.process_index() == 0 and outdated.exists():
             renamed = outdated.rename(f"{outdated}-{time.time_ns()}")
@@ -187,34 +218,6 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-class Preemption:
-    """A context that notes SIGTERM, so that the training loop can finish its step and save before it stops.
-
-    The previous signal handler is restored on exit.
-    """
-
-    def __init__(self):
-        self._noticed = False
-
-    def __enter__(self) -> "Preemption":
-        # With several processes JAX's preemption service listens and makes all processes stop at one step.
-        self._single = jax.process_count() == 1
-        if self._single:
-            self._previous = signal.signal(signal.SIGTERM, self._notice)
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self._single:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`. All processes must call this after every step."""
-        return self._noticed if self._single else multihost_utils.reached_preemption_sync_point(step)
-
-    def _notice(self, number: int, frame: Any) -> None:
-        self._noticed = True
-
-
 def _newest(folder: str | Path) -> Path:
     step = latest_step(folder)
     if step is None:
@@ -274,33 +277,46 @@ def _name(key: tuple) -> str:
 
 def _reading(path: Path, read: Callable[[], Any]) -> Any:
     """Calls `read`, and turns any exception that Orbax raises for a damaged checkpoint into BadInput."""
-    report = sys.unraisablehook
-    sys.unraisablehook = lambda event: None if "loop is closed" in str(event.exc_value) else report(event)
     try:
         with _orbax_silent():
-            value = read()
+            return read()
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # not damage: too large for this machine
     except Exception as error:  # Orbax raises many kinds, bare Exception too
-        # The reads of the other arrays fail later, in the background. The hook above, which stays installed
-        # after a failure, and this log level keep their errors off stderr.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        reason = str(error.__cause__ or error).split(" [tensorstore_spec", 1)[0]
         step = next(folder for folder in (path, *path.parents) if folder.parent.name == FOLDER)
         raise BadInput(
-            f"{path}: damaged checkpoint ({reason}); delete {step} to use the one before"
+            f"{path}: damaged checkpoint ({_reason(error)}); delete {step} to use the one before"
         ) from None
-    sys.unraisablehook = report
-    return value
+
+
+def _reason(error: BaseException) -> str:
+    """What an exception of Orbax says, in one line: the system's own words, or all but specifications."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split(" [tensorstore_spec", 1)[0].split())
+    of_the_system = re.search(r": ([^:]+) \[os_error_code=", text)
+    return of_the_system[1] if of_the_system else text or type(error).__name__
 
 
 @contextlib.contextmanager
 def _orbax_silent() -> Iterator[None]:
-    """A context that silences Orbax's log; it logs missing files before it raises for them."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    """A context in which Orbax prints nothing; what it raises says the same.
+
+    It logs missing files before it raises for them. After an exception the other reads and writes fail
+    later, in the background, so the context stays in force then.
+    """
+    hook, filters = sys.unraisablehook, [(name, _FromOrbax(name)) for name in ("absl", "asyncio")]
+    sys.unraisablehook = lambda event: None if "loop is closed" in str(event.exc_value) else hook(event)
+    for name, drop in filters:
+        logging.getLogger(name).addFilter(drop)
+    yield
+    sys.unraisablehook = hook
+    for name, drop in filters:
+        logging.getLogger(name).removeFilter(drop)
+
+
+class _FromOrbax(logging.Filter):
+    """Drops what Orbax logs, under its own name or that of its event loops."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name != "asyncio" and "orbax" not in record.pathname

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from refusion_jax.decode.config import DRAFT_FROM, ENTROPY, MEAN, SLOT_SCORES, DecodeConfig, check_whole
+from refusion_jax.decode.config import (
+    DRAFT_FROM,
+    ENTROPY,
+    MEAN,
+    SLOT_SCORES,
+    DecodeConfig,
+    check_whole,
+    removed_ids,
+)
 from refusion_jax.decode.samples import is_eos
 from refusion_jax.errors import BadInput
 
@@ -229,6 +237,7 @@ class Requests(struct.PyTreeNode):
         the shape allows their defaults only; nothing is compiled for them then.
       replay: the recorded decode that each row repeats, or None.
       exact: what requests with `verify` "exact" ask for besides; None where the shape has none of them.
+      removed: int32 arrays, token ids that are never chosen (`removed_ids`).
     """
 
     prompt_len: jax.Array
@@ -244,6 +253,7 @@ class Requests(struct.PyTreeNode):
     recompute: jax.Array | None
     replay: Replay | None
     exact: ExactRequests | None
+    removed: tuple[jax.Array, ...]
 
     def is_eos(self, tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
         """bool: which of the tokens [B, ...] end a response. `release` knows only the first of `eos_ids`."""
@@ -279,6 +289,7 @@ class Requests(struct.PyTreeNode):
             recompute=column("recompute", bool) if shape.recompute else None,
             replay=None,
             exact=ExactRequests.batch(configs, shape) if shape.drafts else None,
+            removed=removed_columns(configs, shape.rows),
         )
 
 
@@ -338,6 +349,12 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
     """Raises BadInput unless every entry of the prompt is a token id from 0 to `vocab_size` - 1."""
     for token in prompt:
         check_whole("an id of a prompt", token, 0, vocab_size - 1)
+
+
+def removed_columns(configs: Sequence, rows: int) -> tuple[np.ndarray, ...]:
+    """The ids of `removed_ids` of these configs, a padded column [rows] for each."""
+    ids = zip(*(removed_ids(config) for config in configs), strict=True)
+    return tuple(padded_column(column, rows, np.int32, padding=-1) for column in ids)
 
 
 def padded_column(values: Sequence, rows: int, dtype, padding=0) -> np.ndarray:

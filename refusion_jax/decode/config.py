@@ -60,6 +60,7 @@ class DecodeConfig:
         in its place, because training never predicted it from the token before; "ar" reads it as any other.
         For "exact", as in ARConfig.
       slot_sizes: the slot sizes that the model was trained with; read with border "draft".
+      pad_id: token id of the padding token; None for none. See `removed_ids`.
 
     Raises:
       BadInput: a setting is out of range, or the lengths do not divide; the message names the setting.
@@ -83,6 +84,7 @@ class DecodeConfig:
     first_token: str = "next"
     border: str = "ar"
     slot_sizes: tuple[int, ...] = SLOT_SIZES
+    pad_id: int | None = None
 
     def __post_init__(self):
         check_common(self)
@@ -175,6 +177,17 @@ def check_common(config) -> None:
     if config.temperature < 0:
         raise BadInput(f"temperature must be 0 or above, found {config.temperature!r}")
     check_whole("seed", config.seed, 0, 2**32 - 1)
+
+
+def removed_ids(config) -> tuple[int, int]:
+    """The ids of the mask token and the padding token where no answer may hold them, else -1.
+
+    An id that ends answers stays, and "release" removes nothing, as the authors' code.
+    """
+    if getattr(config, "semantics", "fixed") == "release":
+        return -1, -1
+    ids = config.mask_id, -1 if config.pad_id is None else config.pad_id
+    return tuple(-1 if token in config.eos_ids else token for token in ids)
 
 
 def check_readings(config) -> None:

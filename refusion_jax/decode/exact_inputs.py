@@ -141,6 +141,7 @@ def exact_inputs(
         iteration=place,  # the key of `--method=ar`
         place=jnp.zeros_like(place),
         rounded=jnp.zeros(q.shape, bool),
+        removed=tuple(jnp.broadcast_to(token, q.shape) for token in request.removed),
     )
     return TokensFed(token, position, active, jnp.zeros_like(token), mask, sampling), layout
 

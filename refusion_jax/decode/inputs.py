@@ -161,6 +161,7 @@ class PassInputs(struct.PyTreeNode):
             iteration=jnp.broadcast_to(iteration, self.tokens.shape),
             place=self.positions - request.prompt_len,
             rounded=jnp.broadcast_to(request.release, self.tokens.shape),
+            removed=tuple(jnp.broadcast_to(token, self.tokens.shape) for token in request.removed),
         )
         return TokensFed(self.tokens, self.positions, self.active, self.target, self.mask, sampling)
 

@@ -20,6 +20,7 @@ class DraftSampling(struct.PyTreeNode):
       place: int32, the index of the token in the response.
       rounded: bool, whether logits are rounded to the model's dtype first, as in `release` semantics; None
         for no rounding.
+      removed: int32 arrays, token ids that are never chosen and have no probability; -1 for none.
     """
 
     temperature: Array
@@ -27,6 +28,14 @@ class DraftSampling(struct.PyTreeNode):
     iteration: Array
     place: Array
     rounded: Array | None = None
+    removed: tuple[Array, ...] = ()
+
+    def allowed(self, logits: Array) -> Array:
+        """The logits [N, V] with -inf for the removed tokens."""
+        tokens = jnp.arange(logits.shape[-1])
+        for removed in self.removed:
+            logits = jnp.where(tokens == removed[:, None], -jnp.inf, logits)
+        return logits
 
 
 class Scores(struct.PyTreeNode):
@@ -60,13 +69,14 @@ def score(
     logits = logits.astype(jnp.float32)
     if sampling.rounded is not None and dtype != jnp.float32:
         logits = jnp.where(sampling.rounded[:, None], logits.astype(dtype).astype(jnp.float32), logits)
+    logits = sampling.allowed(logits)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
 
     def probability(token: Array) -> Array:
         chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
         return jnp.exp(chosen - normaliser)
 
-    drafted = draft(logits, sampling)
+    drafted = _chosen(logits, sampling)
     entropies = None
     if entropy:
         entropies = jnp.sum(jax.scipy.special.entr(jnp.exp(logits - normaliser[:, None])), axis=-1)
@@ -78,6 +88,11 @@ def draft(logits: Array, sampling: DraftSampling) -> Array:
 
     The noise is keyed by (seed, iteration, place), so it depends on nothing but the request.
     """
+    return _chosen(sampling.allowed(logits), sampling)
+
+
+def _chosen(logits: Array, sampling: DraftSampling) -> Array:
+    """`draft` of logits without the removed tokens."""
 
     def noise(sampling: DraftSampling) -> Array:
         key = jax.random.fold_in(jax.random.key(sampling.seed), sampling.iteration)

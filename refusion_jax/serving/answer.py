@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -106,8 +107,12 @@ def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:
 
 
 def converse(flags: argparse.Namespace) -> int:
-    """Answers each line typed on the terminal, until end of input or an interrupt."""
+    """Answers each line typed on the terminal, until end of input, or an interrupt at the prompt.
+
+    An interrupt while an answer is decoded ends that answer alone.
+    """
     opened = open_model(flags)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("Type a prompt and Enter; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
@@ -120,6 +125,8 @@ def converse(flags: argparse.Namespace) -> int:
                 print_answers(opened, [text_request(opened, prompt)])
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
 
 
 def write_trace(path: Path, opened: Opened, request: Request, prompt: str, answer: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ METHODS: dict[str, type[Config]] = {
 }
 
 
-OF_THE_MODEL = ("mask_id", "eos_id", "slot_sizes")  # fields of a config that no flag or request sets
+# Fields of a config that no flag or request sets.
+OF_THE_MODEL = ("mask_id", "eos_id", "pad_id", "slot_sizes")
 
 
 def default_settings(method: str) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def parse(raw: Any, defaults: Defaults, tokenizer: Tokenizer, vocab_size: int) -
     # What feeds no masks never reads the logits of the one in a batch's padding, so EOS can replace it.
     needs_mask = tokenizer.mask_id is not None or feeds_masks(defaults.method, settings)
     mask_id = tokenizer.need_mask() if needs_mask else tokenizer.eos_id
+    if "pad_id" in known:
+        settings["pad_id"] = tokenizer.pad_id
     config = METHODS[defaults.method](mask_id=mask_id, eos_id=tokenizer.eos_ids, **settings)
     prompt = _encode(given[0], raw[given[0]], defaults, tokenizer)
     check_prompt(prompt, vocab_size)

@@ -11,23 +11,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import yaml
 from jax.sharding import Mesh
 
 from refusion_jax import config, loader, sharding
 from refusion_jax.checkpoints import hugging_face
-from refusion_jax.checkpoints.orbax_io import PREEMPTED_EXIT_CODE, Checkpoints, Preemption
+from refusion_jax.checkpoints.orbax_io import Checkpoints
 from refusion_jax.data.batches import Batches
 from refusion_jax.data.examples import Examples
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, row_use
-from refusion_jax.errors import BadInput
+from refusion_jax.errors import BadInput, Stopped
 from refusion_jax.files import write_atomically
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.tokenizer import Tokenizer
 from refusion_jax.training import teacher
+from refusion_jax.training.guard import Guard, Spikes
+from refusion_jax.training.lock import sole_writer
 from refusion_jax.training.metrics import Reporter, check_wandb
 from refusion_jax.training.profiling import Profile
 from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_tokenizer, worker_examples
+from refusion_jax.training.signals import Preemption
 from refusion_jax.training.step import Program, TrainState, make_program
 from refusion_jax.training.wall_time import WallTime
 from refusion_jax.weights import lora
@@ -60,7 +65,8 @@ class Services(NamedTuple):
 
     Attributes:
       checkpoints: saves states.
-      preemption: whether SIGTERM was received, the same answer in all processes.
+      preemption: whether SIGTERM or SIGINT was received, the same answer in all processes.
+      guard: notes steps that were not finite.
       wall_time: the seconds of this process, by what they were spent on.
       profile: traces some of the steps.
       reporter: writes metrics; None in all processes but the first.
@@ -69,6 +75,7 @@ class Services(NamedTuple):
 
     checkpoints: Checkpoints
     preemption: Preemption
+    guard: Guard
     wall_time: WallTime
     profile: Profile
     reporter: Reporter | None
@@ -84,10 +91,12 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
       profile_steps: the steps to trace, into DIR/profile.
 
     Returns:
-      0, or PREEMPTED_EXIT_CODE after SIGTERM: the current step was finished and saved first.
+      0, or that of `Preemption` after SIGTERM or SIGINT: the current step was finished and saved first.
 
     Raises:
       BadInput: the configuration, its data or the contents of `workdir` cannot be used.
+      Stopped: another run uses `workdir`, or too many steps in a row were not finite.
+      Failed: a checkpoint could not be written.
     """
     wall_time = WallTime()
     check_wandb(run.train.wandb_project)
@@ -105,11 +114,13 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
     )
     folder = _open_folder(workdir)
     with (
+        sole_writer(folder),
         Checkpoints(folder, run.train.keep) as checkpoints,
         Preemption() as preemption,
         contextlib.closing(batches),
     ):
         done = checkpoints.latest_step()
+        _check_steps_left(run, folder, done)
         taught_by = teacher.digest(run.train.teacher) if program.teacher else None
         if done is None:
             state = first_state(run, program)
@@ -127,7 +138,8 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
             wall_time.lap("setup")
             with _reporter(run, folder, done or 0, wall_time) as reporter:
                 loaded = tuple(teacher.load_teacher(run, abstract) for abstract in program.teacher)
-                services = Services(checkpoints, preemption, wall_time, profile, reporter, loaded)
+                guard = Guard(folder, run.train.max_bad_steps)
+                services = Services(checkpoints, preemption, guard, wall_time, profile, reporter, loaded)
                 return _take_steps(run, program, state, done or 0, batches, services)
 
 
@@ -152,26 +164,30 @@ def _take_steps(
     run: RunConfig, program: Program, state: TrainState, done: int, batches: Batches, services: Services
 ) -> int:
     """Takes, reports and saves the steps from `done` + 1 to the last; returns the exit code of the run."""
-    checkpoints, preemption, wall_time, profile, reporter, taught_by = services
+    checkpoints, preemption, guard, wall_time, profile, reporter, taught_by = services
     steps = run.train.steps
     unreported: list[dict[str, jax.Array]] = []
-    previous = None
+    spikes = Spikes()
+    previous: tuple[int, dict[str, jax.Array], np.ndarray] | None = None  # the arguments of `Guard.look`
+    is_due = False  # a save that waits for a finite step
     for step in range(done + 1, steps + 1):
         batch = next(batches)
+        ids = np.where(batch["total_len"] > 0, batch["example_id"], -1)
         # While the devices are busy with the previous step, waiting for a batch costs nothing.
         wall_time.lap("input" if _is_ready(previous) else "step")
         batch = jax.make_array_from_process_local_data(program.batch_sharding, batch)
-        profile.before(step, previous)
+        profile.before(step, previous and previous[1])
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = program.step(state, batch, *taught_by)
         profile.after(step, metrics)
-        if previous is None:
+        if step == done + 1:
             wall_time.lap("compile")
         unreported.append(metrics)
         # Stay exactly one step ahead of the devices: they never wait for this process, and little is in
         # flight when SIGTERM arrives.
-        jax.block_until_ready(previous)
-        previous = metrics
+        if previous is not None:
+            _judge(guard, checkpoints, *previous)
+        previous = step, metrics, ids
         if reporter is not None:
             reporter.advance(step)
         if step % run.train.log_every == 0 or step == steps:
@@ -179,19 +195,55 @@ def _take_steps(
                 taken = jax.device_get(unreported)
                 wall_time.lap("step")
                 reporter.report(step, taken)
+                for line in spikes.lines(step, taken):
+                    print(line, file=sys.stderr, flush=True)
             unreported = []
         preempted = preemption.reached(step) and step < steps
-        if preempted or step == steps or step % run.train.save_every == 0:
+        is_due |= preempted or step == steps or step % run.train.save_every == 0
+        if is_due:
             # Saved after the rows of metrics.csv up to this step: a resumed run does not repeat them.
             jax.block_until_ready(metrics)  # saving waits for the step; do not count that as saving
             wall_time.lap("step")
-            checkpoints.save(step, _items(state), batches.get_state())
+            _judge(guard, checkpoints, *previous)
+            previous = None
+            if not guard.is_bad:
+                checkpoints.save(step, _items(state), batches.get_state())
+                is_due = False
             wall_time.lap("checkpoint")
         if preempted:
-            if jax.process_index() == 0:
-                print(f"SIGTERM: saving step {step} of {steps}, run again to go on", file=sys.stderr)
-            return PREEMPTED_EXIT_CODE
+            return _stop(preemption, checkpoints, step, steps)
+    if is_due:
+        kept = checkpoints.latest_step()
+        raise Stopped(
+            f"the last step was not finite, so it is not saved; the newest checkpoint is of step {kept}"
+        )
+    if _is_finite(state.params):
+        checkpoints.finish()
     return 0
+
+
+def _judge(
+    guard: Guard, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array], ids: np.ndarray
+) -> None:
+    """Waits for a step; tells guard and checkpoints whether it was finite."""
+    guard.look(step, metrics, ids, checkpoints.good_step)
+    if not guard.is_bad:
+        checkpoints.prove(before=step)
+
+
+def _stop(preemption: Preemption, checkpoints: Checkpoints, step: int, steps: int) -> int:
+    """Says what is saved when a signal ends a run; returns its exit code."""
+    saved = checkpoints.latest_step()
+    if jax.process_index() == 0:
+        what = f"saving step {step} of {steps}" if saved == step else f"step {step} was not finite, not saved"
+        print(f"{preemption.name}: {what}, run again to go on", file=sys.stderr)
+    return preemption.exit_code
+
+
+def _check_steps_left(run: RunConfig, folder: Path, done: int | None) -> None:
+    steps = run.train.steps
+    if done is not None and steps < done:
+        raise BadInput(f"train.steps: must be at least {done}, which {folder} has reached, found {steps}")
 
 
 def _reporter(
@@ -221,8 +273,14 @@ def _size(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _is_ready(arrays: Any) -> bool:
-    return all(array.is_ready() for array in jax.tree.leaves(arrays))
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    """bool []: whether all numbers of the tree are finite."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def _is_ready(previous: tuple[int, dict[str, jax.Array], np.ndarray] | None) -> bool:
+    return previous is None or all(array.is_ready() for array in previous[1].values())
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[TrainState, Any]:

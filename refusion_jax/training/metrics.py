@@ -37,6 +37,7 @@ COLUMNS = (
     "checkpoint_share",
     "compile_share",
     "peak_memory_bytes",
+    "bad_steps",  # since the previous row: steps whose loss or gradients were not finite
 )
 
 
@@ -93,7 +94,7 @@ class Reporter:
         Args:
           step: number of updates done.
           taken: metrics of each step since the previous report, in order: NumPy scalars under the names of
-            STEP_COLUMNS, and "flops".
+            STEP_COLUMNS, "flops" and "bad_steps".
         """
         now = self._running_seconds()
         seconds = now - self._reported_at
@@ -108,6 +109,7 @@ class Reporter:
         row = {"step": step} | {name: taken[-1][name] for name in STEP_COLUMNS}
         row |= _rates(steps, tokens, flops, seconds) | _shares(self._wall_time)
         row |= {"seconds": round(self._wall_time.seconds(), 3), "peak_memory_bytes": _peak_memory_bytes()}
+        row["bad_steps"] = sum(int(values["bad_steps"]) for values in taken)
         # One write per row: a kill can leave at most a partial last line, which `truncate` drops. The file is
         # closed each time because mounted buckets store writes only then.
         # str of a NumPy float32 is the shortest text that reads back as the same float32.
@@ -204,13 +206,16 @@ def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any] | None) -
 def truncate(path: Path, step: int) -> None:
     """Drops rows after `step` and a partial last row from a metrics file; creates the file if missing.
 
+    Columns that a file of an older version lacks stay empty in its rows.
+
     Raises:
       BadInput: the file has another header or a row without a step.
     """
     header = ",".join(COLUMNS)
     # Text after the last newline is a row that a kill cut short.
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    if lines and lines[0] != header:
+    lacks = COLUMNS[lines[0].count(",") + 1 :] if lines else ()
+    if lines and ",".join((lines[0], *lacks)) != header:
         raise BadInput(f"{path}:1: found {lines[0]!r}, expected {header!r}; move the file away")
     kept = [header]
     for number, line in enumerate(lines[1:], start=2):
@@ -218,7 +223,7 @@ def truncate(path: Path, step: int) -> None:
         if not first.isdecimal():
             raise BadInput(f"{path}:{number}: found {line!r}, expected a row that begins with a step")
         if int(first) <= step:
-            kept.append(line)
+            kept.append(line + "," * len(lacks))
     write_atomically(path, "\n".join(kept) + "\n")
 
 

@@ -28,7 +28,9 @@ class TrainConfig:
       save_every: steps between checkpoints; the last step is always saved.
       log_every: steps between rows of metrics.csv; the last step always has one.
       microbatches: parts into which a batch is split, computed one after another to save memory.
-      keep: number of newest checkpoints that are kept.
+      keep: number of newest good checkpoints that are kept. A checkpoint is good once a step from it was
+        finite; until then the newest is kept besides.
+      max_bad_steps: steps in a row with a loss or gradient that is not finite after which the run stops.
       seed: seed of the initial parameters, the order of the data and the noise.
       dtype: dtype of activations and matrix products, "float32" or "bfloat16"; parameters are float32.
       remat: activations that a layer keeps for the backward pass: "none" keeps all, "dots" the results of
@@ -54,6 +56,7 @@ class TrainConfig:
     log_every: int
     microbatches: int = 1
     keep: int = 3
+    max_bad_steps: int = 10
     seed: int = 0
     dtype: str = "float32"
     remat: str = "none"
@@ -69,7 +72,7 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = ("steps", "batch_size", "save_every", "log_every", "microbatches", "keep", "loss_chunks")
-        for name in (*counts, "distill_top_k"):
+        for name in (*counts, "distill_top_k", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.first_batch < 0:

@@ -152,7 +152,7 @@ def make_program(run: RunConfig, mesh: Mesh, mask_id: int | None) -> Program:
 def train_step(
     parts: StepParts, state: TrainState, batch: Batch, teacher: Any = None
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update.
+    """One update; where the loss or a gradient is not finite, only the step number changes.
 
     Args:
       parts: what is static.
@@ -163,7 +163,8 @@ def train_step(
     Returns:
       the next state, and metrics: float32 [] "loss", "ar_loss" and "diffusion_loss" of the given parameters,
       "grad_norm" before clipping, "learning_rate", "flops" (see flops.py) and "padding", the share of the
-      batch that is padding; int32 [] "tokens", the tokens of the batch that are not.
+      batch that is padding; int32 [] "tokens", the tokens of the batch that are not, and "bad_steps", 1 where
+      the loss or a gradient is not finite.
     """
     run, optimizer = parts.run, parts.optimizer
     objective = OBJECTIVES[run.objective]
@@ -180,9 +181,11 @@ def train_step(
             grads, losses = _gradients(parts, state, noised)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    tokens = jnp.sum(batch["total_len"])
+    tokens, grad_norm = jnp.sum(batch["total_len"]), optax.tree.norm(grads)
+    is_finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
     metrics = losses | {
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
+        "bad_steps": 1 - is_finite.astype(jnp.int32),
         "learning_rate": run.optimizer.schedule(run.train.steps)(state.step),
         "tokens": tokens,
         "padding": (batch["tokens"].size - tokens) / batch["tokens"].size,
@@ -192,7 +195,9 @@ def train_step(
     if parts.teacher is not None:
         metrics["flops"] += forward_flops(parts.teacher.model.config, *work)
     with jax.named_scope("update"):
-        params = optax.apply_updates(state.params, updates)
+        updated = optax.apply_updates(state.params, updates), opt_state
+        kept = state.params, state.opt_state
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, kept)
     return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
 

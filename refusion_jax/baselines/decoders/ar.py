@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from refusion_jax.baselines.decoders.config import ARConfig
-from refusion_jax.decode.batch import Shape, check_pairs, padded_column
+from refusion_jax.decode.batch import Shape, check_pairs, padded_column, removed_columns
 from refusion_jax.decode.decoder import Decoder, repeated
 from refusion_jax.decode.exact_inputs import reads_mask
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
@@ -28,6 +28,7 @@ class ARRequests(struct.PyTreeNode):
       prompt_len: int32, prompt tokens.
       from_mask: bool, first_token "mask" instead of "next".
       border_every: int32, multiples of it are read off a mask token; 0 for border "ar".
+      removed: int32 arrays, token ids that are never chosen (`removed_ids`).
     """
 
     prompt_len: Array
@@ -36,6 +37,7 @@ class ARRequests(struct.PyTreeNode):
     seed: Array
     from_mask: Array
     border_every: Array
+    removed: tuple[Array, ...]
 
     def is_eos(self, tokens: Array, eos_ids: Array) -> Array:
         """bool: which of the tokens [B, ...] end a response."""
@@ -54,6 +56,7 @@ class ARRequests(struct.PyTreeNode):
             seed=padded_column([c.seed for c in configs], rows, jnp.uint32),
             from_mask=padded_column([c.first_token == "mask" for c in configs], rows, bool),
             border_every=padded_column([c.border_every for c in configs], rows, jnp.int32),
+            removed=removed_columns(configs, rows),
         )
 
 
@@ -162,6 +165,7 @@ def append(state: ARState, logits: Array, eos_ids: Array) -> ARState:
         seed=requests.seed,
         iteration=state.count,
         place=jnp.zeros_like(state.count),
+        removed=requests.removed,
     )
     token = draft(logits, sampling)
     positions = (requests.prompt_len + state.count)[:, None]

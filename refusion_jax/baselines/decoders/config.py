@@ -39,6 +39,7 @@ class ARConfig:
         "ar": those of the token before it. "draft": those of a mask token in its place, fed after all tokens
         before it, because ReFusion's training predicts no token across a slot border.
       slot_sizes: the slot sizes that the model was trained with; read with border "draft".
+      pad_id: token id of the padding token; None for none. See `removed_ids`.
 
     Raises:
       BadInput: a setting is out of range; the message names it.
@@ -52,6 +53,7 @@ class ARConfig:
     first_token: str = "next"
     border: str = "ar"
     slot_sizes: tuple[int, ...] = SLOT_SIZES
+    pad_id: int | None = None
 
     def __post_init__(self):
         check_common(self)
