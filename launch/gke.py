@@ -34,6 +34,7 @@ TPUS = {
 }
 CHIPS = 4  # per host
 CONTAINER = "train"
+NO_RESTART = [2, 4, 130]  # exit codes of train: bad input, stopped itself, interrupted
 # No metadata cache: each host must see what another host wrote immediately.
 MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
 
@@ -78,15 +79,15 @@ def jobset(flags: argparse.Namespace, bucket: str, mount: str, train: list[str])
         "containers": [container],
         "volumes": [{"name": "bucket", "csi": volume}],
     }
-    bad_input = {"containerName": CONTAINER, "operator": "In", "values": [2]}
+    stopped = {"containerName": CONTAINER, "operator": "In", "values": NO_RESTART}
     job = {
         "parallelism": hosts,
         "completions": hosts,
         "backoffLimit": 0,  # JobSet restarts all pods together; a pod never restarts alone
-        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": bad_input}]},
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": stopped}]},
         "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod},
     }
-    give_up = {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    give_up = {"name": "stopped", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -111,7 +112,7 @@ def _xpk(flags: argparse.Namespace, bucket: str, mount: str, train: list[str]) -
         *("xpk", "workload", "create", f"--workload={flags.name}", f"--cluster={flags.xpk_cluster}"),
         *(f"--tpu-type={TPUS[flags.tpu][1]}-{flags.topology}", f"--docker-image={flags.image}"),
         *(f"--storage={bucket}", f"--max-restarts={flags.restarts}"),
-        # xpk already includes 127 to 255. 1 is also the exit code of a process that lost another process.
+        # xpk already includes 127 to 255, 130 too. 1 is also the code of a process that lost another process.
         "--restart-on-exit-codes=1",
         f"--termination-grace-period-seconds={flags.grace}",
         *(["--spot"] if flags.spot else []),

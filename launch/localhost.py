@@ -7,8 +7,9 @@ The Python that runs this script needs refusion_jax installed. With --platform=c
 simulated devices; with --platform=gpu it has --devices GPUs of its own. All other flags are passed to train.
 
 When a process is killed by a signal, or saves after SIGTERM and exits with 143, all processes restart from
-the newest checkpoint, up to --restarts times. When one process fails with exit code 1 or 2, all are stopped,
-and the script exits with that code. On SIGTERM the script makes all processes save and exits with 143.
+the newest checkpoint, up to --restarts times. When one process fails with exit code 1, 2 or 4, all are
+stopped, and the script exits with that code. On SIGTERM or Ctrl-C the script makes all processes save and
+exits with 143 or 130.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import sys
 import time
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code of a process that got SIGTERM and saved
+INTERRUPTED = 128 + signal.SIGINT  # of one that got SIGINT and saved
 GRACE = 60  # seconds for the other processes to end after one has ended well
 
 
@@ -31,7 +33,9 @@ def main() -> int:
             print(shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command]))
         return 0
     terminated = []
-    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(PREEMPTED))
+    # A terminal sends SIGINT to all processes. To those that it does not reach SIGTERM says the same.
+    signal.signal(signal.SIGINT, lambda *_: terminated.append(INTERRUPTED))
     for restart in range(flags.restarts + 1):
         running = [
             subprocess.Popen(command, env=os.environ | variables)
@@ -40,14 +44,14 @@ def main() -> int:
         print("localhost: processes", *(process.pid for process in running), file=sys.stderr, flush=True)
         try:
             codes = _wait(running, terminated)
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
         finally:
             for process in running:
                 process.kill()  # the remaining ones wait for a process that is gone
                 process.wait()
         code = _outcome(codes)
-        if code != PREEMPTED or terminated:
+        if terminated and code == PREEMPTED:
+            return terminated[0]
+        if code != PREEMPTED:
             return code
         again = (
             f"restart {restart + 1} of {flags.restarts}" if restart < flags.restarts else "no restart left"
@@ -104,7 +108,7 @@ def _commands(flags: argparse.Namespace, to_train: list[str]) -> list[tuple[list
     return commands
 
 
-def _wait(running: list[subprocess.Popen], terminated: list[bool]) -> list[int | None]:
+def _wait(running: list[subprocess.Popen], terminated: list[int]) -> list[int | None]:
     """Exit codes once all processes have ended, one has failed, or GRACE is over; None while one runs."""
     ended_at = None
     told = False
@@ -115,7 +119,7 @@ def _wait(running: list[subprocess.Popen], terminated: list[bool]) -> list[int |
                 process.terminate()
         codes = [process.poll() for process in running]
         ended = [code for code in codes if code is not None]
-        if len(ended) == len(codes) or not set(ended) <= {0, PREEMPTED}:
+        if len(ended) == len(codes) or not set(ended) <= {0, PREEMPTED, INTERRUPTED}:
             return codes
         if ended:
             ended_at = ended_at or time.monotonic()
@@ -125,11 +129,12 @@ def _wait(running: list[subprocess.Popen], terminated: list[bool]) -> list[int |
 
 
 def _outcome(codes: list[int | None]) -> int:
-    """One exit code for all processes: 0 done, PREEMPTED restart, 1 or 2 stop."""
+    """One exit code for all processes: 0 done, PREEMPTED restart, others stop."""
     # JAX aborts a process that lost another one; SIGABRT says nothing about why the other one is gone.
     causes = [code for code in codes if code != -signal.SIGABRT] or codes
-    if 2 in causes:
-        return 2
+    for stops in (2, 4, INTERRUPTED):
+        if stops in causes:
+            return stops
     if any(code == PREEMPTED or (code is not None and code < 0) for code in causes):
         return PREEMPTED
     return 0 if set(causes) == {0} else 1

@@ -102,9 +102,9 @@ sudo mkdir -p '"$mount"' && sudo chown "$USER" '"$mount"'
 mountpoint -q '"$mount"' || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 '"$bucket $mount"
 }
 
-# Trains on all machines; returns 0 done, 1 or 2 failed, 143 restart.
+# Trains on all machines; returns 0 done, 1, 2, 4 or 130 stopped, 143 restart.
 train() {
-  local command codes
+  local command codes stopped
   command=$(printf '%q ' ../venv/bin/python -m refusion_jax.train "--config=$config" "--workdir=$folder" \
     ${overrides[@]+"${overrides[@]}"})
   # Processes left over from a lost connection hold the TPU. The brackets keep the pattern from matching itself.
@@ -113,9 +113,11 @@ train() {
   if on_all "cd refusion_jax && $command; code=\$?; echo \$code >~/exit_code; exit \$code"; then return 0; fi
   [[ $(state) == ACTIVE ]] || return 143
   codes=$(on_all 'cat exit_code' 2>/dev/null) || true
-  if grep -qx 2 <<<"$codes"; then return 2; fi
+  for stopped in 2 4 130; do
+    if grep -qx "$stopped" <<<"$codes"; then return "$stopped"; fi
+  done
   # Killed by a signal, except 134 (SIGABRT), with which JAX ends the processes that lost another one.
-  if grep -qxE '129|13[0-35-9]|1[4-9][0-9]' <<<"$codes"; then return 143; fi
+  if grep -qxE '129|13[1-35-9]|1[4-9][0-9]' <<<"$codes"; then return 143; fi
   if grep -qx 1 <<<"$codes"; then return 1; fi
   return 143
 }

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from refusion_jax import interrupt
 from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.errors import BadInput
 from refusion_jax.train import main
@@ -124,12 +125,15 @@ def test_a_killed_process_is_started_again_with_the_other(config_file, two_devic
     assert_same(run, two_devices)
 
 
-def test_sigterm_makes_all_processes_save_and_end(config_file, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, PREEMPTED_EXIT_CODE), (signal.SIGINT, interrupt.EXIT_CODE)]
+)
+def test_a_signal_makes_all_processes_save_and_end(config_file, tmp_path, number, code):
     steps = ("--config.train.steps=5000", "--config.train.save_every=5000")
     run = Run(config_file, tmp_path / "run", "--processes=2", "--devices=2", *steps)
     run.wait_for_step(4)
-    run.process.terminate()
-    text = run.finish(PREEMPTED_EXIT_CODE)
+    run.process.send_signal(number)
+    text = run.finish(code)
     step = checkpoint.latest_step(run.workdir)
     assert text.count(f"SIGTERM: saving step {step} of 5000") == 1
     assert run.rows()[-1, 0] == step
@@ -173,6 +177,8 @@ def localhost():
         ([-6, 1], 1),
         ([-6, 2], 2),
         ([1, None], 1),
+        ([4, -6], 4),
+        ([130, 143], 130),
         ([0, None], 1),
     ],
 )
@@ -399,7 +405,15 @@ def test_a_pod_that_is_preempted_is_requested_again(gcloud, tools):
 
 @pytest.mark.parametrize(
     ("codes", "code", "starts"),
-    [("134 2", 2, 1), ("134 1", 1, 1), ("134 137", 0, 2), ("143 143", 0, 2), ("134 134", 0, 2)],
+    [
+        ("134 2", 2, 1),
+        ("134 1", 1, 1),
+        ("134 137", 0, 2),
+        ("143 143", 0, 2),
+        ("134 134", 0, 2),
+        ("134 4", 4, 1),
+        ("130 134", 130, 1),
+    ],
 )
 def test_a_pod_that_stays_is_started_again_after_signals(gcloud, tools, codes, code, starts):
     done = gcloud("ACTIVE", codes)
@@ -446,7 +460,11 @@ def test_jobset_manifest():
     assert pod["restartPolicy"] == "Never"  # a podFailurePolicy requires it
     (container,) = pod["containers"]
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert rule["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [2, 4, 130],
+    }
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["command"] == [
         *("python", "-m", "refusion_jax.train", "--config=configs/tiny.py"),
