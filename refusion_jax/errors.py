@@ -1,10 +1,13 @@
 """Exceptions that end a command with one line, and their translation into a message and an exit code."""
 
+import errno
 import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable
+
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 class BadInput(ValueError):
@@ -54,6 +57,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             # What is still buffered goes nowhere, instead of failing again when the interpreter ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except OSError as error:
+            if error.errno not in OF_THE_DISK:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            return report(Failed(f"{where}cannot be written ({error.strerror})"))
 
     return run
 

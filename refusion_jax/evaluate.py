@@ -25,7 +25,7 @@ from refusion_jax.data.pipeline import make_tasks
 from refusion_jax.data.tasks.registry import TASKS, make_task
 from refusion_jax.data.tasks.task import SPLITS, Task
 from refusion_jax.errors import BadInput, command
-from refusion_jax.files import write_atomically
+from refusion_jax.files import check_output_folder, write_atomically
 from refusion_jax.serving.flags import add_decoding_flags
 from refusion_jax.serving.opened import Opened, open_model
 from refusion_jax.serving.score import Score, score
@@ -131,16 +131,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if flags.limit < 1:
         raise BadInput(f"--limit must be at least 1 problem, found {flags.limit}")
+    check_output_folder("--output", flags.output)
     tasks = asked_tasks(flags)
     for task in tasks:
         require_judged(task, flags.split, flags.limit)
     opened = open_model(flags)
     scores = score(opened, tasks, flags.split, flags.limit, flags.batch_size)
+    figures = {task.name: scored.figures() for task, scored in zip(tasks, scores, strict=True)}
+    # Printed before they are written, so that a full disk does not lose them.
+    print(json.dumps(figures if len(tasks) > 1 else figures[tasks[0].name]), flush=True)
     if flags.output:
         answers = [answer for scored in scores for answer in scored.answers]
         write(Path(flags.output), results(flags, tasks, scores, opened), answers)
-    figures = {task.name: scored.figures() for task, scored in zip(tasks, scores, strict=True)}
-    print(json.dumps(figures if len(tasks) > 1 else figures[tasks[0].name]))
     return 0
 
 

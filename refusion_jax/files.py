@@ -51,14 +51,18 @@ def open_atomically(path: str | Path, *, keep_partial: bool = False) -> Iterator
 
     The data goes to a temporary file in the same folder, which is synced to disk and then renamed to `path`.
     If the block raises, an existing file at `path` stays unchanged, and the temporary file is removed unless
-    `keep_partial` is set.
+    `keep_partial` is set. Of a symbolic link the target is replaced. A pipe or a device is written to.
 
     Args:
       path: the file.
       keep_partial: name the temporary file `path`.partial and keep it if the block raises, so that results
         that took long are not lost. The next call replaces it.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
     partial = path.with_name(
         f"{path.name}.partial" if keep_partial else f".{path.name}.partial-{os.getpid()}"
     )
@@ -74,6 +78,35 @@ def open_atomically(path: str | Path, *, keep_partial: bool = False) -> Iterator
         if not keep_partial:
             partial.unlink(missing_ok=True)
             interrupt.temporary.discard(partial)
+
+
+def check_output(flag: str, path: str | Path | None) -> None:
+    """Raises BadInput if a file at `path` cannot be written; called before any work is done for it.
+
+    None and "-", standard output, always can.
+    """
+    if path in (None, "-"):
+        return
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise BadInput(f"{flag}={path}: cannot be written (it is a folder)")
+    if not target.parent.is_dir():
+        raise BadInput(f"{flag}={path}: cannot be written (its folder does not exist)")
+    is_special = target.exists() and not target.is_file()
+    if not os.access(target if is_special else target.parent, os.W_OK):
+        raise BadInput(f"{flag}={path}: cannot be written (no permission)")
+
+
+def check_output_folder(flag: str, path: str | Path | None) -> None:
+    """Raises BadInput if no files can be written into a folder at `path`, which need not exist yet."""
+    if path is None:
+        return
+    target = Path(os.path.realpath(path))
+    there = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not there.is_dir():
+        raise BadInput(f"{flag}={path}: cannot be a folder ({there} is a file)")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"{flag}={path}: cannot be written (no permission in {there})")
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

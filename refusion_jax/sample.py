@@ -25,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_decoding_flags(parser)
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="a prompt; repeatable")
-    parser.add_argument("--input", metavar="FILE", help="requests, one JSON object per line")
-    parser.add_argument("--output", metavar="FILE", help="results, one JSON object per line (default stdout)")
+    parser.add_argument("--input", metavar="FILE", help="requests, one JSON object per line; - for stdin")
+    parser.add_argument(
+        "--output", metavar="FILE", help="results, one JSON object per line (default -, stdout)"
+    )
     parser.add_argument("--trace", metavar="FILE", help="file for the trace of a single --prompt, as JSON")
     flags = parser.parse_args(arguments)
     from refusion_jax.serving.answer import answer  # imports JAX, which --help does not need

@@ -133,7 +133,7 @@ def test_a_process_reads_its_own_parts_once(tmp_path, scanned):
 
 
 def test_what_others_write_beside_the_weights_is_left_alone(tmp_path):
-    """The head of a tied model and the RoPE buffers of old Llama files are ignored, as in `transformers`."""
+    """An equal head of a tied model and the RoPE buffers of old Llama files, as in `transformers`."""
     config = FAMILIES["llama"]
     tensors = random_tensors(config)
     extra = {
@@ -142,6 +142,24 @@ def test_what_others_write_beside_the_weights_is_left_alone(tmp_path):
     }
     params = load_params(write(tmp_path, tensors | extra), config)
     assert "head" not in params
+
+
+def test_a_tied_model_has_one_matrix_under_either_name(tmp_path):
+    """A head that differs would be dropped in silence; a file with the head alone has the embedding in it."""
+    config = FAMILIES["llama"]
+    tensors = random_tensors(config)
+    other = tensors["model.embed_tokens.weight"].copy()
+    other[-1, -1] += 1
+    with pytest.raises(
+        BadInput, match=r"lm_head.weight.* differs from .*model.embed_tokens.weight.* to false"
+    ):
+        load_params(write(tmp_path / "other", tensors | {"lm_head.weight": other}), config)
+    alone = {name: tensor for name, tensor in tensors.items() if name != "model.embed_tokens.weight"}
+    alone["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    found = load_params(write(tmp_path / "alone", alone), config)
+    jax.tree.map(
+        np.testing.assert_array_equal, found, load_params(write(tmp_path / "whole", tensors), config)
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -42,6 +42,8 @@ DECODING_FIELDS = {
 }
 
 HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+COMPARED_BYTES = 2**24  # of two tensors that must be equal, read at a time
 # Buffers in old files; they follow from config.json.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -80,7 +82,7 @@ def table(config: ModelConfig) -> dict[str, Entry]:
         return Entry(path, (size,), (0,), (size,))
 
     entries = {
-        "model.embed_tokens.weight": Entry(("embedding",), (c.vocab_size, D), (0, 1), (c.vocab_size, D)),
+        EMBEDDING: Entry(("embedding",), (c.vocab_size, D), (0, 1), (c.vocab_size, D)),
         "model.norm.weight": vector("final_norm", "scale", size=D),
     }
     if not c.tie_embeddings:
@@ -287,22 +289,23 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, LazyArray], source: 
 
     Args:
       config: shape of the model.
-      tensors: tensors by name; they are not read.
+      tensors: tensors by name. They are not read, but for the head of a tied model if there is one.
       source: their file or folder, for messages.
 
     Returns:
       nested dict of LazyArray.
 
     Raises:
-      BadInput: a tensor is missing, unknown or of another shape.
+      BadInput: a tensor is missing, unknown or of another shape, or a tied model has a head of its own.
     """
     entries = table(config)
+    if config.tie_embeddings and HEAD in tensors:
+        tensors = _tied(tensors)
     params: dict[str, Any] = {}
     for name, tensor in tensors.items():
         entry = entries.get(name)
         if entry is None:
-            # Some writers store the head of a tied model; no reader uses it.
-            if IGNORED.fullmatch(name) or name == HEAD:
+            if IGNORED.fullmatch(name):
                 continue
             raise BadInput(f"{tensor.where} belongs to no part of this model")
         if tensor.shape != entry.shape:
@@ -316,6 +319,31 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, LazyArray], source: 
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BadInput(f"{source}: tensor {missing[0]!r}{more} missing")
     return params
+
+
+def _tied(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """The tensors of a tied model, of which some writers store the head too, or the head alone.
+
+    Raises:
+      BadInput: the head is not the embedding.
+    """
+    rest = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    head, embedding = tensors[HEAD], rest.setdefault(EMBEDDING, tensors[HEAD])
+    if not _equal(head, embedding):
+        raise BadInput(
+            f"{head.where} differs from {embedding.where}, which config.json ties it to; "
+            "set tie_word_embeddings to false if the model has both"
+        )
+    return rest
+
+
+def _equal(one: LazyArray, other: LazyArray) -> bool:
+    """Whether two matrices are equal, read a part at a time."""
+    rows = max(1, COMPARED_BYTES * one.shape[0] // max(1, one.nbytes))
+    parts = (slice(start, start + rows) for start in range(0, one.shape[0], rows))
+    return one.shape == other.shape and all(
+        np.array_equal(one.read((part, slice(None))), other.read((part, slice(None)))) for part in parts
+    )
 
 
 def to_tensors(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, LazyArray]:

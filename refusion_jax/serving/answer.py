@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 
 from refusion_jax.errors import BadInput
-from refusion_jax.files import write_atomically
+from refusion_jax.files import check_output, write_atomically
 from refusion_jax.serving.engine import fitting_shape, serve, warm_up
 from refusion_jax.serving.opened import Opened, asked_method, open_model
 from refusion_jax.serving.requests import Request, is_id, parse
-from refusion_jax.serving.results import check_output, write_results
+from refusion_jax.serving.results import write_results
 from refusion_jax.serving.terminal import live_view
 
 
@@ -79,13 +79,14 @@ def answer_file(flags: argparse.Namespace) -> int:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, line) of every line of a file that is not blank.
+    """(line number, line) of every line of a file, or of standard input ("-"), that is not blank.
 
     Raises:
       BadInput: the file cannot be read or holds no request.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--input={path}: cannot be read ({error})") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

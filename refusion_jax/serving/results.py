@@ -2,14 +2,12 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from refusion_jax.decode.samples import Samples
-from refusion_jax.errors import BadInput
 from refusion_jax.files import open_atomically
 from refusion_jax.serving.requests import Request
 from refusion_jax.tokenizer import Tokenizer
@@ -107,12 +105,12 @@ def exact_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
 
 
 def write_results(results: Iterable[dict[str, Any]], output: str | None) -> None:
-    """Writes results as JSON lines to stdout, or to a file.
+    """Writes results as JSON lines to stdout (None or "-"), or to a file.
 
     The file is written as `output`.partial and renamed when it is complete; what a run that is stopped has
     answered stays there.
     """
-    if output is None:
+    if output in (None, "-"):
         for answer in results:
             print(to_json(answer), flush=True)
         return
@@ -130,13 +128,3 @@ def to_json(answer: dict[str, Any]) -> str:
     except UnicodeEncodeError:
         line = json.dumps(answer)
     return line
-
-
-def check_output(flag: str, path: str | None) -> None:
-    """Raises BadInput if a file at `path` cannot be written; called before any work is done for it."""
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise BadInput(f"{flag}={path}: cannot be written (it is a folder)")
-    if not Path(path).absolute().parent.is_dir():
-        raise BadInput(f"{flag}={path}: cannot be written (its folder does not exist)")
