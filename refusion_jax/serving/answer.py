@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from refusion_jax.errors import BadInput
 from refusion_jax.files import check_output, write_atomically
+from refusion_jax.serving.admission import by_length, check_fits, rows_that_fit
 from refusion_jax.serving.engine import fitting_shape, serve, warm_up
 from refusion_jax.serving.opened import Opened, asked_method, open_model
 from refusion_jax.serving.requests import Request, is_id, parse
@@ -50,7 +51,7 @@ def answer_file(flags: argparse.Namespace) -> int:
     check_output("--output", flags.output)
     lines = read_lines(Path(flags.input))
     opened = open_model(flags)
-    model, params, tokenizer, defaults, _ = opened
+    model, _, tokenizer, defaults, _ = opened
     answers: list[dict[str, Any] | None] = []
     requests: list[Request] = []
     for number, line in lines:
@@ -60,22 +61,38 @@ def answer_file(flags: argparse.Namespace) -> int:
             answers.append({"id": None, "error": f"{flags.input}:{number}: not JSON ({error})"})
             continue
         try:
-            requests.append(parse(raw, defaults, tokenizer, model.config.vocab_size))
+            request = parse(raw, defaults, tokenizer, model.config.vocab_size)
+            check_fits(request, model.config, model.dtype)
+            requests.append(request)
             answers.append(None)
         except BadInput as error:
             request_id = raw["id"] if isinstance(raw, dict) and is_id(raw.get("id")) else None
             answers.append({"id": request_id, "error": f"{flags.input}:{number}: {error}"})
 
-    served = iter(())
-    if requests:
-        shape = fitting_shape(requests, flags.batch_size, defaults.ahead)
-        served = serve(model, params, tokenizer, requests, shape, defaults.stop)
+    served = served_in_order(opened, requests, flags.batch_size)
     with opened.scope():
         write_results((next(served) if answer is None else answer for answer in answers), flags.output)
     errors = [answer["error"] for answer in answers if answer is not None]
     if errors:
         raise BadInput(f"{len(errors)} of {len(answers)} requests could not be served, first {errors[0]}")
     return 0
+
+
+def served_in_order(opened: Opened, requests: Sequence[Request], batch_size: int) -> Iterator[dict[str, Any]]:
+    """Yields the result of each request in order; those of about the same length decode together."""
+    model, params, tokenizer, defaults, _ = opened
+    results: dict[int, dict[str, Any]] = {}
+    following = 0
+    for indices in by_length(requests):
+        group = [requests[index] for index in indices]
+        rows = rows_that_fit(group, batch_size, model.config, model.dtype)
+        shape = fitting_shape(group, rows, defaults.ahead)
+        served = serve(model, params, tokenizer, group, shape, defaults.stop)
+        for index, answer in zip(indices, served, strict=True):
+            results[index] = answer
+            while following in results:
+                yield results.pop(following)
+                following += 1
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
