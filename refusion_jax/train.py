@@ -37,6 +37,11 @@ def _parser(epilog: str, coordinator_timeout: int) -> argparse.ArgumentParser:
         metavar="FIRST:LAST",
         help="steps to trace into DIR/profile, for XProf or TensorBoard (default: none)",
     )
+    parser.add_argument(
+        "--accept_changed_data",
+        action="store_true",
+        help="resume although the training examples are not those that the run had",
+    )
     several = parser.add_argument_group("several processes (SLURM and TPU slices need no flags)")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
     several.add_argument(
@@ -70,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with processes.distributed(
         flags.coordinator, flags.num_processes, flags.process_id, flags.coordinator_timeout
     ):
-        return run_training(run, flags.workdir, profile_steps)
+        return run_training(run, flags.workdir, profile_steps, flags.accept_changed_data)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,9 +16,11 @@ from test_train import Run, config_file, random_batches, run_config  # noqa: F40
 from refusion_jax import errors
 from refusion_jax.checkpoints import orbax_io
 from refusion_jax.checkpoints.orbax_io import Checkpoints
+from refusion_jax.data.pipeline import DataConfig, load_examples
 from refusion_jax.errors import Failed, Stopped
 from refusion_jax.interrupt import EXIT_CODE
 from refusion_jax.sharding import make_mesh
+from refusion_jax.tokenizer import ByteTokenizer
 from refusion_jax.train import main
 from refusion_jax.training.guard import FEWEST, Guard, Spikes
 from refusion_jax.training.lock import sole_writer
@@ -157,6 +160,57 @@ def test_metrics_of_an_older_version_get_the_new_columns(tmp_path):
     truncate(path, 3)
     header, row = path.read_text().splitlines()
     assert header.split(",") == list(COLUMNS) and row.split(",")[-2:] == ["0.5", ""]
+
+
+# Data
+
+JSONL = """
+import dataclasses
+from ml_collections import ConfigDict
+from refusion_jax.model.transformer import ModelConfig
+
+def get_config():
+    c = ConfigDict()
+    c.model = ConfigDict(dataclasses.asdict(ModelConfig(260, 1, 16, 2, 1, 8, 32)))
+    c.data = ConfigDict({"source": "jsonl", "paths": "none", "max_length": 48})
+    c.train = ConfigDict({"steps": 2, "batch_size": 8, "save_every": 2, "log_every": 1})
+    return c
+"""
+
+
+def write_jsonl(path: Path, lines: int) -> str:
+    rows = [json.dumps({"query": f"question {i}", "response": f"answer {i}"}) for i in range(lines)]
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)
+
+
+def test_data_are_the_same_by_content(tmp_path, capsys):
+    """A moved file is the same; one that grew is not, though its first lines are."""
+    (tmp_path / "jsonl.py").write_text(JSONL)
+
+    def train(steps: int, lines: int, name: str, *flags: str) -> int:
+        path = write_jsonl(tmp_path / name, lines)
+        flags += (f"--config.data.paths={path}", f"--config.train.steps={steps}")
+        return main([f"--config={tmp_path / 'jsonl.py'}", f"--workdir={tmp_path / 'run'}", *flags])
+
+    assert train(2, 40, "a.jsonl") == 0
+    assert train(3, 40, "moved.jsonl") == 0
+    assert "resuming from step 2 of 3" in capsys.readouterr().out
+    for lines in (55, 39):
+        assert train(4, lines, "a.jsonl") == 4
+        told = capsys.readouterr().err
+        assert "had 40 examples (SHA-256 " in told and f"found {lines} (" in told
+    assert "--accept_changed_data" in told and saved(tmp_path / "run") == [2, 3]
+    assert train(4, 55, "a.jsonl", "--accept_changed_data") == 0
+    assert train(5, 55, "a.jsonl") == 0
+
+
+def test_tasks_in_files_are_the_same_by_content(tmp_path):
+    def identity(name: str, lines: int):
+        tasks = {"text": {"path": write_jsonl(tmp_path / name, lines)}}
+        return load_examples(DataConfig(tasks=tasks, max_length=48), ByteTokenizer()).identity
+
+    assert identity("a.jsonl", 40) == identity("b.jsonl", 40) != identity("a.jsonl", 60)
 
 
 # One writer

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from refusion_jax.data.sources.example import Example
+from refusion_jax.data.tasks.file_task import FileTask
 from refusion_jax.data.tasks.task import Task
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import Tokenizer
@@ -32,6 +33,18 @@ class Counts(NamedTuple):
             f"{self.kept} examples kept, {self.too_long} longer than max_length and {self.empty} "
             "with an empty response dropped"
         )
+
+
+class Identity(NamedTuple):
+    """What examples are: a run that resumes must have the same, or its row numbers mean other examples.
+
+    Attributes:
+      examples: number of examples of finite sources, dropped ones included; tasks without end have none.
+      sha256: of the tokens of all examples, of tasks of the first _SCAN, and of the text of tasks in files.
+    """
+
+    examples: int
+    sha256: str
 
 
 class Encoded(NamedTuple):
@@ -123,9 +136,11 @@ class Examples(Protocol):
 
     Attributes:
       counts: numbers of usable and dropped examples, by source.
+      identity: what the examples are, wherever they are read from.
     """
 
     counts: dict[str, Counts]
+    identity: "Identity"
 
     def __getitem__(self, row_index: int) -> Row:
         """One row, as int32 arrays:
@@ -154,6 +169,7 @@ class FiniteExamples:
 
     Attributes:
       lengths: int [len], tokens of each usable example.
+      identity: as in Examples.
 
     Raises:
       BadInput: the source has no usable example.
@@ -166,12 +182,14 @@ class FiniteExamples:
         self._source = source
         # All examples are tokenised once before the first step, to know which are usable. Sharding and
         # resuming need the example at any row index without reading all examples before it.
+        digest = hashlib.sha256()
         lengths = np.concatenate(
             [
-                _lengths(encoder, source.__getitem__, range(start, min(start + _SCAN, len(source))))
+                _lengths(encoder, source.__getitem__, range(start, min(start + _SCAN, len(source))), digest)
                 for start in range(0, len(source), _SCAN)
             ]
         )
+        self.identity = Identity(len(source), digest.hexdigest())
         self.counts = {name: encoder.count(lengths, name)}
         self._kept = np.flatnonzero(encoder.usable(lengths))
         self.lengths = lengths[self._kept]
@@ -205,6 +223,7 @@ class TaskExamples:
     Attributes:
       turns: number of turns per cycle.
       shortest: fewest tokens of an example among the first _SCAN of each task.
+      identity: as in Examples.
 
     Raises:
       BadInput: a task has no usable example among its first _SCAN.
@@ -227,12 +246,19 @@ class TaskExamples:
         self._split = split
         self._seed = seed
         self.counts = {}
-        usable = []
+        usable, size, digest = [], 0, hashlib.sha256()
         for task in tasks:
-            lengths = _lengths(encoder, lambda i, task=task: task.example(i, split, seed), range(_SCAN))
+            lengths = _lengths(
+                encoder, lambda i, task=task: task.example(i, split, seed), range(_SCAN), digest
+            )
+            if isinstance(task, FileTask):
+                size += task.size(split)
+                for example in task.splits[split]:
+                    digest.update(f"{example.query}\0{example.response}\0".encode())
             self.counts[task.name] = encoder.count(lengths, str(task))
             usable.append(lengths[encoder.usable(lengths)])
         self.shortest = int(np.concatenate(usable).min())
+        self.identity = Identity(size, digest.hexdigest())
 
     def __getitem__(self, row_index: int) -> Row:
         cycle, which = divmod(row_index, self.turns)
@@ -246,9 +272,13 @@ class TaskExamples:
         raise BadInput(f"{task}: {self._DRAWS} examples in a row are longer than data.max_length")
 
 
-def _lengths(encoder: Encoder, example: Callable[[int], Example], numbers: Sequence[int]) -> np.ndarray:
-    """int [N], tokens of the examples with these numbers."""
+def _lengths(
+    encoder: Encoder, example: Callable[[int], Example], numbers: Sequence[int], digest: "hashlib._Hash"
+) -> np.ndarray:
+    """int [N], tokens of the examples with these numbers; adds their tokens to the digest."""
     encoded = encoder.encode([example(number) for number in numbers], numbers)
+    for one in encoded:
+        digest.update(np.array([len(one.prompt), *one.prompt, *one.response], np.int64).tobytes())
     return np.array([one.length for one in encoded])
 
 

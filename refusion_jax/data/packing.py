@@ -81,7 +81,7 @@ class PackedExamples:
     """
 
     def __init__(self, examples: FiniteExamples, row_length: int, most: int, shuffle_seed: int | None):
-        self.counts = examples.counts
+        self.counts, self.identity = examples.counts, examples.identity
         self._examples = examples
         self._most = most
         self._seed = shuffle_seed
@@ -130,7 +130,7 @@ class PackedTaskExamples:
     """
 
     def __init__(self, examples: TaskExamples, row_length: int, most: int):
-        self.counts = examples.counts
+        self.counts, self.identity = examples.counts, examples.identity
         self._examples = examples
         self._row_length = row_length
         self._most = most

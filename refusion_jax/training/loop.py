@@ -20,7 +20,7 @@ from refusion_jax import config, loader, sharding
 from refusion_jax.checkpoints import hugging_face
 from refusion_jax.checkpoints.orbax_io import Checkpoints
 from refusion_jax.data.batches import Batches
-from refusion_jax.data.examples import Examples
+from refusion_jax.data.examples import Examples, Identity
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, row_use
 from refusion_jax.errors import BadInput, Stopped
 from refusion_jax.files import write_atomically
@@ -44,7 +44,8 @@ CONFIG_FILE = "config.yaml"
 # of its batches and what config.json says of its model.
 MUST_NOT_CHANGE = {
     "model": [field.name for field in dataclasses.fields(ModelConfig)],
-    "data": [field.name for field in dataclasses.fields(DataConfig) if field.name != "workers"],
+    # Data are the same by content, see `_check_same_data`, wherever they are and whoever prepares them.
+    "data": [f.name for f in dataclasses.fields(DataConfig) if f.name not in ("workers", "paths")],
     "train": ["batch_size", "seed", "scan_layers", "first_batch", "distill_weight", "distill_top_k"],
     "diffusion": ["ar_share"],
     "lora": [field.name for field in dataclasses.fields(LoraConfig)],
@@ -82,20 +83,26 @@ class Services(NamedTuple):
     teacher: tuple[Any, ...]
 
 
-def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = range(0)) -> int:
+def run_training(
+    run: RunConfig,
+    workdir: str | Path,
+    profile_steps: range = range(0),
+    accept_changed_data: bool = False,
+) -> int:
     """Trains to `run.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Args:
       run: the configuration.
       workdir: DIR.
       profile_steps: the steps to trace, into DIR/profile.
+      accept_changed_data: resume also if the examples are not those that the run had.
 
     Returns:
       0, or that of `Preemption` after SIGTERM or SIGINT: the current step was finished and saved first.
 
     Raises:
       BadInput: the configuration, its data or the contents of `workdir` cannot be used.
-      Stopped: another run uses `workdir`, or too many steps in a row were not finite.
+      Stopped: another run uses `workdir`, its data changed, or too many steps in a row were not finite.
       Failed: a checkpoint could not be written.
     """
     wall_time = WallTime()
@@ -130,6 +137,8 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
             if taught_by is not None:
                 teacher.check_same_teacher(folder, run, taught_by)
             state, position = _restore(checkpoints, done, program.state)
+            if not accept_changed_data:
+                _check_same_data(folder, examples.identity, position.get("data"))
             batches.set_state(position)
         if jax.process_index() == 0:
             _describe(folder, run, tokenizer, taught_by)
@@ -140,7 +149,7 @@ def run_training(run: RunConfig, workdir: str | Path, profile_steps: range = ran
                 loaded = tuple(teacher.load_teacher(run, abstract) for abstract in program.teacher)
                 guard = Guard(folder, run.train.max_bad_steps)
                 services = Services(checkpoints, preemption, guard, wall_time, profile, reporter, loaded)
-                return _take_steps(run, program, state, done or 0, batches, services)
+                return _take_steps(run, program, state, done or 0, batches, examples.identity, services)
 
 
 def first_state(run: RunConfig, program: Program) -> TrainState:
@@ -161,7 +170,13 @@ def first_state(run: RunConfig, program: Program) -> TrainState:
 
 
 def _take_steps(
-    run: RunConfig, program: Program, state: TrainState, done: int, batches: Batches, services: Services
+    run: RunConfig,
+    program: Program,
+    state: TrainState,
+    done: int,
+    batches: Batches,
+    data: Identity,
+    services: Services,
 ) -> int:
     """Takes, reports and saves the steps from `done` + 1 to the last; returns the exit code of the run."""
     checkpoints, preemption, guard, wall_time, profile, reporter, taught_by = services
@@ -207,7 +222,7 @@ def _take_steps(
             _judge(guard, checkpoints, *previous)
             previous = None
             if not guard.is_bad:
-                checkpoints.save(step, _items(state), batches.get_state())
+                checkpoints.save(step, _items(state), batches.get_state() | {"data": data._asdict()})
                 is_due = False
             wall_time.lap("checkpoint")
         if preempted:
@@ -340,6 +355,25 @@ def _how_to_decode(run: RunConfig) -> dict[str, Any]:
     return fields
 
 
+def _check_same_data(folder: Path, found: Identity, saved: dict[str, Any] | None) -> None:
+    """Raises Stopped unless the examples are those of the checkpoint (None in those of older versions)."""
+    if saved is None or Identity(**saved) == found:
+        return
+    had = Identity(**saved)
+    raise Stopped(
+        f"the data changed: the run in {folder} had {had.examples:,} examples (SHA-256 {had.sha256[:12]}), "
+        f"found {found.examples:,} ({found.sha256[:12]}); bring them back, or go on with the new ones by "
+        "--accept_changed_data"
+    )
+
+
+def _placeless(value: Any) -> Any:
+    """The settings of tasks without the places of their files; any other value as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _placeless(of) for name, of in value.items() if name not in ("path", "test_path")}
+
+
 def _check_same_run(folder: Path, run: RunConfig) -> None:
     """Raises BadInput naming the first field in which `run` differs from the run in the folder."""
     path = folder / CONFIG_FILE
@@ -355,7 +389,7 @@ def _check_same_run(folder: Path, run: RunConfig) -> None:
     for section, fields in MUST_NOT_CHANGE.items():
         for field in fields:
             value = new[section][field]
-            pairs[f"{section}.{field}"] = value, old[section].get(field, value)
+            pairs[f"{section}.{field}"] = _placeless(value), _placeless(old[section].get(field, value))
     for name, (value, before) in pairs.items():
         if before != value:
             raise BadInput(
