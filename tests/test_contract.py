@@ -141,5 +141,5 @@ def test_configuration_fields():
 
 
 def test_exit_codes():
-    assert set(table("Exit codes")) == {"0", "1", "2", "3", "143"}
+    assert set(table("Exit codes")) == {"0", "1", "2", "3", "4", "130", "143"}
     assert issubclass(BadInput, ValueError)
