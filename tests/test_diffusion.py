@@ -356,6 +356,16 @@ EDGES = {
 }
 
 
+@pytest.mark.parametrize("name", ["release", "paper"])
+def test_a_masking_probability_of_zero_weighs_nothing(name):
+    """With eps 0 and t = 0 nothing of an example is masked; 1 / (p A) is infinite then."""
+    config = DiffusionConfig((4,), eps=0.0, normalisation=name)
+    drawn = Draw(*(np.asarray(x) for x in ([4], [0.0], [[False, False]], [[1, 0]])))
+    tokens = np.arange(10, dtype=np.int32)[None]
+    noised = rearrange(tokens, np.int32([2]), np.int32([10]), drawn, 11, config)
+    assert not np.any(noised.diffusion_weights) and np.isfinite(noised.ar_weights).all()
+
+
 @pytest.mark.parametrize("config", [RELEASE, PAPER], ids=["release", "paper"])
 @pytest.mark.parametrize("name", EDGES)
 def test_empty_sums_are_zero_with_finite_gradients(name, config):

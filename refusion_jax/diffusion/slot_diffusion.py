@@ -263,7 +263,8 @@ def rearrange(
             segments=at.segments,  # the sort keeps examples in place
             targets=targets[source],
             ar_weights=(labelled * ar_scale[owner])[source].astype(jnp.float32),
-            diffusion_weights=(masked * diffusion_scale[owner])[source].astype(jnp.float32),
+            # With eps 0 a probability may be 0, and its scale infinite; nothing is masked then.
+            diffusion_weights=jnp.where(masked, diffusion_scale[owner], 0)[source].astype(jnp.float32),
             ar_count=ar_count,
             has_response=num_noised,
         )
