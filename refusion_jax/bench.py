@@ -19,13 +19,14 @@ from refusion_jax import config, sharding
 from refusion_jax.benchmarks import decode as bench_decode
 from refusion_jax.benchmarks import train as bench_train
 from refusion_jax.benchmarks.table import Table
+from refusion_jax.compilation import use_compilation_cache
 from refusion_jax.decode.replay import read_courses
 from refusion_jax.errors import BadInput, command
 from refusion_jax.files import check_output, write_atomically
 from refusion_jax.loader import decoding_scope, load
 from refusion_jax.serving.flags import add_setting_flags, given_settings
 from refusion_jax.serving.methods import METHODS, Config, default_settings
-from refusion_jax.serving.opened import trained_settings, use_compilation_cache
+from refusion_jax.serving.opened import trained_settings
 from refusion_jax.training.run import RunConfig
 
 DECODING = {"gen_length": 512, "slot_size": 32, "num_blocks": 4}  # defaults of this command

@@ -18,10 +18,11 @@ SANDBOXED = "data.tasks.sandbox_child"
 COMMANDS = set(refusion_jax.__main__.COMMANDS)
 
 # Rooms that any other may import.
-GROUND = {"errors", "files", "deferred", "interrupt", "version"}
+GROUND = {"compilation", "errors", "files", "deferred", "interrupt", "version"}
 MAY_IMPORT = {
     "": set(),
     # ground
+    "compilation": set(),
     "errors": set(),
     "interrupt": set(),
     "deferred": set(),

@@ -30,11 +30,11 @@ from sampling import (
     recordings,
 )
 
+from refusion_jax import compilation
 from refusion_jax.decode import loop as decode
 from refusion_jax.decode.batch import Shape
 from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.decode.inputs import tokens_ahead
-from refusion_jax.serving import opened as opening
 
 
 def test_results_come_in_the_order_of_the_requests(served):
@@ -212,12 +212,12 @@ def test_as_users_start_it(checkpoint, served, tmp_path):
 
 def test_compiled_programs_are_kept_in_the_home_directory(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    opening.use_compilation_cache()
+    compilation.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before  # as set by the environment
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        opening.use_compilation_cache()
+        compilation.use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "refusion_jax")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 
 from refusion_jax import sharding
 from refusion_jax.checkpoints import hugging_face
+from refusion_jax.compilation import use_compilation_cache
 from refusion_jax.config import Parser
 from refusion_jax.decode.config import MOST_BLOCK_TOKENS
 from refusion_jax.errors import BadInput
@@ -136,14 +135,3 @@ def trained_settings(checkpoint: str, method: str) -> dict[str, Any]:
     if method == "bd3" and (block_len := hugging_face.block_len(checkpoint)) is not None:
         trained["block_len"] = block_len
     return trained
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs.
-
-    They are stored in JAX_COMPILATION_CACHE_DIR if that is set, otherwise in XDG_CACHE_HOME/refusion_jax or
-    ~/.cache/refusion_jax.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "refusion_jax"))

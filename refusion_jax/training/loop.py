@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from refusion_jax import config, loader, sharding
 from refusion_jax.checkpoints import hugging_face
 from refusion_jax.checkpoints.orbax_io import Checkpoints
+from refusion_jax.compilation import use_compilation_cache
 from refusion_jax.data.batches import Batches
 from refusion_jax.data.examples import Examples, Identity
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, row_use
@@ -106,6 +107,7 @@ def run_training(
       Failed: a checkpoint could not be written.
     """
     wall_time = WallTime()
+    use_compilation_cache()
     check_wandb(run.train.wandb_project)
     tokenizer = run_tokenizer(run)
     mesh = sharding.make_mesh(run.mesh)
