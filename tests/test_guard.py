@@ -239,6 +239,11 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 # Signals and pipes
 
 
+def with_interrupts() -> None:
+    """For a new process: SIGINT is not ignored there, though it is here in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_saves(config_file, tmp_path):  # noqa: F811
     run = Run(config_file, tmp_path / "run")
     run.wait_for_step(4)
@@ -254,6 +259,7 @@ def test_an_interrupt_while_compiling_is_one_line(tmp_path):
     sample = subprocess.Popen(
         [sys.executable, "-m", "refusion_jax.sample", "--prompt=683 - 352 = ?"],
         env=os.environ | cache,
+        preexec_fn=with_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -278,7 +284,10 @@ with open_atomically(sys.argv[1]) as file:
 
 def test_an_interrupt_leaves_no_temporary_file(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, tmp_path / "out.json"], capture_output=True, text=True
+        [sys.executable, "-c", INTERRUPTED, tmp_path / "out.json"],
+        preexec_fn=with_interrupts,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr, os.listdir(tmp_path)) == (EXIT_CODE, "interrupted\n", [])
 
