@@ -2,11 +2,12 @@
 
     DIR/checkpoints/STEP/params      parameters, sharded
     DIR/checkpoints/STEP/optimizer   step and optimizer state
-    DIR/checkpoints/STEP/data        state of the data iterator, JSON
+    DIR/checkpoints/STEP/data        state of the data iterator, and checksums of all arrays, JSON
 
 STEP is the number of updates done. A checkpoint is written under a temporary name and renamed when it is
 complete, and renamed again before it is deleted. So a directory STEP is always a complete checkpoint, no
-matter when the process is killed.
+matter when the process is killed. Arrays that are read are compared with their checksums (checksums.py), but
+for those of which a process reads a part.
 """
 
 import contextlib
@@ -27,11 +28,14 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
+from refusion_jax.checkpoints.checksums import checksum, checksums
 from refusion_jax.errors import BadInput, Failed
 from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
 FOLDER = "checkpoints"
 OUTDATED = ".outdated"  # folder of old checkpoints that are to be deleted
+DAMAGED = "damaged"  # folder of the run with checkpoints that could not be restored
+CHECKSUMS = "checksums"  # in the item "data": name of an array -> its checksum
 CHUNK_BYTES = 2**24  # of a converted array, read and decompressed at a time
 BATCH_BYTES = 2**26  # of converted arrays, written at a time; one more array may exceed it
 APPEARS_SECONDS = 60  # longest wait until a process sees a folder made by process 0; NFS may take 30 s
@@ -50,6 +54,10 @@ class Checkpoints:
     Raises:
       BadInput: process 0 created a folder that this process does not see.
       Failed: a checkpoint could not be written, from the method that notices it.
+
+    Attributes:
+      steps: of the checkpoints that are there, ascending.
+      good_step: of the newest good one; None if there is none.
     """
 
     def __init__(self, folder: str | Path, keep: int):
@@ -65,8 +73,8 @@ class Checkpoints:
                 raise BadInput(f"{self._folder}: must be on a disk that all processes see")
             time.sleep(0.5)
         self._delete_leftovers()
-        self._steps = sorted(self._manager.all_steps())
-        self.good_step = self._steps[-2] if len(self._steps) > 1 else None
+        self.steps = sorted(self._manager.all_steps())
+        self.good_step = self.steps[-2] if len(self.steps) > 1 else None
 
     def __enter__(self) -> "Checkpoints":
         self._silent.enter_context(_orbax_silent())  # saves run, and fail, in the background
@@ -102,14 +110,17 @@ class Checkpoints:
         """
         self._delete_outdated()
         items = {name: ocp.args.StandardSave(tree, _layer_by_layer(tree)) for name, tree in trees.items()}
+        # Waits for the state, which the next step overwrites.
+        found = jax.device_get({name: checksums(tree) for name, tree in trees.items()})
+        data = data | {CHECKSUMS: {_name(key): int(leaf) for key, leaf in _leaves(found)}}
         args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data))
         self._writing(lambda: self._manager.save(step, args=args, force=True))
-        self._steps.append(step)
+        self.steps.append(step)
 
     def prove(self, before: int) -> None:
         """Notes that the checkpoints of steps below `before` are good: the step `before` was finite."""
-        if self._steps and self._steps[-1] < before:
-            self.good_step = self._steps[-1]
+        if self.steps and self.steps[-1] < before:
+            self.good_step = self.steps[-1]
 
     def finish(self) -> None:
         """Waits for the last save, of a run that has ended well, and deletes what is over `keep` then."""
@@ -126,12 +137,25 @@ class Checkpoints:
           BadInput: the checkpoint is damaged or has other shapes.
         """
         folder = self._folder / FOLDER / str(step)
+        saved = {name: _metadata(folder / name) for name in trees}
         for name, tree in trees.items():
-            check_shapes(folder / name, _metadata(folder / name), tree)
+            check_shapes(folder / name, saved[name], tree)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
         restored = _reading(folder, lambda: self._manager.restore(step, args=args))
-        return {name: restored[name] for name in trees}, restored["data"]
+        data, trees = restored["data"], {name: restored[name] for name in trees}
+        _check_checksums(folder, trees, saved, data.pop(CHECKSUMS, {}))
+        return trees, data
+
+    def set_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint to DIR/damaged/STEP. All processes must call this."""
+        if jax.process_index() == 0:
+            aside = self._folder / DAMAGED
+            aside.mkdir(exist_ok=True)
+            (self._folder / FOLDER / str(step)).rename(aside / f"{step}-{time.time_ns()}")
+        multihost_utils.sync_global_devices("set_aside")
+        self._manager.reload()
+        self.steps = sorted(self._manager.all_steps())
 
     def _writing(self, write: Callable[[], Any]) -> None:
         """Calls `write`, and turns what Orbax raises for a save that failed into Failed."""
@@ -149,9 +173,9 @@ class Checkpoints:
 
     def _delete_outdated(self) -> None:
         self._writing(self._manager.wait_until_finished)  # before that, the newest is not complete
-        for step in self._steps[: -self._keep]:
+        for step in self.steps[: -self._keep]:
             self._writing(lambda step=step: self._manager.delete(step))
-        self._steps = self._steps[-self._keep :]
+        self.steps = self.steps[-self._keep :]
         outdated = self._folder / FOLDER / OUTDATED
         if jax.process_index() == 0 and outdated.exists():
             renamed = outdated.rename(f"{outdated}-{time.time_ns()}")
@@ -175,12 +199,18 @@ def saved_params(folder: str | Path) -> dict[str, Any]:
     Raises:
       BadInput: DIR has no checkpoint, or it is damaged. Reading an array raises it too.
     """
-    path = _newest(folder) / "params"
-    return jax.tree.map(lambda leaf: _lazy_array(path, leaf), _metadata(path))
+    step = _newest(folder)
+    wanted = _read_checksums(step)
+    return jax.tree_util.tree_map_with_path(
+        lambda key, leaf: _lazy_array(step / "params", leaf, wanted.get(f"params/{_name(key)}")),
+        _metadata(step / "params"),
+    )
 
 
 def write_params(folder: str | Path, params: Any) -> None:
     """Writes DIR/checkpoints/0 with parameters only, a few arrays in memory at a time (BATCH_BYTES).
+
+    Reads every array twice, because checksums are stored before what they are of.
 
     Args:
       folder: DIR, without checkpoints.
@@ -192,12 +222,17 @@ def write_params(folder: str | Path, params: Any) -> None:
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     item = ocp.args.PyTreeSave(params, save_args=chunks)
+    found = {f"params/{_name(key)}": checksum(leaf.whole()) for key, leaf in _leaves(params)}
     path = Path(folder).resolve() / FOLDER
     with _orbax_silent():
         registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler()))
-        handlers = {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+        handlers = {
+            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "data": ocp.JsonCheckpointHandler(),
+        }
         with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
-            manager.save(0, args=ocp.args.Composite(params=item))
+            data = ocp.args.JsonSave({CHECKSUMS: found})
+            manager.save(0, args=ocp.args.Composite(params=item, data=data))
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -240,8 +275,31 @@ def _layer_by_layer(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def _lazy_array(path: Path, leaf: Any) -> LazyArray:
-    """One array of a checkpoint as a LazyArray, from its description `leaf`."""
+def _read_checksums(step: Path) -> dict[str, int]:
+    """The checksums in a checkpoint; none in one of an older version."""
+    path = step / "data"
+    if not path.is_dir():
+        return {}
+    data = _reading(path, lambda: ocp.JsonCheckpointHandler().restore(epath.Path(path)))
+    return data.get(CHECKSUMS, {})
+
+
+def _check_checksums(folder: Path, trees: Any, saved: Any, wanted: Mapping[str, int]) -> None:
+    """Raises BadInput that names the first array whose checksum is not that of the checkpoint."""
+    found = jax.device_get(checksums(trees))
+    dtypes = {_name(key): leaf.dtype for key, leaf in _leaves(saved)}
+    for (key, ours), (_, leaf) in zip(_leaves(found), _leaves(trees), strict=True):
+        name = _name(key)
+        if name in wanted and dtypes[name] == leaf.dtype and wanted[name] != int(ours):
+            raise _damaged(folder, f"{name} is not what was saved")
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _lazy_array(path: Path, leaf: Any, wanted: int | None) -> LazyArray:
+    """One array of a checkpoint as a LazyArray, from its description `leaf` and its checksum."""
     # The default format of Orbax: a Zarr array in an OCDBT database.
     spec = {
         "driver": "zarr",
@@ -251,7 +309,10 @@ def _lazy_array(path: Path, leaf: Any) -> LazyArray:
 
     def read(index: Index) -> np.ndarray:
         spans = tuple(slice(*ends) for ends in bounds(index, leaf.shape))
-        return _reading(path, lambda: tensorstore.open(spec, open=True).result()[spans].read().result())
+        array = _reading(path, lambda: tensorstore.open(spec, open=True).result()[spans].read().result())
+        if wanted is not None and array.shape == tuple(leaf.shape) and checksum(array) != wanted:
+            raise _damaged(path, f"{leaf.name} is not what was saved")
+        return array
 
     return LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), read, f"{path}: {leaf.name}")
 
@@ -259,8 +320,7 @@ def _lazy_array(path: Path, leaf: Any) -> LazyArray:
 def check_shapes(path: Path, saved: Any, wanted: Any) -> None:
     """Raises BadInput that names the first array that is not in both trees with the same shape."""
     saved, wanted = (
-        {_name(key): tuple(leaf.shape) for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-        for tree in (saved, wanted)
+        {_name(key): tuple(leaf.shape) for key, leaf in _leaves(tree)} for tree in (saved, wanted)
     )
     for name in wanted | saved:
         if saved.get(name) != wanted.get(name):
@@ -283,10 +343,16 @@ def _reading(path: Path, read: Callable[[], Any]) -> Any:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # not damage: too large for this machine
     except Exception as error:  # Orbax raises many kinds, bare Exception too
-        step = next(folder for folder in (path, *path.parents) if folder.parent.name == FOLDER)
-        raise BadInput(
-            f"{path}: damaged checkpoint ({_reason(error)}); delete {step} to use the one before"
-        ) from None
+        raise _damaged(path, _reason(error)) from None
+
+
+class Damaged(BadInput):
+    """A checkpoint that cannot be read, or is not what was saved."""
+
+
+def _damaged(path: Path, reason: str) -> Damaged:
+    step = next(folder for folder in (path, *path.parents) if folder.parent.name == FOLDER)
+    return Damaged(f"{path}: damaged checkpoint ({reason}); delete {step} to use the one before")
 
 
 def _reason(error: BaseException) -> str:

@@ -14,16 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from refusion_jax import config, loader, sharding
 from refusion_jax.checkpoints import hugging_face
-from refusion_jax.checkpoints.orbax_io import Checkpoints
+from refusion_jax.checkpoints.orbax_io import Checkpoints, Damaged
 from refusion_jax.compilation import use_compilation_cache
 from refusion_jax.data.batches import Batches
 from refusion_jax.data.examples import Examples, Identity
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, row_use
-from refusion_jax.errors import BadInput, Stopped
+from refusion_jax.errors import BadInput, Failed, Stopped
 from refusion_jax.files import write_atomically
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.tokenizer import Tokenizer
@@ -128,17 +129,18 @@ def run_training(
         Preemption() as preemption,
         contextlib.closing(batches),
     ):
-        done = checkpoints.latest_step()
-        _check_steps_left(run, folder, done)
         taught_by = teacher.digest(run.train.teacher) if program.teacher else None
-        if done is None:
-            state = first_state(run, program)
-            batches.set_state({"next_index": run.train.first_batch})
-        else:
+        if checkpoints.latest_step() is not None:
             _check_same_run(folder, run)
             if taught_by is not None:
                 teacher.check_same_teacher(folder, run, taught_by)
-            state, position = _restore(checkpoints, done, program.state)
+        restored = _restore_newest(checkpoints, program.state)
+        if restored is None:
+            done, state = None, first_state(run, program)
+            batches.set_state({"next_index": run.train.first_batch})
+        else:
+            done, state, position = restored
+            _check_steps_left(run, folder, done)
             if not accept_changed_data:
                 _check_same_data(folder, examples.identity, position.get("data"))
             batches.set_state(position)
@@ -257,9 +259,9 @@ def _stop(preemption: Preemption, checkpoints: Checkpoints, step: int, steps: in
     return preemption.exit_code
 
 
-def _check_steps_left(run: RunConfig, folder: Path, done: int | None) -> None:
+def _check_steps_left(run: RunConfig, folder: Path, done: int) -> None:
     steps = run.train.steps
-    if done is not None and steps < done:
+    if steps < done:
         raise BadInput(f"train.steps: must be at least {done}, which {folder} has reached, found {steps}")
 
 
@@ -298,6 +300,30 @@ def _is_finite(tree: Any) -> jax.Array:
 
 def _is_ready(previous: tuple[int, dict[str, jax.Array], np.ndarray] | None) -> bool:
     return previous is None or all(array.is_ready() for array in previous[1].values())
+
+
+def _restore_newest(checkpoints: Checkpoints, state: TrainState) -> tuple[int, TrainState, Any] | None:
+    """(step, state, position in the data) of the newest checkpoint that is whole; None without checkpoints.
+
+    Damaged ones are set aside. All processes get the same.
+
+    Raises:
+      BadInput: all checkpoints are damaged, or hold another model.
+    """
+    damaged = None
+    while (step := checkpoints.latest_step()) is not None:
+        try:
+            restored = _restore(checkpoints, step, state)
+        except Damaged as error:
+            restored, damaged = None, error
+        if multihost_utils.process_allgather(np.bool_(restored is not None)).all():
+            return step, *restored
+        if len(checkpoints.steps) == 1:
+            raise damaged or Failed(f"checkpoint {step} could not be restored by another process")
+        if jax.process_index() == 0:
+            print(f"{damaged or f'checkpoint {step}: damaged'}: set aside", file=sys.stderr, flush=True)
+        checkpoints.set_aside(step)
+    return None
 
 
 def _restore(checkpoints: Checkpoints, step: int, state: TrainState) -> tuple[TrainState, Any]:
