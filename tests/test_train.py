@@ -558,7 +558,7 @@ def test_a_damaged_checkpoint_is_one_line(config_file, finished, tmp_path, capfd
     subprocess.run(["cp", "-r", finished.workdir, folder], check=True)
     for path in (folder / "checkpoints" / "24" / "params" / "d").iterdir():
         path.unlink()
-    assert main([f"--config={config_file}", f"--workdir={folder}"]) == 2
+    assert main([f"--config={config_file}", f"--workdir={folder}"]) == 0
     out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1
-    assert f"{folder}/checkpoints/24" in err
+    assert "resuming from step 21 of 24" in out and err.count("\n") == 1
+    assert f"{folder}/checkpoints/24" in err and err.endswith(": set aside\n")

@@ -291,7 +291,7 @@ def _check_checksums(folder: Path, trees: Any, saved: Any, wanted: Mapping[str, 
     for (key, ours), (_, leaf) in zip(_leaves(found), _leaves(trees), strict=True):
         name = _name(key)
         if name in wanted and dtypes[name] == leaf.dtype and wanted[name] != int(ours):
-            raise _damaged(folder, f"{name} is not what was saved")
+            raise Damaged(folder, f"{name} is not what was saved")
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:
@@ -311,7 +311,7 @@ def _lazy_array(path: Path, leaf: Any, wanted: int | None) -> LazyArray:
         spans = tuple(slice(*ends) for ends in bounds(index, leaf.shape))
         array = _reading(path, lambda: tensorstore.open(spec, open=True).result()[spans].read().result())
         if wanted is not None and array.shape == tuple(leaf.shape) and checksum(array) != wanted:
-            raise _damaged(path, f"{leaf.name} is not what was saved")
+            raise Damaged(path, f"{leaf.name} is not what was saved")
         return array
 
     return LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), read, f"{path}: {leaf.name}")
@@ -343,16 +343,20 @@ def _reading(path: Path, read: Callable[[], Any]) -> Any:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # not damage: too large for this machine
     except Exception as error:  # Orbax raises many kinds, bare Exception too
-        raise _damaged(path, _reason(error)) from None
+        raise Damaged(path, _reason(error)) from None
 
 
 class Damaged(BadInput):
-    """A checkpoint that cannot be read, or is not what was saved."""
+    """A checkpoint that cannot be read, or is not what was saved.
 
+    Attributes:
+      what: the damage, without what to do about it.
+    """
 
-def _damaged(path: Path, reason: str) -> Damaged:
-    step = next(folder for folder in (path, *path.parents) if folder.parent.name == FOLDER)
-    return Damaged(f"{path}: damaged checkpoint ({reason}); delete {step} to use the one before")
+    def __init__(self, path: Path, reason: str):
+        step = next(folder for folder in (path, *path.parents) if folder.parent.name == FOLDER)
+        self.what = f"{path}: damaged checkpoint ({reason})"
+        super().__init__(f"{self.what}; delete {step} to use the one before")
 
 
 def _reason(error: BaseException) -> str:

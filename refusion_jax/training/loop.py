@@ -321,7 +321,8 @@ def _restore_newest(checkpoints: Checkpoints, state: TrainState) -> tuple[int, T
         if len(checkpoints.steps) == 1:
             raise damaged or Failed(f"checkpoint {step} could not be restored by another process")
         if jax.process_index() == 0:
-            print(f"{damaged or f'checkpoint {step}: damaged'}: set aside", file=sys.stderr, flush=True)
+            what = f"checkpoint {step}: damaged" if damaged is None else damaged.what
+            print(f"{what}: set aside", file=sys.stderr, flush=True)
         checkpoints.set_aside(step)
     return None
 
