@@ -3,7 +3,8 @@
 #
 #     docs/adapter/run.sh MODEL.gguf TEXT.jsonl DIR
 #
-# docs/convert_your_model.md explains the steps, and says where both files come from. Results are in DIR.
+# docs/convert_your_model.md explains the steps, and says where the model comes from; docs/comparison/general_text.py
+# samples the text. Results are in DIR.
 set -euo pipefail
 model=$1 text=$2 dir=$3
 shift 3

@@ -16,7 +16,7 @@ from rich.console import Console
 from refusion_jax.errors import BadInput
 from refusion_jax.files import check_output, write_atomically
 from refusion_jax.serving.admission import by_length, check_fits, rows_that_fit
-from refusion_jax.serving.engine import fitting_shape, serve, warm_up
+from refusion_jax.serving.engine import fitting_shape, in_order, serve, warm_up
 from refusion_jax.serving.opened import Opened, asked_method, open_model
 from refusion_jax.serving.requests import Request, is_id, parse
 from refusion_jax.serving.results import write_results
@@ -69,7 +69,7 @@ def answer_file(flags: argparse.Namespace) -> int:
             request_id = raw["id"] if isinstance(raw, dict) and is_id(raw.get("id")) else None
             answers.append({"id": request_id, "error": f"{flags.input}:{number}: {error}"})
 
-    served = served_in_order(opened, requests, flags.batch_size)
+    served = in_order(served_by_length(opened, requests, flags.batch_size))
     with opened.scope():
         write_results((next(served) if answer is None else answer for answer in answers), flags.output)
     errors = [answer["error"] for answer in answers if answer is not None]
@@ -78,21 +78,16 @@ def answer_file(flags: argparse.Namespace) -> int:
     return 0
 
 
-def served_in_order(opened: Opened, requests: Sequence[Request], batch_size: int) -> Iterator[dict[str, Any]]:
-    """Yields the result of each request in order; those of about the same length decode together."""
+def served_by_length(
+    opened: Opened, requests: Sequence[Request], batch_size: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (index, result) of each request; those of about the same length decode together."""
     model, params, tokenizer, defaults, _ = opened
-    results: dict[int, dict[str, Any]] = {}
-    following = 0
     for indices in by_length(requests):
         group = [requests[index] for index in indices]
         rows = rows_that_fit(group, batch_size, model.config, model.dtype)
         shape = fitting_shape(group, rows, defaults.ahead)
-        served = serve(model, params, tokenizer, group, shape, defaults.stop)
-        for index, answer in zip(indices, served, strict=True):
-            results[index] = answer
-            while following in results:
-                yield results.pop(following)
-                following += 1
+        yield from zip(indices, serve(model, params, tokenizer, group, shape, defaults.stop), strict=True)
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

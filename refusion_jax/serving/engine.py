@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,10 +66,16 @@ def serve(
       stop: texts that end an answer; its text is cut before the first of them.
       watch: called with the state after every forward pass, to show the decode while it happens.
     """
+    ended = decoded(model, params, requests, shape, watch)
+    return in_order((index, result(requests[index], samples, tokenizer, stop)) for index, samples in ended)
+
+
+def in_order(numbered: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yields the results with the indices 0, 1, 2, …, each as soon as those before it are there."""
     results: dict[int, dict[str, Any]] = {}
     next_index = 0
-    for index, samples in decoded(model, params, requests, shape, watch):
-        results[index] = result(requests[index], samples, tokenizer, stop)
+    for index, answer in numbered:
+        results[index] = answer
         while next_index in results:
             yield results.pop(next_index)
             next_index += 1
