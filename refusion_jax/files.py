@@ -3,15 +3,18 @@
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from refusion_jax import interrupt
+from refusion_jax.buckets import is_remote, location
 from refusion_jax.errors import BadInput
 
 # The model that comes with the package, trained by configs/small.py.
 SMALL = Path(__file__).with_name("small")
+REWRITE_SECONDS = 30  # between two times that a growing file is written to a bucket
 
 
 def read_text(path: Path) -> str:
@@ -87,6 +90,7 @@ def check_output(flag: str, path: str | Path | None) -> None:
     """
     if path in (None, "-"):
         return
+    _check_local(flag, path)
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise BadInput(f"{flag}={path}: cannot be written (it is a folder)")
@@ -101,6 +105,7 @@ def check_output_folder(flag: str, path: str | Path | None) -> None:
     """Raises BadInput if no files can be written into a folder at `path`, which need not exist yet."""
     if path is None:
         return
+    _check_local(flag, path)
     target = Path(os.path.realpath(path))
     there = next(folder for folder in (target, *target.parents) if folder.exists())
     if not there.is_dir():
@@ -109,7 +114,51 @@ def check_output_folder(flag: str, path: str | Path | None) -> None:
         raise BadInput(f"{flag}={path}: cannot be written (no permission in {there})")
 
 
+def _check_local(flag: str, path: str | Path) -> None:
+    if "://" in str(path):
+        raise BadInput(f"{flag}={path}: must be on a local disk; models and runs alone may be in a bucket")
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Writes a whole file, text as UTF-8, with the guarantees of `open_atomically`."""
+    """Writes a whole file or object, text as UTF-8, with the guarantees of `open_atomically`."""
+    content = content.encode() if isinstance(content, str) else content
+    if is_remote(path):
+        location(path).write_bytes(content)
+        return
     with open_atomically(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content)
+
+
+class Lines:
+    """A text file that grows line by line.
+
+    Objects in a bucket cannot grow: there the whole file is written again, by `flush`, and by `add` at most
+    every REWRITE_SECONDS. A kill may cost the lines since then.
+
+    Args:
+      path: the file; lines that it has are kept.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lines = [path.read_text().rstrip("\n")] if is_remote(path) and path.is_file() else []
+        self._written_at = time.monotonic()
+        self._is_due = False
+
+    def add(self, line: str) -> None:
+        if not is_remote(self._path):
+            # Closed each time, because mounted buckets store writes only then. One write per line: a kill
+            # leaves at most a partial last line.
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            return
+        self._lines.append(line)
+        self._is_due = True
+        if time.monotonic() > self._written_at + REWRITE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes sure that all lines are stored."""
+        if self._is_due:
+            write_atomically(self._path, "\n".join(self._lines) + "\n")
+            self._written_at, self._is_due = time.monotonic(), False

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refusion_jax import sharding
+from refusion_jax.buckets import files_below, location
 from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import orbax_io as checkpoint
 from refusion_jax.checkpoints import peft, safetensors_io
@@ -46,7 +47,7 @@ def load(
     Raises:
       BadInput: `folder` is not a model folder, or a file in it is missing or broken.
     """
-    folder = Path(folder)
+    folder = location(folder)
     if not folder.is_dir():
         raise BadInput(f"checkpoint: {folder} is not a folder, expected one with config.json and weights")
     config = hf.read_config(folder)
@@ -132,7 +133,7 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     Raises:
       BadInput: a file in the folder is missing or broken, or an array has another shape than `config` gives.
     """
-    folder = Path(folder)
+    folder = location(folder)
     if not (folder / checkpoint.FOLDER).is_dir():
         base = hf.from_tensors(config, safetensors_io.read_folder(folder), folder)
         params = peft.with_adapter(config, base, folder)
@@ -150,12 +151,12 @@ def stored_params(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
 
 def weight_files(folder: str | Path) -> list[Path]:
     """The files that `lazy_params` reads, in the order of their names."""
-    folder = Path(folder)
+    folder = location(folder)
     step = checkpoint.latest_step(folder)
     if step is None:
         return sorted(folder.glob("*.safetensors"))
     params = folder / checkpoint.FOLDER / str(step) / "params"
-    return sorted(path for path in params.rglob("*") if path.is_file())
+    return files_below(params)
 
 
 def _adapter(params: Any, mask_id: int | None) -> Adapter:

@@ -18,10 +18,11 @@ SANDBOXED = "data.tasks.sandbox_child"
 COMMANDS = set(refusion_jax.__main__.COMMANDS)
 
 # Rooms that any other may import.
-GROUND = {"compilation", "errors", "files", "deferred", "interrupt", "version"}
+GROUND = {"buckets", "compilation", "errors", "files", "deferred", "interrupt", "version"}
 MAY_IMPORT = {
     "": set(),
     # ground
+    "buckets": set(),
     "compilation": set(),
     "errors": set(),
     "interrupt": set(),
@@ -225,7 +226,8 @@ def test_training_and_decoding_do_not_reach_each_other(of, never):
 
 
 def test_few_files_lie_at_the_top():
-    assert len([path for path in ROOT.iterdir() if path.is_file()]) <= 20
+    """Besides the commands."""
+    assert len([path for path in ROOT.iterdir() if path.is_file() and path.stem not in COMMANDS]) <= 14
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refusion_jax.buckets import location
 from refusion_jax.errors import BadInput
 from refusion_jax.files import read_json, write_atomically
 from refusion_jax.model.reading import BORDERS, FIRST_TOKENS, SLOT_SIZES, VERIFY
@@ -111,7 +112,7 @@ def table(config: ModelConfig) -> dict[str, Entry]:
 
 def read_config(folder: str | Path) -> ModelConfig:
     """`parse_config` of FOLDER/config.json. Raises BadInput also if there is no such file."""
-    path = Path(folder) / "config.json"
+    path = location(folder) / "config.json"
     return parse_config(read_json(path), path)
 
 
@@ -238,7 +239,7 @@ def write_config(folder: str | Path, config: ModelConfig, extra: Mapping[str, An
     """
     kept = {name: value for name, value in extra.items() if name not in LEFT_OUT}
     text = json.dumps(kept | config_json(config), indent=2, sort_keys=True) + "\n"
-    write_atomically(Path(folder) / "config.json", text)
+    write_atomically(location(folder) / "config.json", text)
 
 
 def objective(folder: str | Path) -> str:
@@ -246,7 +247,7 @@ def objective(folder: str | Path) -> str:
 
     Without the field "objective" it is "refusion" for a model with a mask token, else "ar".
     """
-    raw = read_json(Path(folder) / "config.json")
+    raw = read_json(location(folder) / "config.json")
     return raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
 
 
@@ -265,7 +266,7 @@ def decoding_defaults(folder: str | Path) -> dict[str, Any]:
     Raises:
       BadInput: there is no config.json, or one of these fields has an impossible value.
     """
-    path = Path(folder) / "config.json"
+    path = location(folder) / "config.json"
     raw = read_json(path)
     chosen = {name: raw.get(name, default) for name, (default, _) in DECODING_FIELDS.items()}
     if "first_token" not in raw and objective(folder) == "ar":
@@ -281,7 +282,7 @@ def decoding_defaults(folder: str | Path) -> dict[str, Any]:
 
 def block_len(folder: str | Path) -> int | None:
     """Tokens per block of a model trained by block diffusion; None if config.json does not give it."""
-    return read_json(Path(folder) / "config.json").get("block_len")
+    return read_json(location(folder) / "config.json").get("block_len")
 
 
 def from_tensors(config: ModelConfig, tensors: Mapping[str, LazyArray], source: str | Path) -> dict[str, Any]:

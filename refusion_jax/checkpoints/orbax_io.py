@@ -5,9 +5,10 @@
     DIR/checkpoints/STEP/data        state of the data iterator, and checksums of all arrays, JSON
 
 STEP is the number of updates done. A checkpoint is written under a temporary name and renamed when it is
-complete, and renamed again before it is deleted. So a directory STEP is always a complete checkpoint, no
-matter when the process is killed. Arrays that are read are compared with their checksums (checksums.py), but
-for those of which a process reads a part.
+complete, and renamed again before it is deleted. In a bucket it is written in place, an object MARKER makes
+it complete, and that is deleted before the rest. So a directory STEP (with its MARKER) is always a complete
+checkpoint, no matter when the process is killed. Arrays that are read are compared with their checksums
+(checksums.py), but for those of which a process reads a part.
 """
 
 import contextlib
@@ -28,12 +29,14 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
+from refusion_jax.buckets import absolute, files_below, is_remote, location
 from refusion_jax.checkpoints.checksums import checksum, checksums
 from refusion_jax.errors import BadInput, Failed
 from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
 FOLDER = "checkpoints"
 OUTDATED = ".outdated"  # folder of old checkpoints that are to be deleted
+MARKER = "commit_success.txt"  # Orbax's name
 DAMAGED = "damaged"  # folder of the run with checkpoints that could not be restored
 CHECKSUMS = "checksums"  # in the item "data": name of an array -> its checksum
 CHUNK_BYTES = 2**24  # of a converted array, read and decompressed at a time
@@ -61,14 +64,14 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int):
-        self._folder = Path(folder).resolve()
+        self._folder = absolute(folder)
         self._keep = keep
         self._silent = contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(todelete_subdir=OUTDATED, cleanup_tmp_directories=True)
         with _orbax_silent():
             self._manager = ocp.CheckpointManager(self._folder / FOLDER, options=options)
         deadline = time.monotonic() + APPEARS_SECONDS
-        while not (self._folder / FOLDER).is_dir():
+        while not is_remote(folder) and not (self._folder / FOLDER).is_dir():
             if time.monotonic() > deadline:
                 raise BadInput(f"{self._folder}: must be on a disk that all processes see")
             time.sleep(0.5)
@@ -152,7 +155,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside = self._folder / DAMAGED
             aside.mkdir(exist_ok=True)
-            (self._folder / FOLDER / str(step)).rename(aside / f"{step}-{time.time_ns()}")
+            _move(self._folder / FOLDER / str(step), aside / f"{step}-{time.time_ns()}")
         multihost_utils.sync_global_devices("set_aside")
         self._manager.reload()
         self.steps = sorted(self._manager.all_steps())
@@ -174,22 +177,29 @@ class Checkpoints:
     def _delete_outdated(self) -> None:
         self._writing(self._manager.wait_until_finished)  # before that, the newest is not complete
         for step in self.steps[: -self._keep]:
-            self._writing(lambda step=step: self._manager.delete(step))
+            self._writing(lambda step=step: self._delete(step))
         self.steps = self.steps[-self._keep :]
         outdated = self._folder / FOLDER / OUTDATED
+        if is_remote(outdated):
+            return
         if jax.process_index() == 0 and outdated.exists():
             renamed = outdated.rename(f"{outdated}-{time.time_ns()}")
             threading.Thread(target=shutil.rmtree, args=(renamed, True)).start()
 
+    def _delete(self, step: int) -> None:
+        if is_remote(self._folder) and jax.process_index() == 0:
+            (self._folder / FOLDER / str(step) / MARKER).unlink(missing_ok=True)
+        self._manager.delete(step)
+
     def _delete_leftovers(self) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not is_remote(self._folder):
             for leftover in (self._folder / FOLDER).glob(f"{OUTDATED}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
 def latest_step(folder: str | Path) -> int | None:
     """The step of the newest checkpoint in DIR; None if there is no checkpoint."""
-    path = Path(folder) / FOLDER
+    path = location(folder) / FOLDER
     return max(ocp.utils.checkpoint_steps(path), default=None) if path.is_dir() else None
 
 
@@ -223,7 +233,7 @@ def write_params(folder: str | Path, params: Any) -> None:
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     item = ocp.args.PyTreeSave(params, save_args=chunks)
     found = {f"params/{_name(key)}": checksum(leaf.whole()) for key, leaf in _leaves(params)}
-    path = Path(folder).resolve() / FOLDER
+    path = absolute(folder) / FOLDER
     with _orbax_silent():
         registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler()))
         handlers = {
@@ -253,11 +263,22 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
+def _move(folder: Path, target: Path) -> None:
+    """Renames a folder; in a bucket copies it, and deletes the marker before the rest."""
+    if not is_remote(folder):
+        folder.rename(target)
+        return
+    for path in files_below(folder):
+        target.joinpath(*path.relative_to(folder).parts).write_bytes(path.read_bytes())
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.rmtree()
+
+
 def _newest(folder: str | Path) -> Path:
     step = latest_step(folder)
     if step is None:
-        raise BadInput(f"{Path(folder) / FOLDER}: holds no checkpoint")
-    return Path(folder).resolve() / FOLDER / str(step)
+        raise BadInput(f"{location(folder) / FOLDER}: holds no checkpoint")
+    return absolute(folder) / FOLDER / str(step)
 
 
 def _metadata(path: Path) -> Any:
@@ -300,10 +321,11 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
 
 def _lazy_array(path: Path, leaf: Any, wanted: int | None) -> LazyArray:
     """One array of a checkpoint as a LazyArray, from its description `leaf` and its checksum."""
+    base = f"{path}/" if is_remote(path) else f"file://{path}/"
     # The default format of Orbax: a Zarr array in an OCDBT database.
     spec = {
         "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{leaf.name}/"},
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{leaf.name}/"},
         "fill_missing_data_reads": False,
     }
 

@@ -15,9 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from refusion_jax import buckets
+from refusion_jax.buckets import is_remote, location
 from refusion_jax.errors import BadInput
 from refusion_jax.files import read_json, write_atomically
-from refusion_jax.weights.lazy import Index, LazyArray
+from refusion_jax.weights.lazy import Index, LazyArray, bounds
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -38,7 +40,7 @@ def read_folder(folder: str | Path) -> dict[str, LazyArray]:
     Raises:
       BadInput: a file is missing or broken, or the index and its shards disagree.
     """
-    folder = Path(folder)
+    folder = location(folder)
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
             raise BadInput(f"{folder}: holds neither {SINGLE} nor {INDEX}")
@@ -85,7 +87,7 @@ def read_file(path: Path) -> dict[str, LazyArray]:
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     """(entries of the header, byte offset of the first tensor, size of the file in bytes)."""
     try:
-        size = path.stat().st_size
+        size = buckets.size(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             fits = size >= 8 and length <= min(size - 8, LONGEST_HEADER)
@@ -131,10 +133,30 @@ def _lazy_array(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], 
     def read(index: Index) -> np.ndarray:
         if 0 in shape:  # nothing to map
             return np.empty(shape, dtype)[index]
+        if is_remote(path):
+            return _read_remote(path, dtype, offset, shape, index)
         # Copying lets the mapping end on return, so that its pages no longer count as memory of the process.
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
 
     return LazyArray(shape, dtype, read, f"{path}: tensor {name!r}")
+
+
+def _read_remote(
+    path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...], index: Index
+) -> np.ndarray:
+    """Part of a tensor of a file in a bucket, of which no more than whole rows are read."""
+    if not shape:
+        first, last, row = 0, 1, ()
+    else:
+        (first, last), row = bounds(index, shape)[0], shape[1:]
+    stride = math.prod(row) * dtype.itemsize
+    with path.open("rb") as file:
+        file.seek(offset + first * stride)
+        content = file.read((last - first) * stride)
+    if len(content) != (last - first) * stride:
+        raise BadInput(f"{path}: cut short while it was read")
+    rows = np.frombuffer(content, dtype).reshape((last - first, *row) if shape else ())
+    return np.array(rows[(slice(None), *index[1:])] if shape else rows)
 
 
 def write_folder(folder: str | Path, tensors: Mapping[str, LazyArray], shard_bytes: int) -> None:
@@ -148,7 +170,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, LazyArray], shard_byt
     Raises:
       OSError: the disk is full, or the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = location(folder)
     shards: list[dict[str, LazyArray]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
@@ -183,7 +205,7 @@ def write_file(path: Path, tensors: Mapping[str, LazyArray]) -> None:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
+    with path.open("wb" if is_remote(path) else "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.whole()).reshape(-1).view(np.uint8))
+            file.write(memoryview(np.ascontiguousarray(tensor.whole()).reshape(-1).view(np.uint8)))

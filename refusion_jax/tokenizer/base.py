@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refusion_jax.buckets import location
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer.chat_template import Message, check_messages, compile_template
 from refusion_jax.tokenizer.settings import SETTINGS, SpecialIds, token_text, write_settings
@@ -183,7 +184,7 @@ class ByteTokenizer(Tokenizer):
         raise BadInput(f"{role} token {text!r}: a ByteTokenizer has all it can have, mask and BOS included")
 
     def save(self, folder: str | Path) -> None:
-        write_settings(Path(folder), {"tokenizer_class": "ByteTokenizer"})
+        write_settings(location(folder), {"tokenizer_class": "ByteTokenizer"})
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
@@ -243,8 +244,9 @@ class TemplatedTokenizer(Tokenizer):
             if text is None or self._token_to_id(text) != index:
                 settings[f"{role}_token_id"] = index
         settings.pop("auto_map", None)  # names code that is not saved
-        write_settings(Path(folder), {**settings, **self._saved_settings()})
-        self._save_vocabulary(Path(folder))
+        folder = location(folder)
+        write_settings(folder, {**settings, **self._saved_settings()})
+        self._save_vocabulary(folder)
 
     @functools.cached_property
     def _token_texts(self) -> dict[str, str]:

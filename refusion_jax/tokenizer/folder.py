@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from refusion_jax.buckets import location
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import bpe, hugging_face
 from refusion_jax.tokenizer.base import ByteTokenizer, Tokenizer
@@ -26,7 +27,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       BadInput: the folder has no tokenizer, a file is malformed, the EOS id is missing, or an id is outside
         the vocabulary. The message names file and field.
     """
-    folder = Path(folder)
+    folder = location(folder)
     settings = read_settings(folder)
     if settings.get("tokenizer_class") == "ByteTokenizer":
         return ByteTokenizer()

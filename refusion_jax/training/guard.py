@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from refusion_jax.errors import Stopped
+from refusion_jax.files import Lines
 
 FILE = "bad_steps.jsonl"
 HISTORY = 200  # steps that a value is compared with
@@ -32,6 +33,7 @@ class Guard:
 
     def __init__(self, folder: Path, most: int):
         self._path, self._most = folder / FILE, most
+        self._lines = Lines(self._path)
         self._in_a_row = 0
 
     @property
@@ -69,8 +71,8 @@ class Guard:
         numbers = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
         line = {"step": step} | {name: str(value) for name, value in numbers.items()}
         line["example_ids"] = sorted(set(ids[ids >= 0].tolist()))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._lines.add(json.dumps(line))
+        self._lines.flush()
         if self._in_a_row == 1:
             values = ", ".join(f"{name} {value}" for name, value in numbers.items())
             print(f"step {step}: {values}; it changes nothing, see {self._path}", file=sys.stderr, flush=True)

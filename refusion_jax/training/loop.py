@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from refusion_jax import config, loader, sharding
+from refusion_jax.buckets import is_remote, location
 from refusion_jax.checkpoints import hugging_face
 from refusion_jax.checkpoints.orbax_io import Checkpoints, Damaged
 from refusion_jax.compilation import use_compilation_cache
@@ -30,7 +31,7 @@ from refusion_jax.model.config import ModelConfig
 from refusion_jax.tokenizer import Tokenizer
 from refusion_jax.training import teacher
 from refusion_jax.training.guard import Guard, Spikes
-from refusion_jax.training.lock import sole_writer
+from refusion_jax.training.lock import Lock, sole_writer
 from refusion_jax.training.metrics import Reporter, check_wandb
 from refusion_jax.training.profiling import Profile
 from refusion_jax.training.run import RunConfig, mask_id, run_examples, run_tokenizer, worker_examples
@@ -67,6 +68,7 @@ class Services(NamedTuple):
     """What the loop uses besides the program and the data.
 
     Attributes:
+      lock: of DIR; another run may have taken it over.
       checkpoints: saves states.
       preemption: whether SIGTERM or SIGINT was received, the same answer in all processes.
       guard: notes steps that were not finite.
@@ -76,6 +78,7 @@ class Services(NamedTuple):
       teacher: the parameters of the teacher, the last argument of the step; empty without one.
     """
 
+    lock: Lock
     checkpoints: Checkpoints
     preemption: Preemption
     guard: Guard
@@ -124,7 +127,7 @@ def run_training(
     )
     folder = _open_folder(workdir)
     with (
-        sole_writer(folder),
+        sole_writer(folder) as lock,
         Checkpoints(folder, run.train.keep) as checkpoints,
         Preemption() as preemption,
         contextlib.closing(batches),
@@ -152,7 +155,9 @@ def run_training(
             with _reporter(run, folder, done or 0, wall_time) as reporter:
                 loaded = tuple(teacher.load_teacher(run, abstract) for abstract in program.teacher)
                 guard = Guard(folder, run.train.max_bad_steps)
-                services = Services(checkpoints, preemption, guard, wall_time, profile, reporter, loaded)
+                services = Services(
+                    lock, checkpoints, preemption, guard, wall_time, profile, reporter, loaded
+                )
                 return _take_steps(run, program, state, done or 0, batches, examples.identity, services)
 
 
@@ -183,7 +188,7 @@ def _take_steps(
     services: Services,
 ) -> int:
     """Takes, reports and saves the steps from `done` + 1 to the last; returns the exit code of the run."""
-    checkpoints, preemption, guard, wall_time, profile, reporter, taught_by = services
+    lock, checkpoints, preemption, guard, wall_time, profile, reporter, taught_by = services
     steps = run.train.steps
     unreported: list[dict[str, jax.Array]] = []
     spikes = Spikes()
@@ -226,6 +231,9 @@ def _take_steps(
             _judge(guard, checkpoints, *previous)
             previous = None
             if not guard.is_bad:
+                lock.check()
+                if reporter is not None:
+                    reporter.flush()
                 checkpoints.save(step, _items(state), batches.get_state() | {"data": data._asdict()})
                 is_due = False
             wall_time.lap("checkpoint")
@@ -343,11 +351,10 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _open_folder(workdir: str | Path) -> Path:
     """The run's folder, created if missing; BadInput if it cannot be one."""
-    if "://" in str(workdir):
-        raise BadInput(f"--workdir={workdir}: must be a folder of a file system that all hosts mount")
-    folder = Path(workdir)
+    folder = location(workdir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not is_remote(folder):  # where folders need not be made
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--workdir={workdir}: cannot be made ({error.strerror})") from None
     if (folder / "config.json").exists() and not (folder / CONFIG_FILE).exists():
@@ -407,7 +414,7 @@ def _check_same_run(folder: Path, run: RunConfig) -> None:
     """Raises BadInput naming the first field in which `run` differs from the run in the folder."""
     path = folder / CONFIG_FILE
     try:
-        stored = {"lora": {}} | yaml.safe_load(path.read_text(encoding="utf-8"))
+        stored = {"lora": {}} | yaml.safe_load(path.read_text())
         old = {"objective": stored.get("objective", DEFAULTS_OF_OLD_RUNS["objective"])}
         for section in MUST_NOT_CHANGE:
             old[section] = DEFAULTS_OF_OLD_RUNS.get(section, {}) | stored[section]

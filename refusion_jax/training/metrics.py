@@ -12,9 +12,10 @@ import jax
 import tensorboardX
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from refusion_jax.buckets import Outbox
 from refusion_jax.devices import peak_flops
 from refusion_jax.errors import BadInput
-from refusion_jax.files import write_atomically
+from refusion_jax.files import Lines, write_atomically
 from refusion_jax.training.wall_time import WallTime
 
 FILE = "metrics.csv"
@@ -66,9 +67,12 @@ class Reporter:
         settings: Mapping[str, Any] | None = None,
     ):
         truncate(folder / FILE, step)
-        self._csv = folder / FILE
-        self._events = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
-        self._wandb = _wandb_run(wandb_project, folder, settings) if wandb_project else None
+        self._csv = Lines(folder / FILE)
+        self._outbox = Outbox(folder)
+        self._events = tensorboardX.SummaryWriter(str(self._outbox.path), purge_step=step + 1)
+        self._wandb = (
+            _wandb_run(wandb_project, folder, self._outbox.path, settings) if wandb_project else None
+        )
         self._last_step = last_step
         self._bar = _Bar(step, last_step) if sys.stdout.isatty() else None
         self._wall_time = wall_time
@@ -86,7 +90,9 @@ class Reporter:
             print(self._summary(), flush=True)
         if self._wandb is not None:
             self._wandb.finish()
+        self._csv.flush()
         self._events.close()
+        self._outbox.__exit__()
 
     def report(self, step: int, taken: Sequence[Mapping[str, Any]]) -> None:
         """Writes a row of metrics.csv, events, and a line on the terminal.
@@ -110,12 +116,9 @@ class Reporter:
         row |= _rates(steps, tokens, flops, seconds) | _shares(self._wall_time)
         row |= {"seconds": round(self._wall_time.seconds(), 3), "peak_memory_bytes": _peak_memory_bytes()}
         row["bad_steps"] = sum(int(values["bad_steps"]) for values in taken)
-        # One write per row: a kill can leave at most a partial last line, which `truncate` drops. The file is
-        # closed each time because mounted buckets store writes only then.
         # str of a NumPy float32 is the shortest text that reads back as the same float32.
         cells = ("" if row[name] is None else str(row[name]) for name in COLUMNS)
-        with self._csv.open("a", encoding="utf-8") as file:
-            file.write(",".join(cells) + "\n")
+        self._csv.add(",".join(cells))
         curves = {f"train/{name}": float(row[name]) for name in COLUMNS[1:] if row[name] is not None}
         for name, value in curves.items():
             self._events.add_scalar(name, value, step)
@@ -130,6 +133,12 @@ class Reporter:
         else:
             left = timedelta(seconds=round(left))
             print(f"step {step}/{self._last_step} {text} {left} left", flush=True)
+
+    def flush(self) -> None:
+        """Makes sure that all rows and events are stored in DIR; called before a checkpoint is saved."""
+        self._csv.flush()
+        self._events.flush()
+        self._outbox.send()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar, if there is one, to `step` updates done."""
@@ -190,8 +199,11 @@ def _peak_memory_bytes() -> int | None:
     return max((stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat), default=None)
 
 
-def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any] | None) -> Any:
-    """The run of Weights & Biases that belongs to DIR; a resumed run continues its curves."""
+def _wandb_run(project: str, folder: Path, local: Path, settings: Mapping[str, Any] | None) -> Any:
+    """The run of Weights & Biases that belongs to DIR; a resumed run continues its curves.
+
+    Its own files go to the folder `local`.
+    """
     import wandb  # optional, and slow to import
 
     id_file = folder / "wandb_id.txt"
@@ -199,7 +211,7 @@ def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any] | None) -
         write_atomically(id_file, secrets.token_hex(8))
     run_id = id_file.read_text(encoding="utf-8").strip()
     return wandb.init(
-        project=project, id=run_id, name=folder.name, dir=folder, config=dict(settings or {}), resume="allow"
+        project=project, id=run_id, name=folder.name, dir=local, config=dict(settings or {}), resume="allow"
     )
 
 

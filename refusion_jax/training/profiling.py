@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from refusion_jax.buckets import Outbox
 from refusion_jax.errors import BadInput
 
 FOLDER = "profile"
@@ -40,7 +41,7 @@ class Profile:
     """
 
     def __init__(self, folder: Path, steps: range):
-        self._folder = folder / FOLDER
+        self._outbox = Outbox(folder)
         self._steps = steps
         self._tracing = False
 
@@ -50,12 +51,13 @@ class Profile:
     def __exit__(self, *error) -> None:
         if self._tracing:
             jax.profiler.stop_trace()
+        self._outbox.__exit__()
 
     def before(self, step: int, previous: Any) -> None:
         """Call before dispatching `step`; `previous` are arrays that the step before it computes."""
         if self._steps and step == self._steps[0]:
             jax.block_until_ready(previous)
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._outbox.path / FOLDER)
             self._tracing = True
 
     def after(self, step: int, results: Any) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from refusion_jax import loader, sharding
+from refusion_jax.buckets import location
 from refusion_jax.checkpoints import hugging_face
 from refusion_jax.diffusion.cross_entropy import SoftTargets
 from refusion_jax.diffusion.distillation import Lesson
@@ -121,7 +122,7 @@ def check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
 
 def digest(folder: str | Path) -> str:
     """The SHA-256 of a model folder's config.json and weight files, their names included."""
-    folder, total = Path(folder), hashlib.sha256()
+    folder, total = location(folder), hashlib.sha256()
     for path in [folder / "config.json", *loader.weight_files(folder)]:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
