@@ -7,13 +7,14 @@
 #   --project=NAME  Google Cloud project (default: that of `gcloud config`)
 #   --restarts=N    restart at most N times (default 10)
 #   --delete        delete the slice at the end; without this flag it stays and costs money
+#   --fuse          mount the bucket with Cloud Storage FUSE; train then sees a folder instead of gs://
 #   --dry_run       print the commands of a run without failures
 #   All other flags are passed to train. The newest commit of this clone runs; FILE is a path in it.
 #
-# Requirements: gcloud, logged in; this script must keep running during training. gs://BUCKET is mounted on
-# every machine with Cloud Storage FUSE. The bucket needs a hierarchical namespace, where renaming a
-# checkpoint is atomic, and the machines' service account needs the role Storage Object User. Any other
-# --workdir must be on a disk that all machines already mount.
+# Requirements: gcloud, logged in; this script must keep running during training. The machines' service
+# account needs the role Storage Object User for the bucket. With --fuse the bucket needs a hierarchical
+# namespace, where renaming a checkpoint is atomic. Any other --workdir must be on a disk that all machines
+# already mount.
 #
 # When the slice is preempted, it is deleted, requested again and set up, and the run resumes from the newest
 # checkpoint. When processes are killed on a slice that stays, they restart. Exit code 1 or 2 of training ends
@@ -21,14 +22,14 @@
 set -euo pipefail
 
 name='' zone='' project='' accelerator_type='' runtime_version='' config='' workdir=''
-restarts=10 spot='' delete='' dry_run='' overrides=()
+restarts=10 spot='' delete='' fuse='' dry_run='' overrides=()
 for flag in "$@"; do
   case $flag in
     --name=* | --zone=* | --project=* | --accelerator_type=* | --runtime_version=* | --config=* | --workdir=* | --restarts=*)
       variable=${flag%%=*}
       printf -v "${variable#--}" '%s' "${flag#*=}"
       ;;
-    --spot | --delete | --dry_run) printf -v "${flag#--}" yes ;;
+    --spot | --delete | --fuse | --dry_run) printf -v "${flag#--}" yes ;;
     *) overrides+=("$flag") ;;
   esac
 done
@@ -88,7 +89,7 @@ set_up() {
 mkdir -p refusion_jax && tar -xzf refusion_jax.tar.gz -C refusion_jax
 python3 -m pip install --user --quiet uv
 ~/.local/bin/uv venv --quiet --allow-existing --python=3.12 venv
-~/.local/bin/uv pip install --quiet --python=venv/bin/python "./refusion_jax[tpu]"' || return
+~/.local/bin/uv pip install --quiet --python=venv/bin/python "./refusion_jax[tpu,gcs]"' || return
   [[ $bucket ]] || return 0
   # No metadata cache: each machine must see what another machine wrote immediately.
   on_all 'set -e
@@ -123,7 +124,7 @@ train() {
 }
 
 bucket='' mount='' folder=$workdir
-if [[ $workdir == gs://* ]]; then
+if [[ $fuse && $workdir == gs://* ]]; then
   bucket=${workdir#gs://}
   bucket=${bucket%%/*}
   mount=/gcs/$bucket

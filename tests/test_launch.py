@@ -399,7 +399,7 @@ def gcloud(tools, tmp_path):
 def test_a_pod_that_is_preempted_is_requested_again(gcloud, tools):
     done = gcloud("MISSING PROVISIONING ACTIVE SUSPENDED SUSPENDED MISSING ACTIVE", "255", "--delete")
     assert done.returncode == 0, done.stderr
-    once = ["create", "archive", "scp", "gcsfuse", "pkill", "train --config"]
+    once = ["create", "archive", "scp", "pkill", "train --config"]
     assert verbs(tools.log()) == [*once, "delete", *once, "delete"]
 
 
@@ -436,9 +436,16 @@ def test_a_dry_run_of_a_pod_executes_nothing(tools):
     log = "\n".join(tools.log())
     assert (
         "--worker=all --command=cd refusion_jax && ../venv/bin/python -m refusion_jax.train "
-        "--config=configs/tiny.py --workdir=/gcs/bucket/runs/tiny --config.train.steps=5 ; code=$?; "
+        "--config=configs/tiny.py --workdir=gs://bucket/runs/tiny --config.train.steps=5 ; code=$?; "
     ) in log
+    assert "gcsfuse" not in log
     assert log.endswith("queued-resources delete tiny --zone=us-east5-a --force --quiet")
+
+
+def test_a_pod_mounts_the_bucket_if_asked(gcloud, tools):
+    assert gcloud("ACTIVE", "", "--fuse").returncode == 0
+    assert verbs(tools.log()) == ["archive", "scp", "gcsfuse", "pkill", "train --config"]
+    assert "--workdir=/gcs/bucket/runs/tiny" in "\n".join(tools.log())
 
 
 def test_jobset_manifest():
@@ -468,18 +475,34 @@ def test_jobset_manifest():
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["command"] == [
         *("python", "-m", "refusion_jax.train", "--config=configs/tiny.py"),
-        *("--workdir=/gcs/bucket/tiny", "--config.train.steps=5"),
+        *("--workdir=gs://bucket/tiny", "--config.train.steps=5"),
     ]
-    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert "volumes" not in pod and "volumeMounts" not in container
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
+
+
+def test_jobset_manifest_that_mounts_the_bucket():
+    done = script("gke.py", *GKE, "--fuse", "--dry_run")
+    jobset = yaml.safe_load(done.stdout.removesuffix("EOF\n").split(" <<'EOF'\n")[1])
+    template = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    (mount,), (volume,) = container["volumeMounts"], template["spec"]["volumes"]
     assert (mount["name"], mount["mountPath"]) == (volume["name"], "/gcs/bucket")
     assert volume["csi"]["volumeAttributes"]["bucketName"] == "bucket"
-    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
+    assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert "--workdir=/gcs/bucket/tiny" in container["command"]
 
 
 def test_xpk_commands(tools):
     tools("xpk")
     assert script("gke.py", *GKE, "--xpk_cluster=mine", env=tools.env).returncode == 0
+    (create,) = tools.log()
+    assert create.endswith("--workdir=gs://bucket/tiny --config.train.steps=5")
+
+
+def test_xpk_commands_that_mount_the_bucket(tools):
+    tools("xpk")
+    assert script("gke.py", *GKE, "--xpk_cluster=mine", "--fuse", env=tools.env).returncode == 0
     attach, create = tools.log()
     assert attach.startswith("xpk storage attach bucket --cluster=mine --type=gcsfuse --bucket=bucket")
     assert create.startswith("xpk workload create --workload=tiny --cluster=mine --tpu-type=v5p-2x2x4")
