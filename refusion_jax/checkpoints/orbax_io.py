@@ -13,6 +13,7 @@ checkpoint, no matter when the process is killed. Arrays that are read are compa
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import sys
@@ -29,6 +30,7 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
+from refusion_jax import errors
 from refusion_jax.buckets import absolute, files_below, is_remote, location
 from refusion_jax.checkpoints.checksums import checksum, checksums
 from refusion_jax.errors import BadInput, Failed
@@ -39,6 +41,7 @@ OUTDATED = ".outdated"  # folder of old checkpoints that are to be deleted
 MARKER = "commit_success.txt"  # Orbax's name
 DAMAGED = "damaged"  # folder of the run with checkpoints that could not be restored
 CHECKSUMS = "checksums"  # in the item "data": name of an array -> its checksum
+OF_THE_DISK = re.compile("(" + "|".join(os.strerror(number) for number in errors.OF_THE_DISK) + ")")
 CHUNK_BYTES = 2**24  # of a converted array, read and decompressed at a time
 BATCH_BYTES = 2**26  # of converted arrays, written at a time; one more array may exceed it
 APPEARS_SECONDS = 60  # longest wait until a process sees a folder made by process 0; NFS may take 30 s
@@ -66,6 +69,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int):
         self._folder = absolute(folder)
         self._keep = keep
+        self._has_failed = False
         self._silent = contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(todelete_subdir=OUTDATED, cleanup_tmp_directories=True)
         with _orbax_silent():
@@ -88,7 +92,8 @@ class Checkpoints:
         with contextlib.suppress(Failed) if kind else contextlib.nullcontext():
             self._writing(self._manager.close)
         self._delete_leftovers()
-        self._silent.close()
+        if not self._has_failed:  # else other writes of the same save fail later
+            self._silent.close()
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, a save in progress included; None if there is no checkpoint.
@@ -165,6 +170,7 @@ class Checkpoints:
         try:
             write()
         except Exception as error:
+            self._has_failed = True
             complete = latest_step(self._folder)
             kept = "no checkpoint is complete" if complete is None else f"checkpoint {complete} is complete"
             raise Failed(
@@ -386,7 +392,7 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split(" [tensorstore_spec", 1)[0].split())
-    of_the_system = re.search(r": ([^:]+) \[os_error_code=", text)
+    of_the_system = re.search(r": ([^:]+) \[os_error_code=", text) or OF_THE_DISK.search(text)
     return of_the_system[1] if of_the_system else text or type(error).__name__
 
 

@@ -1,5 +1,6 @@
 """Metrics of a run, written to metrics.csv, TensorBoard events, Weights & Biases and the terminal."""
 
+import contextlib
 import importlib.util
 import secrets
 import sys
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from refusion_jax.buckets import Outbox
 from refusion_jax.devices import peak_flops
 from refusion_jax.errors import BadInput
-from refusion_jax.files import Lines, write_atomically
+from refusion_jax.files import Lines, naming, write_atomically
+from refusion_jax.training.events import Events
 from refusion_jax.training.wall_time import WallTime
 
 FILE = "metrics.csv"
@@ -67,9 +68,10 @@ class Reporter:
         settings: Mapping[str, Any] | None = None,
     ):
         truncate(folder / FILE, step)
+        self._folder = folder
         self._csv = Lines(folder / FILE)
         self._outbox = Outbox(folder)
-        self._events = tensorboardX.SummaryWriter(str(self._outbox.path), purge_step=step + 1)
+        self._events = Events(self._outbox.path, step + 1)
         self._wandb = (
             _wandb_run(wandb_project, folder, self._outbox.path, settings) if wandb_project else None
         )
@@ -83,16 +85,18 @@ class Reporter:
     def __enter__(self) -> "Reporter":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
         if self._bar is not None:
             self._bar.stop()
         if self._steps:
             print(self._summary(), flush=True)
         if self._wandb is not None:
             self._wandb.finish()
-        self._csv.flush()
-        self._events.close()
-        self._outbox.__exit__()
+        # An exception that is on its way says more than one of closing.
+        with contextlib.suppress(OSError) if kind else naming(self._folder):
+            self._csv.flush()
+            self._events.close()
+        self._outbox.__exit__(kind, *error)
 
     def report(self, step: int, taken: Sequence[Mapping[str, Any]]) -> None:
         """Writes a row of metrics.csv, events, and a line on the terminal.
@@ -118,10 +122,10 @@ class Reporter:
         row["bad_steps"] = sum(int(values["bad_steps"]) for values in taken)
         # str of a NumPy float32 is the shortest text that reads back as the same float32.
         cells = ("" if row[name] is None else str(row[name]) for name in COLUMNS)
-        self._csv.add(",".join(cells))
         curves = {f"train/{name}": float(row[name]) for name in COLUMNS[1:] if row[name] is not None}
-        for name, value in curves.items():
-            self._events.add_scalar(name, value, step)
+        with naming(self._folder):
+            self._csv.add(",".join(cells))
+            self._events.add(step, curves)
         if self._wandb is not None:
             self._wandb.log(curves, step=step)
         text = (
@@ -137,7 +141,6 @@ class Reporter:
     def flush(self) -> None:
         """Makes sure that all rows and events are stored in DIR; called before a checkpoint is saved."""
         self._csv.flush()
-        self._events.flush()
         self._outbox.send()
 
     def advance(self, step: int) -> None:
