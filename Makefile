@@ -1,6 +1,7 @@
 # make demo       trains the embedded default, restores it, samples held-out prompts
 # make test       the tests
 # make test-long  the slowest tests, which `make test` leaves out
+# make soak       faults by the hundred: kills, damage, full disks (most of an hour)
 # make lint       ruff
 # make dist       sdist and wheel, in dist/
 # make lock       renews the pinned requirements of this Python from setup.py
@@ -19,7 +20,7 @@ RUN := runs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := requirements-$(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])" 2>/dev/null).txt
 
-.PHONY: demo test test-long parity gpu lint dist lock licenses clean
+.PHONY: demo test test-long soak parity gpu lint dist lock licenses clean
 
 # The environment is made again only when its content would differ: other requirements, another Python.
 WANTED := $(shell { cat setup.py $(LOCK); echo $(PYTHON); } 2>/dev/null | cksum | tr ' ' '-')
