@@ -5,6 +5,8 @@ in the whole array. The mixing is invertible, so a single changed element always
 changed ones it misses one case in 2^32. A sum of integers has no order, so every mesh finds the same.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -24,12 +26,17 @@ def checksums(tree: Any) -> Any:
 def checksum(array: np.ndarray) -> int:
     """That of one array in memory, CHUNK elements at a time: one program for arrays of all shapes."""
     flat = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
-    total = 0
-    for start in range(0, flat.size, CHUNK):
+
+    def of(start: int) -> int:
         part = flat[start : start + CHUNK]
-        padded = np.pad(part, (0, CHUNK - part.size))
-        total += int(_of_chunk(padded, np.uint32(start % 2**32), np.int32(part.size)))
-    return total % 2**32
+        padded = part if part.size == CHUNK else np.pad(part, (0, CHUNK - part.size))
+        return int(_of_chunk(padded, np.uint32(start % 2**32), np.int32(part.size)))
+
+    starts = range(0, flat.size, CHUNK)
+    if len(starts) == 1:
+        return of(0)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return sum(pool.map(of, starts)) % 2**32
 
 
 @jax.jit
