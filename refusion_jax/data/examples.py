@@ -1,38 +1,23 @@
 """Examples as rows of token ids of fixed length, in one endless sequence with random access."""
 
 import hashlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from refusion_jax.data.encoding import Counts, Encoder, Row, hash32
+from refusion_jax.data.index import Index
 from refusion_jax.data.sources.example import Example
 from refusion_jax.data.tasks.file_task import FileTask
 from refusion_jax.data.tasks.task import Task
 from refusion_jax.errors import BadInput
-from refusion_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import grain
 
-_SCAN = 1024  # examples tokenised at a time; also the number of examples of an endless task that are scanned
-
-Row = dict[str, np.ndarray]
-
-
-class Counts(NamedTuple):
-    """Numbers of usable and of dropped examples, of a whole finite source or of the first _SCAN of a task."""
-
-    kept: int
-    too_long: int
-    empty: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kept} examples kept, {self.too_long} longer than max_length and {self.empty} "
-            "with an empty response dropped"
-        )
+_SCAN = 1024  # examples of an endless task that are scanned
 
 
 class Identity(NamedTuple):
@@ -47,100 +32,18 @@ class Identity(NamedTuple):
     sha256: str
 
 
-class Encoded(NamedTuple):
-    """Token ids of a prompt, and of its response with EOS; both are empty if the response is empty."""
-
-    prompt: list[int]
-    response: list[int]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.response)
-
-
-class Encoder:
-    """Converts examples to token ids and to rows of `max_length` tokens, and decides which can be used.
-
-    Args:
-      tokenizer: encodes prompts and responses.
-      max_length: tokens per row.
-      template: variables of the chat template.
-      eos_multiple, eos_extra_blocks: as in DataConfig.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        max_length: int,
-        template: Mapping[str, Any] | None = None,
-        eos_multiple: int = 1,
-        eos_extra_blocks: int = 0,
-    ):
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._template = dict(template or {})
-        self._eos_multiple = eos_multiple
-        self._eos_extra_blocks = eos_extra_blocks
-
-    def encode(self, examples: Sequence[Example], numbers: Sequence[int]) -> list[Encoded]:
-        """Token ids of examples. The number of an example determines how many extra EOS it gets."""
-        prompts = self._tokenizer.encode_prompts([example.query for example in examples], **self._template)
-        responses = self._tokenizer.encode_batch([example.response for example in examples])
-        return [
-            Encoded(prompt, self._ended(response, number)) if example.response.strip() else Encoded([], [])
-            for example, prompt, response, number in zip(examples, prompts, responses, numbers, strict=True)
-        ]
-
-    def _ended(self, response: list[int], number: int) -> list[int]:
-        """The response followed by EOS, up to a multiple of `eos_multiple` and `eos_extra_blocks` beyond."""
-        blocks = len(response) // self._eos_multiple + 1
-        if self._eos_extra_blocks:
-            blocks += hash32(f"eos {number}") % (self._eos_extra_blocks + 1)
-        return response + [self._tokenizer.eos_id] * (blocks * self._eos_multiple - len(response))
-
-    def usable(self, length: int | np.ndarray) -> bool | np.ndarray:
-        """Whether an example of this many tokens (0 for an empty response) fits in a row."""
-        return (length > 0) & (length <= self._max_length)
-
-    def count(self, lengths: np.ndarray, what: str) -> Counts:
-        """Counts and logs how many of the examples with these `lengths` [N] are usable.
-
-        Raises:
-          BadInput: none is usable; `what` names the source.
-        """
-        too_long, empty = (int(n.sum()) for n in (lengths > self._max_length, lengths == 0))
-        counts = Counts(int(self.usable(lengths).sum()), too_long, empty)
-        if counts.kept == 0:
-            shortest = f"; the shortest takes {lengths[lengths > 0].min()}" if too_long else ""
-            raise BadInput(
-                f"{what}: no example can be used with data.max_length {self._max_length} ({counts}{shortest})"
-            )
-        level = logging.WARNING if too_long or empty else logging.INFO
-        logging.getLogger(__name__).log(level, "%s: %s", what, counts)
-        return counts
-
-    def row(self, encoded: Encoded, example_id: int) -> Row:
-        """The padded row of one example, see `Examples`."""
-        tokens = np.full(self._max_length, self._tokenizer.pad_id, np.int32)
-        tokens[: encoded.length] = encoded.prompt + encoded.response
-        return {
-            "tokens": tokens,
-            "prompt_len": np.int32(len(encoded.prompt)),
-            "total_len": np.int32(encoded.length),
-            "example_id": np.int32(example_id % 2**31),
-        }
-
-
 class Examples(Protocol):
     """An endless sequence of rows; each row is a function of its index.
 
     Attributes:
       counts: numbers of usable and dropped examples, by source.
       identity: what the examples are, wherever they are read from.
+      broken_lines: a file that lists the lines that cannot be read, None if there are none.
     """
 
     counts: dict[str, Counts]
     identity: "Identity"
+    broken_lines: Path | None
 
     def __getitem__(self, row_index: int) -> Row:
         """One row, as int32 arrays:
@@ -163,11 +66,13 @@ class FiniteExamples:
 
     Args:
       encoder: encodes the examples.
-      source: the examples.
+      index: the encoded examples. Sharding and resuming need the example at any row index without reading
+        all examples before it, and which are usable is known once all were encoded.
       name: name of the source, for messages.
       shuffle_seed: seed of the order, a new one for each epoch; None keeps the order of the source.
 
     Attributes:
+      index: as given.
       lengths: int [len], tokens of each usable example.
       identity: as in Examples.
 
@@ -175,25 +80,18 @@ class FiniteExamples:
       BadInput: the source has no usable example.
     """
 
-    def __init__(self, encoder: Encoder, source: Sequence[Example], name: str, shuffle_seed: int | None):
-        if len(source) == 0:
-            raise BadInput(f"{name}: holds no examples")
+    def __init__(self, encoder: Encoder, index: Index, name: str, shuffle_seed: int | None):
+        self.index = index
         self._encoder = encoder
-        self._source = source
-        # All examples are tokenised once before the first step, to know which are usable. Sharding and
-        # resuming need the example at any row index without reading all examples before it.
-        digest = hashlib.sha256()
-        lengths = np.concatenate(
-            [
-                _lengths(encoder, source.__getitem__, range(start, min(start + _SCAN, len(source))), digest)
-                for start in range(0, len(source), _SCAN)
-            ]
-        )
-        self.identity = Identity(len(source), digest.hexdigest())
-        self.counts = {name: encoder.count(lengths, name)}
-        self._kept = np.flatnonzero(encoder.usable(lengths))
-        self.lengths = lengths[self._kept]
+        self.identity = Identity(index.meta.examples, index.meta.sha256)
+        self.counts = {name: encoder.count(index.lengths, name, index.meta.broken)}
+        self._kept = np.flatnonzero(encoder.usable(index.lengths))
+        self.lengths = index.lengths[self._kept]
         self._order = endless_order(len(self._kept), shuffle_seed)
+
+    @property
+    def broken_lines(self) -> Path | None:
+        return self.index.broken_lines
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -204,8 +102,7 @@ class FiniteExamples:
     def example(self, epoch: int, which: int) -> Row:
         """The row of usable example `which`, 0 to len - 1, with its `example_id` in this epoch."""
         number = int(self._kept[which])
-        (encoded,) = self._encoder.encode([self._source[number]], [number])
-        return self._encoder.row(encoded, epoch * len(self._source) + number)
+        return self._encoder.row(*self.index[number], epoch * self.identity.examples + number)
 
 
 class TaskExamples:
@@ -229,6 +126,7 @@ class TaskExamples:
       BadInput: a task has no usable example among its first _SCAN.
     """
 
+    broken_lines = None
     _DRAWS = 1000
     _NEXT_DRAW = 2**40  # far beyond any row index, so that no example is used for two rows
 
@@ -268,7 +166,8 @@ class TaskExamples:
             example = task.example(number + draw * self._NEXT_DRAW, self._split, self._seed)
             (encoded,) = self._encoder.encode([example], [row_index])
             if self._encoder.usable(encoded.length):
-                return self._encoder.row(encoded, row_index)
+                tokens = encoded.prompt + encoded.response
+                return self._encoder.row(tokens, len(encoded.prompt), row_index)
         raise BadInput(f"{task}: {self._DRAWS} examples in a row are longer than data.max_length")
 
 
@@ -297,11 +196,3 @@ def shuffled(index: int, count: int, seed: int) -> int:
     import grain  # as above
 
     return grain.experimental.index_shuffle(index, count - 1, seed, 4)
-
-
-def hash32(text: str) -> int:
-    """A 32-bit hash that derives unrelated seeds.
-
-    Grain adds the epoch to its seed, so without it seed 1 would give the order of seed 0 one epoch later.
-    """
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refusion_jax.data.examples import FiniteExamples, Row, TaskExamples, endless_order, hash32, shuffled
+from refusion_jax.data.encoding import Row, hash32
+from refusion_jax.data.examples import FiniteExamples, TaskExamples, endless_order, shuffled
 
 _MISSES = 16  # consecutive drawn examples that do not fit, after which a row is complete
 
@@ -82,20 +83,17 @@ class PackedExamples:
 
     def __init__(self, examples: FiniteExamples, row_length: int, most: int, shuffle_seed: int | None):
         self.counts, self.identity = examples.counts, examples.identity
+        self.broken_lines = examples.broken_lines
         self._examples = examples
         self._most = most
         self._seed = shuffle_seed
-        order = np.arange(len(examples))
-        if shuffle_seed is not None:
-            # Sorts raw bits of Philox: they are fixed across versions of NumPy, permutations are not.
-            bits = np.random.Philox(key=hash32(f"plan {shuffle_seed}")).random_raw(len(examples))
-            order = np.argsort(bits, kind="stable")
-        plan = best_fit(examples.lengths[order], row_length, most)
-        self._by_length = np.argsort(examples.lengths, kind="stable")
-        self._lengths = examples.lengths[self._by_length]  # ascending
-        self._ranks = np.argsort(self._by_length)[order[plan.members]]  # of the members, in `_lengths`
-        self._borders = plan.borders
-        self._order = endless_order(len(plan), shuffle_seed)
+        planned = examples.index.derived(
+            f"rows of {row_length}, at most {most}, seed {shuffle_seed}",
+            lambda: _plan(examples.lengths, row_length, most, shuffle_seed),
+        )
+        self._by_length, self._lengths = planned["by_length"], planned["lengths"]
+        self._ranks, self._borders = planned["ranks"], planned["borders"]
+        self._order = endless_order(len(self), shuffle_seed)
 
     def __len__(self) -> int:
         return len(self._borders) - 1
@@ -117,6 +115,24 @@ class PackedExamples:
         return int(self._by_length[rank])
 
 
+def _plan(lengths: np.ndarray, row_length: int, most: int, shuffle_seed: int | None) -> dict[str, np.ndarray]:
+    """The rows of PackedExamples.
+
+    Returns:
+      by_length [N]: the examples in ascending order of length; lengths [N]: their lengths; ranks [N]: places
+      in `by_length` of the members of all rows, in the order of the rows; borders [rows + 1], as in `Plan`.
+    """
+    order = np.arange(len(lengths))
+    if shuffle_seed is not None:
+        # Sorts raw bits of Philox: they are fixed across versions of NumPy, permutations are not.
+        bits = np.random.Philox(key=hash32(f"plan {shuffle_seed}")).random_raw(len(lengths))
+        order = np.argsort(bits, kind="stable")
+    plan = best_fit(lengths[order], row_length, most)
+    by_length = np.argsort(lengths, kind="stable")
+    ranks = np.argsort(by_length)[order[plan.members]]
+    return {"by_length": by_length, "lengths": lengths[by_length], "ranks": ranks, "borders": plan.borders}
+
+
 class PackedTaskExamples:
     """Examples of tasks in packed rows. Each row takes those that fit of the examples drawn for it alone.
 
@@ -128,6 +144,8 @@ class PackedTaskExamples:
       row_length: tokens per row.
       most: most examples per row.
     """
+
+    broken_lines = None
 
     def __init__(self, examples: TaskExamples, row_length: int, most: int):
         self.counts, self.identity = examples.counts, examples.identity

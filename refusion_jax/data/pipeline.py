@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from refusion_jax.data.batches import Batches, by_processes, by_threads, stacked
-from refusion_jax.data.examples import Encoder, Examples, FiniteExamples, TaskExamples
+from refusion_jax.data.encoding import Encoder
+from refusion_jax.data.examples import Examples, FiniteExamples, TaskExamples
+from refusion_jax.data.index import Source, open_index
 from refusion_jax.data.packing import PackedExamples, PackedTaskExamples
-from refusion_jax.data.sources.example import Example
-from refusion_jax.data.sources.jsonl import load_jsonl
+from refusion_jax.data.sources.jsonl import JsonlSource
 from refusion_jax.data.tasks.registry import TASKS, Task, make_task
 from refusion_jax.errors import BadInput
 from refusion_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -49,6 +50,9 @@ class DataConfig:
       shuffle: a new order in each epoch of a finite source, instead of the order of the source.
       workers: processes per host that prepare batches; 0 uses threads of the training process. A thread makes
         3,000 to 10,000 examples of tasks per second, and all threads share one core.
+      max_broken_share: for "jsonl" and "tfds" the largest share of lines or records that cannot be read, such
+        as invalid JSON or a missing field. They are skipped, counted, and listed in broken_lines.jsonl of the
+        run; with more of them the run does not start.
     """
 
     source: str = "tasks"
@@ -65,6 +69,7 @@ class DataConfig:
     enable_thinking: bool = True
     shuffle: bool = True
     workers: int = 0
+    max_broken_share: float = 0.01
 
     @property
     def max_examples_per_row(self) -> int:
@@ -73,7 +78,9 @@ class DataConfig:
 
 
 def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Examples:
-    """Opens the source, scans it once for usable examples (see `Examples.counts`), and returns its rows.
+    """Opens the source and returns its rows.
+
+    The examples of a finite source are encoded once per host, see `index`.
 
     Raises:
       BadInput: a setting is invalid, the source cannot be read, or it has no usable example.
@@ -84,6 +91,8 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
         raise BadInput(f"data.workers is {config.workers!r}, expected 1 or more processes, or 0")
     if type(config.examples_per_row) is not int or config.examples_per_row < 0:
         raise BadInput(f"data.examples_per_row is {config.examples_per_row!r}, expected 1 or more, or 0")
+    if not 0 <= config.max_broken_share <= 1:
+        raise BadInput(f"data.max_broken_share is {config.max_broken_share}, expected a share from 0 to 1")
     for name, least in (("eos_multiple", 1), ("eos_extra_blocks", 0)):
         if getattr(config, name) < least:
             raise BadInput(f"data.{name} is {getattr(config, name)}, expected {least} or more")
@@ -98,7 +107,9 @@ def load_examples(config: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Ex
             else drawn
         )
     shuffle_seed = seed if config.shuffle else None
-    examples = FiniteExamples(encoder, *_open_source(config), shuffle_seed)
+    source = _open_source(config)
+    index = open_index(encoder, source, config.max_broken_share)
+    examples = FiniteExamples(encoder, index, source.name, shuffle_seed)
     return (
         PackedExamples(examples, config.max_length, config.max_examples_per_row, shuffle_seed)
         if config.packing
@@ -116,19 +127,19 @@ def open_tokenizer(folder: str | None) -> Tokenizer:
     return load_tokenizer(folder) if folder else ByteTokenizer()
 
 
-def _open_source(config: DataConfig) -> tuple[Sequence[Example], str]:
-    """(examples, name) of a finite source."""
+def _open_source(config: DataConfig) -> Source:
+    """A finite source."""
     paths = [config.paths] if isinstance(config.paths, str) else list(map(str, config.paths))
     if config.source == "jsonl":
         if not paths:
             raise BadInput("data.paths is empty, expected at least one JSONL file")
-        return load_jsonl(paths, (config.query_field, config.response_field)), ", ".join(paths)
+        return JsonlSource(paths, (config.query_field, config.response_field))
     if config.source == "tfds":
         if len(paths) != 1:
             raise BadInput(f"data.paths has {len(paths)} entries, expected one TFDS folder")
         from refusion_jax.data.sources.tfds import TfdsSource  # slow to import, seldom needed
 
-        return TfdsSource(paths[0], config.split), paths[0]
+        return TfdsSource(paths[0], config.split)
     raise BadInput(f"data.source is {config.source!r}, expected tasks, jsonl or tfds")
 
 

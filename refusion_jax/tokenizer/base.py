@@ -3,7 +3,10 @@
 import abc
 import dataclasses
 import functools
+import hashlib
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,16 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def save(self, folder: str | Path) -> None:
         """Writes the files from which `load_tokenizer(folder)` loads the same tokenizer."""
+
+    def fingerprint(self) -> str:
+        """A text that is equal for tokenizers that give equal ids: a digest of the files of `save`."""
+        kind = type(self).__qualname__, self.has_chat_template, self.special, self._begin
+        digest = hashlib.sha256(f"{metadata.version('tokenizers')} {kind}".encode())
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            for path in sorted(Path(folder).iterdir()):
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
 
     @abc.abstractmethod
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...

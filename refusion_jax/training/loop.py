@@ -48,7 +48,11 @@ CONFIG_FILE = "config.yaml"
 MUST_NOT_CHANGE = {
     "model": [field.name for field in dataclasses.fields(ModelConfig)],
     # Data are the same by content, see `_check_same_data`, wherever they are and whoever prepares them.
-    "data": [f.name for f in dataclasses.fields(DataConfig) if f.name not in ("workers", "paths")],
+    "data": [
+        field.name
+        for field in dataclasses.fields(DataConfig)
+        if field.name not in ("workers", "paths", "max_broken_share")
+    ],
     "train": ["batch_size", "seed", "scan_layers", "first_batch", "distill_weight", "distill_top_k"],
     "diffusion": ["ar_share"],
     "lora": [field.name for field in dataclasses.fields(LoraConfig)],
@@ -150,6 +154,7 @@ def run_training(
         if jax.process_index() == 0:
             _describe(folder, run, tokenizer, taught_by)
             _announce(run, program.state, mesh, done, examples)
+            _report_broken_lines(folder, examples)
         with Profile(folder, profile_steps) as profile:
             wall_time.lap("setup")
             with _reporter(run, folder, done or 0, wall_time) as reporter:
@@ -294,6 +299,14 @@ def _announce(run: RunConfig, state: TrainState, mesh: Mesh, done: int | None, e
     print(f"{size} on {dict(mesh.shape)}, {begin}", flush=True)
     held, used = row_use(examples)
     print(f"rows of {run.data.max_length} tokens: {held:.1f} examples, {used:.1%} used", flush=True)
+
+
+def _report_broken_lines(folder: Path, examples: Examples) -> None:
+    """Copies the list of the lines of the data that cannot be read into DIR, if there are some."""
+    if examples.broken_lines is not None:
+        path = folder / "broken_lines.jsonl"
+        write_atomically(path, examples.broken_lines.read_bytes())
+        print(f"{path}: the broken lines that are skipped", file=sys.stderr, flush=True)
 
 
 def _size(params: Any) -> int:

@@ -11,3 +11,10 @@ class Example(NamedTuple):
 
     query: str | Sequence[Message]
     response: str
+
+
+class Broken(NamedTuple):
+    """A line of a source that cannot be read: its file and line, and what is wrong with it."""
+
+    where: str
+    error: str

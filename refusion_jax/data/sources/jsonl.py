@@ -1,26 +1,98 @@
 """Examples from JSONL files."""
 
+import codecs
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from refusion_jax.data.sources.example import Example
+from refusion_jax import buckets
+from refusion_jax.buckets import is_remote, location
+from refusion_jax.data.sources.example import Broken, Example
 from refusion_jax.errors import BadInput
+from refusion_jax.files import read_json_if_there, write_atomically
 from refusion_jax.tokenizer.chat_template import check_messages
 
 FIELDS = ("query", "response")
 
 
-def load_jsonl(paths: Sequence[str | Path], fields: tuple[str, str] = FIELDS) -> list[Example]:
-    """All examples of the files, in order. For data that does not fit in memory see `sources.tfds`.
+class JsonlSource:
+    """The examples of JSONL files, in order; a `Source`.
 
-    Raises:
-      BadInput: a file cannot be read or has no example, or a line is malformed.
+    Args:
+      paths: the files, local or in a bucket.
+      fields: names of the fields of query and response.
+
+    Attributes:
+      name: the paths.
     """
-    return [example for path in paths for example in read_jsonl(path, fields)]
+
+    def __init__(self, paths: Sequence[str | Path], fields: tuple[str, str] = FIELDS):
+        self.name = ", ".join(map(str, paths))
+        self._paths = [location(path) for path in paths]
+        self._fields = fields
+        self._read = self._size = 0
+
+    def __iter__(self) -> Iterator[Example | Broken]:
+        """Raises BadInput if a file cannot be read, or holds nothing."""
+        self._read, self._size = 0, sum(map(_size, self._paths))
+        for path in self._paths:
+            for where, line in _lines(path):
+                self._read += len(line)
+                try:
+                    yield _read_line(line, where, self._fields)
+                except BadInput as error:
+                    yield Broken(where, str(error).removeprefix(f"{where}: "))
+
+    def progress(self) -> float:
+        return min(1.0, self._read / max(1, self._size))  # of a .gz file more is read than its size
+
+    def fingerprint(self, cache: Path) -> str:
+        digests = [_digest(path, cache / "digests") for path in self._paths]
+        # Whether a file is decompressed depends on its name.
+        return json.dumps([digests, [path.name.endswith(".gz") for path in self._paths], self._fields])
+
+
+def _size(path: Path) -> int:
+    try:
+        return buckets.size(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _digest(path: Path, cache: Path) -> str:
+    """The SHA-256 of a file; it is kept in `cache`, and read again when the file has changed since."""
+    try:
+        state = _state(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
+    key = hashlib.sha256(str(buckets.absolute(path)).encode()).hexdigest()[:32]
+    known = cache / f"{key}.json"
+    try:
+        found = read_json_if_there(known)
+    except BadInput:
+        found = {}
+    if found.get("state") != state:
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
+        found = {"state": state, "sha256": digest}
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, json.dumps(found))
+    return found["sha256"]
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file does, by its metadata."""
+    if is_remote(path):
+        return [int(buckets.file_system().info(str(path))["generation"])]
+    found = path.stat()
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def read_jsonl(path: str | Path, fields: tuple[str, str] = FIELDS) -> Iterator[Example]:
@@ -34,20 +106,36 @@ def read_jsonl(path: str | Path, fields: tuple[str, str] = FIELDS) -> Iterator[E
       fields: names of the fields of query and response.
 
     Raises:
-      BadInput: as for `load_jsonl`.
+      BadInput: the file cannot be read or has no example, or a line is malformed.
+    """
+    for where, line in _lines(location(path)):
+        yield _read_line(line, where, fields)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """("FILE:LINE", line) of the lines of a file that are not blank, without a byte order mark.
+
+    Raises:
+      BadInput: the file cannot be read, or has no such line.
     """
     count = 0
-    open_file = gzip.open if str(path).endswith(".gz") else open
     try:
-        with open_file(path, "rb") as lines:
+        with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    yield _read_line(line, f"{path}:{number}", fields)
+                    yield f"{path}:{number}", line
                     count += 1
     except (OSError, EOFError, zlib.error) as error:  # the last two are raised for damaged .gz files
         raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if count == 0:
         raise BadInput(f"{path}: holds no examples, expected one JSON object a line")
+
+
+def _open(path: Path) -> IO[bytes]:
+    file = path.open("rb")
+    return gzip.open(file, "rb") if path.name.endswith(".gz") else file
 
 
 def _read_line(line: bytes, where: str, fields: tuple[str, str]) -> Example:

@@ -13,7 +13,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from refusion_jax.data.sources.example import Example
+from refusion_jax.buckets import is_remote
+from refusion_jax.data.sources.example import Broken, Example
 from refusion_jax.data.sources.jsonl import read_jsonl, read_record
 from refusion_jax.errors import BadInput
 
@@ -67,7 +68,7 @@ def jsonl_to_tfds(splits: Mapping[str, Sequence[str | Path]], folder: str | Path
 
 
 class TfdsSource(Sequence[Example]):
-    """One split of a prepared dataset, as a sequence of examples that are read on demand.
+    """One split of a prepared dataset, as a sequence of examples that are read on demand; a `Source`.
 
     Raises:
       BadInput: the folder has no dataset, or the dataset lacks random access, the split, or the features
@@ -75,6 +76,8 @@ class TfdsSource(Sequence[Example]):
     """
 
     def __init__(self, folder: str | Path, split: str):
+        if is_remote(folder):
+            raise BadInput(f"{folder}: a TFDS dataset must be on a local disk; copy it, or use JSONL files")
         path = _dataset_folder(Path(folder))
         try:
             builder = tfds.builder_from_directory(str(path))
@@ -99,6 +102,27 @@ class TfdsSource(Sequence[Example]):
                 f"{', '.join(sorted(builder.info.splits))}: {error}"
             ) from error
         self._path = path
+        self._split = split
+        self._read = 0
+        self.name = str(folder)
+
+    def __iter__(self) -> Iterator[Example | Broken]:
+        for number in range(len(self)):
+            self._read = number
+            try:
+                yield self[number]
+            except BadInput as error:
+                where = f"{self._path} example {number}"
+                yield Broken(where, str(error).removeprefix(f"{where}: "))
+
+    def progress(self) -> float:
+        return self._read / max(1, len(self))
+
+    def fingerprint(self, cache: Path) -> str:
+        """By size and time of its files: reading them all would take as long as encoding."""
+        files = sorted(path for path in self._path.rglob("*") if path.is_file())
+        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return json.dumps([states, self._split])
 
     def __len__(self) -> int:
         return len(self._records)
