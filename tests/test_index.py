@@ -15,11 +15,11 @@ from test_data import numbered
 from test_launch import CONFIG
 
 from refusion_jax import train
-from refusion_jax.data import index
+from refusion_jax.data import index, index_builder
 from refusion_jax.data.encoding import Encoder
 from refusion_jax.data.pipeline import DataConfig, load_examples
 from refusion_jax.data.sources.jsonl import JsonlSource
-from refusion_jax.errors import BadInput
+from refusion_jax.errors import BadInput, Failed
 from refusion_jax.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def test_whatever_changes_tokens_makes_another_index(tmp_path, cache, encoded):
     assert opened(path).identity == first.identity and encoded == [30]
 
 
-@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "ends.npy", "prompts.npy"])
+@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "ends.npy", "prompts.npy", "sums.npy"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_index_is_made_anew(tmp_path, cache, encoded, name, damage):
     path = numbered(tmp_path / "a.jsonl", 5)
@@ -104,14 +104,53 @@ def test_a_damaged_index_is_made_anew(tmp_path, cache, encoded, name, damage):
     assert encoded == [10]
 
 
-def test_without_a_cache(tmp_path, monkeypatch, encoded, capsys):
+def test_a_changed_token_is_found(tmp_path, cache):
+    path = numbered(tmp_path / "a.jsonl", 5)
+    opened(path)
+    (file,) = cache.glob("*/tokens.bin")
+    content = bytearray(file.read_bytes())
+    content[0] ^= 1
+    file.write_bytes(content)
+    examples = opened(path, shuffle=False)
+    with pytest.raises(Failed, match="damaged; delete this folder, it will be made anew"):
+        examples[0]
+    examples[1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("name", ["keys.json", "ranks.npy"])
+def test_a_damaged_plan_of_rows_is_made_anew(tmp_path, cache, name, damage):
+    path = numbered(tmp_path / "a.jsonl", 25)
+    wanted = rows(opened(path, packing=True))
+    for _ in range(2):
+        assert rows(opened(path, packing=True)) == wanted
+        (file,) = cache.glob(f"*/rows*/{name}")
+        if damage == "missing":
+            file.unlink()
+        else:
+            os.truncate(file, file.stat().st_size // 2)
+
+
+def test_where_the_cache_cannot_be_written(tmp_path, monkeypatch, encoded):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     path = numbered(tmp_path / "a.jsonl", 5)
-    assert rows(opened(path)) == rows(opened(path)) and encoded == [10]
-    assert (
-        capsys.readouterr().err.count("cannot be written (Not a directory), examples are encoded anew") == 2
-    )
+    assert rows(opened(path)) == rows(opened(path)) and encoded == [5]
+    assert (tmp_path / f"refusion_jax-{os.getuid()}" / "examples").is_dir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.raises(Failed, match=r"the index of examples cannot be written \(.*Not a directory"):
+        opened(path)
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path, cache):
+    path = numbered(tmp_path / "a.jsonl", 5)
+    opened(path)
+    (folder,) = (file.parent for file in cache.glob("*/meta.json"))
+    folder.rename(partial := folder.with_name(f"{folder.name}.partial"))
+    (partial / "meta.json").unlink()
+    opened(path)
+    assert folder.is_dir() and not partial.exists()
 
 
 def test_an_index_that_is_not_used_is_deleted(tmp_path, cache):
@@ -138,10 +177,7 @@ def test_two_processes_at_once(tmp_path, cache):
     for process in processes:
         process.join()
     assert len(list(cache.glob("*/meta.json"))) == 1
-    assert {path.name for path in cache.iterdir() if path.is_dir()} == {
-        "digests",
-        *(path.parent.name for path in cache.glob("*/meta.json")),
-    }
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 2  # the index, and digests of files
 
 
 def test_tokens_take_two_bytes_if_they_fit(tmp_path, cache):
@@ -184,6 +220,7 @@ def test_too_many_broken_lines_are_an_error(tmp_path, cache):
     message = r"a.jsonl:11: not valid JSON.*; 4 of 14 lines of .*a.jsonl are broken, at most a share of 0.01"
     with pytest.raises(BadInput, match=message):
         opened(path)
+    assert len((next(cache.glob("*-broken.jsonl"))).read_text().splitlines()) == 4
     assert len(opened(path, max_broken_share=0.3)) == 10
     with pytest.raises(BadInput, match=message):  # the index is there now
         opened(path)
@@ -191,21 +228,36 @@ def test_too_many_broken_lines_are_an_error(tmp_path, cache):
         opened(path, max_broken_share=1.5)
 
 
+def test_a_conversation_that_the_template_refuses_is_a_broken_line(tmp_path, cache):
+    class Strict(ByteTokenizer):
+        has_chat_template = True
+
+        def render(self, messages, **options):
+            if "3" in messages[0]["content"]:
+                raise BadInput("no threes")
+            return super().render(messages, **options)
+
+    path = numbered(tmp_path / "a.jsonl", 10)
+    with pytest.raises(BadInput, match=r"a.jsonl:4: .*no threes; .* 1 of 10 lines"):
+        opened(path, tokenizer=Strict())
+    assert len(opened(path, tokenizer=Strict(), max_broken_share=0.1)) == 9
+
+
 def test_a_file_of_another_kind_is_not_read_to_its_end(tmp_path, cache, monkeypatch):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n' * 10 * index.BATCH)
+    path.write_bytes(b'{"text": "a"}\n' * 10 * index_builder.BATCH)
     read = []
-    lines = JsonlSource.__iter__
+    lines = JsonlSource.entries
 
     def counting(self):
         for line in lines(self):
             read.append(line)
             yield line
 
-    monkeypatch.setattr(JsonlSource, "__iter__", counting)
+    monkeypatch.setattr(JsonlSource, "entries", counting)
     with pytest.raises(BadInput, match=r"a.jsonl:1: has no 'query' .*, and so are the 1,023 lines after it"):
         opened(path)
-    assert len(read) == index.BATCH
+    assert len(read) == index_builder.BATCH
 
 
 def test_a_run_lists_its_broken_lines(tmp_path, cache, capsys):
@@ -268,7 +320,7 @@ def test_the_digest_is_that_of_before(tmp_path, cache):
     """Runs that were saved before examples were kept on disk resume."""
     path = numbered(tmp_path / "a.jsonl", 3)
     encoder = Encoder(ByteTokenizer(), 64)
-    whole = list(JsonlSource([path]))
+    whole = [example for _, example in JsonlSource([path]).entries()]
     digest = hashlib.sha256()
     for one in encoder.encode(whole, range(3)):
         digest.update(np.array([len(one.prompt), *one.prompt, *one.response], np.int64).tobytes())

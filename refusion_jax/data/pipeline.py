@@ -18,7 +18,8 @@ import numpy as np
 from refusion_jax.data.batches import Batches, by_processes, by_threads, stacked
 from refusion_jax.data.encoding import Encoder
 from refusion_jax.data.examples import Examples, FiniteExamples, TaskExamples
-from refusion_jax.data.index import Source, open_index
+from refusion_jax.data.index import open_index
+from refusion_jax.data.index_builder import Source
 from refusion_jax.data.packing import PackedExamples, PackedTaskExamples
 from refusion_jax.data.sources.jsonl import JsonlSource
 from refusion_jax.data.tasks.registry import TASKS, Task, make_task

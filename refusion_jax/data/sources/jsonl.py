@@ -36,14 +36,14 @@ class JsonlSource:
         self._fields = fields
         self._read = self._size = 0
 
-    def __iter__(self) -> Iterator[Example | Broken]:
+    def entries(self) -> Iterator[tuple[str, Example] | Broken]:
         """Raises BadInput if a file cannot be read, or holds nothing."""
         self._read, self._size = 0, sum(map(_size, self._paths))
         for path in self._paths:
             for where, line in _lines(path):
                 self._read += len(line)
                 try:
-                    yield _read_line(line, where, self._fields)
+                    yield where, _read_line(line, where, self._fields)
                 except BadInput as error:
                     yield Broken(where, str(error).removeprefix(f"{where}: "))
 

@@ -106,13 +106,12 @@ class TfdsSource(Sequence[Example]):
         self._read = 0
         self.name = str(folder)
 
-    def __iter__(self) -> Iterator[Example | Broken]:
+    def entries(self) -> Iterator[tuple[str, Example] | Broken]:
         for number in range(len(self)):
-            self._read = number
+            self._read, where = number, f"{self._path} example {number}"
             try:
-                yield self[number]
+                yield where, self[number]
             except BadInput as error:
-                where = f"{self._path} example {number}"
                 yield Broken(where, str(error).removeprefix(f"{where}: "))
 
     def progress(self) -> float:
