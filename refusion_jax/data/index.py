@@ -91,7 +91,7 @@ class Index:
 
 
 def cache_folders() -> list[Path]:
-    """Where indexes are: XDG_CACHE_HOME (or ~/.cache)/refusion_jax/examples; if it cannot be written, /tmp."""
+    """Where indexes are: XDG_CACHE_HOME (~/.cache)/refusion_jax/examples; if it cannot be written, /tmp."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     ours = Path(tempfile.gettempdir()) / f"refusion_jax-{os.getuid()}"
     return [home / "refusion_jax" / "examples", ours / "examples"]
