@@ -165,7 +165,7 @@ def find_special_ids(
                 # Of several EOS ids, the one that the settings name ends a turn (Llama 3).
                 chosen = by_text(role)
                 value = chosen if chosen in value else value[0]
-            if value is None:
+            if value is None or (role == "pad" and value == -1):  # -1 in old Llama files: there is none
                 continue
             if type(value) is not int or not 0 <= value < limit:
                 raise BadInput(
