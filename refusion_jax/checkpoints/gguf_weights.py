@@ -85,11 +85,13 @@ def read_gguf(file: GGUFFile) -> tuple[dict[str, Any], dict[str, LazyArray]]:
         part = name.split(".")[-2]
         rows = None
         if part in heads and len(tensor.shape) > 1:
-            rows = _half_split_rows(heads[part], config["head_dim"])
-            if rows.size != tensor.shape[0]:
+            num_rows, head_dim = heads[part] * config["head_dim"], config["head_dim"]
+            if tensor.shape[0] != num_rows or head_dim % 2:
                 raise BadInput(
-                    f"{_where(tensor)} has {tensor.shape[0]} rows, its metadata make it {rows.size}"
+                    f"{_where(tensor)} has {tensor.shape[0]} rows, its metadata make it {num_rows}, in "
+                    f"heads of {head_dim}, which must be even"
                 )
+            rows = _half_split_rows(heads[part], head_dim)
         tensors[name] = _lazy_array(tensor, rows)
     return config, tensors
 
@@ -157,9 +159,12 @@ def _llama3_fields(tensor: GGUFTensor, config: dict[str, Any]) -> dict[str, Any]
     where = _where(tensor)
     if config["rope_scaling"] is not None:
         raise BadInput(f"{where} and metadata rope.scaling.type both scale RoPE, expected one of the two")
+    expected = (config["head_dim"] // 2,)
+    if tensor.shape != expected:
+        raise BadInput(f"{where} has shape {tensor.shape}, expected {expected}, half of the size of a head")
+    if not 1 <= config["rope_theta"] < np.inf:
+        raise BadInput(f"{where} scales RoPE frequencies of base {config['rope_theta']}, expected 1 or above")
     base, _ = frequencies(config["head_dim"], config["rope_theta"], None)
-    if tensor.shape != base.shape:
-        raise BadInput(f"{where} has shape {tensor.shape}, expected {base.shape}, half of the size of a head")
     factors = _lazy_array(tensor, None).whole().astype(np.float64)
     if (factors == 1).all():
         return None

@@ -24,8 +24,8 @@ from refusion_jax.weights.lazy import LazyArray
 FAMILIES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
-# Values of fields that a config.json leaves out, as in the configuration classes of `transformers`. Sizes that
-# every config.json has stay required: their defaults there are those of a model of 7 billion parameters.
+# Values of fields that a config.json leaves out, as in the configuration classes of `transformers`. Sizes,
+# which every config.json has, stay required: their defaults are those of a model of 7 billion parameters.
 _DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
@@ -209,6 +209,8 @@ def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
     """Raises BadInput for fields that would change the computed function if they were ignored."""
     windowed = raw.get("sliding_window") is not None and raw.get("use_sliding_window", True)
     layers = raw.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise BadInput(f"{path}: layer_types must be a list, found {layers!r}")
     if windowed or any(layer != "full_attention" for layer in layers):
         raise BadInput(
             f"{path}: sliding-window attention is not supported, use_sliding_window must be false and all "
@@ -263,8 +265,12 @@ def objective(folder: str | Path) -> str:
 
     Without the field "objective" it is "refusion" for a model with a mask token, else "ar".
     """
-    raw = read_json(Path(folder) / "config.json")
-    return raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    name = raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
+    if not isinstance(name, str):
+        raise BadInput(f"{path}: objective must be text, found {name!r}")
+    return name
 
 
 def decoding_defaults(folder: str | Path) -> dict[str, Any]:
