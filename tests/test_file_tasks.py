@@ -113,15 +113,19 @@ def test_the_published_test_set_is_known(tmp_path, monkeypatch):
     [
         ("#### 1999", True),
         ("She has 2000-1=1999.\n#### 1,999", True),
-        ("#### $1,999.", True),
-        ("#### 1999.0", True),
-        ("#### 7 #### 1999\n", True),
+        ("#### 1,999.", True),
+        ("#### 1999 apples", True),
+        ("#### 1999\n\nQuestion: What else?\n#### 7", True),
         ("1999", False),
+        ("####1999", False),
+        ("####  1999", False),
+        ("#### $1,999.", False),
+        ("#### 1999.0", False),
+        ("#### 7 #### 1999\n", False),
         ("#### 1998", False),
         ("#### -1999", False),
         ("#### 1999.5", False),
-        ("#### 1999 apples", False),
-        ("#### 1999 1999", False),
+        ("#### 1999..", False),
         ("#### " + "9" * 5000, False),
         ("#### NaN", False),
         ("#### 1e3", False),
@@ -130,7 +134,7 @@ def test_the_published_test_set_is_known(tmp_path, monkeypatch):
         ("\ud800", False),
     ],
 )
-def test_the_final_number_counts(files, response, right):
+def test_the_number_after_the_mark_counts_as_in_lm_eval(files, response, right):
     task = make_task("gsm8k", files)
     assert task.check(question(2000, "pears"), response) == right
     assert task.check_all([(question(2000, "pears"), response)]) == [right]

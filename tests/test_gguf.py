@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -163,12 +164,118 @@ def test_metadata_that_does_not_fit(tmp_path, change, complaint):
 
 def test_tensors_that_do_not_fit(tmp_path):
     tensors = random_tensors(QWEN3)
-    extra = write(tmp_path / "extra.gguf", "qwen3", tensors | {"rope_freqs.weight": np.ones(16, np.float32)})
-    with pytest.raises(BadInput, match=r"'rope_freqs.weight' belongs to no part"):
+    extra = write(tmp_path / "extra.gguf", "qwen3", tensors | {"cls.weight": np.ones(16, np.float32)})
+    with pytest.raises(BadInput, match=r"'cls.weight' belongs to no part"):
         read_gguf(GGUFFile(extra))
     del tensors["model.embed_tokens.weight"]
     with pytest.raises(BadInput, match=r"'token_embd.weight' missing"):
         read_gguf(GGUFFile(write(tmp_path / "missing.gguf", "qwen3", tensors)))
+
+
+EMBEDDING = {"model.embed_tokens.weight": np.ones((40, 64), np.float32)}
+
+
+def llama3_factors(theta, head_dim, factor, low, high, length):
+    """`rope_freqs.weight` as llama.cpp's converter computes it from rope_scaling."""
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / head_dim)
+        smooth = (length / wavelength - low) / (high - low)
+        between = 1 / ((1 - smooth) / factor + smooth)
+        factors.append(1 if wavelength < length / high else factor if wavelength > length / low else between)
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "scaling"),
+    [(128, (8.0, 1.0, 4.0, 8192)), (64, (32.0, 1.0, 4.0, 8192)), (64, (4.0, 1.0, 3.0, 5000))],
+)
+def test_rope_factors_are_the_llama3_scaling_that_made_them(tmp_path, head_dim, scaling):
+    config = dataclasses.replace(FAMILIES["llama"], num_heads=2, num_kv_heads=1, head_dim=head_dim)
+    change = {
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+    }
+    factors = llama3_factors(config.rope_theta, head_dim, *scaling)
+    path = write(tmp_path / "model.gguf", "llama", {"rope_freqs.weight": factors} | EMBEDDING, change=change)
+    fields, tensors = read_gguf(GGUFFile(path))
+    factor, low, high, length = scaling
+    found = hf.parse_config(fields, path).rope_scaling
+    assert found.as_fields() == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
+    assert tensors.keys() == {"model.embed_tokens.weight"}
+
+
+def test_rope_factors_of_no_known_scaling(tmp_path):
+    def fields_of(factors, **change):
+        tensors = {"rope_freqs.weight": np.asarray(factors, np.float32)} | EMBEDDING
+        return read_gguf(GGUFFile(write(tmp_path / "model.gguf", "llama", tensors, change=change)))[0]
+
+    assert fields_of(np.ones(8))["rope_scaling"] is None
+    for factors in (np.linspace(1, 4, 8), np.full(8, 2), [1] * 7 + [np.nan], [4] + [1] * 7, -np.ones(8)):
+        with pytest.raises(BadInput, match=r"'rope_freqs.weight' holds RoPE factors of no scaling"):
+            fields_of(factors)
+    with pytest.raises(BadInput, match=r"has shape \(7,\), expected \(8,\)"):
+        fields_of(np.ones(7))
+    with pytest.raises(BadInput, match="both scale RoPE"):
+        fields_of(np.ones(8), **{"rope.scaling.type": "linear", "rope.scaling.factor": 2.0})
+
+
+def write_parts(folder, tensors, count=3, **change):
+    """A split file as llama.cpp writes it: the first part has the metadata, each part some tensors."""
+    names, paths = list(tensors), []
+    for number in range(count):
+        path = folder / f"model-{number + 1:05}-of-{count:05}.gguf"
+        writer = gguf.GGUFWriter(path, "qwen3")
+        split = {"no": number, "count": count, "tensors.count": len(names)} | change
+        for name, value in split.items():
+            writer.add_uint16(f"split.{name}", value)
+        if number == 0:
+            whole = gguf.GGUFReader(write(folder / "whole.gguf", "qwen3", {}))
+            for name, field in whole.fields.items():
+                if name.startswith("qwen3."):
+                    writer.add_key_value(name, field.contents(), field.types[0])
+        for name in names[number::count]:
+            writer.add_tensor(gguf_name(name), tensors[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(path)
+    return paths
+
+
+def test_split_files(tmp_path):
+    tensors = random_tensors(QWEN3)
+    paths = write_parts(tmp_path, tensors)
+    for path in paths:  # whichever part is named
+        fields, found = read_gguf(GGUFFile(path))
+        assert hf.parse_config(fields, path) == QWEN3
+        assert found.keys() == tensors.keys()
+        for name in tensors:
+            np.testing.assert_array_equal(found[name].whole(), tensors[name], err_msg=name)
+    paths[1].rename(tmp_path / "kept")
+    with pytest.raises(
+        BadInput, match=r"one of 3 parts, of which model-00002-of-00003.gguf is missing beside"
+    ):
+        GGUFFile(paths[0])
+    paths[1].write_bytes(paths[2].read_bytes())
+    with pytest.raises(BadInput, match=r"model-00002-of-00003.gguf: is part 3 of 3 .* expected part 2 of 3"):
+        GGUFFile(paths[0])
+    with pytest.raises(
+        BadInput, match=r"kept: is one of 3 parts .* expected a name like NAME-00001-of-00003"
+    ):
+        GGUFFile(tmp_path / "kept")
+    paths = write_parts(tmp_path, tensors, **{"tensors.count": 99})
+    with pytest.raises(BadInput, match=f"its 3 parts have {len(tensors)} tensors, split.tensors.count is 99"):
+        GGUFFile(paths[0])
 
 
 def test_files_that_are_none(tmp_path):

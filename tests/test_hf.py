@@ -139,6 +139,9 @@ def test_what_others_write_beside_the_weights_is_left_alone(tmp_path):
     extra = {
         "lm_head.weight": tensors["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32),
+        "model.rotary_emb.inv_freq": np.ones(3, np.float16),
+        "rotary_emb.inv_freq": np.ones((1, 3), np.float32),
+        "model.layers.1.self_attn.rotary_emb.cos_cached": np.ones((1, 1, 8, 3), np.float32),
     }
     params = load_params(write(tmp_path, tensors | extra), config)
     assert "head" not in params
@@ -323,6 +326,19 @@ def test_broken_files(tmp_path, what):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_one_file_beside_an_index_of_others_is_no_silent_choice(tmp_path):
+    tensors = random_tensors(QWEN3)
+    folder = write_shards(tmp_path, [tensors])
+    (folder / "model.safetensors").write_bytes((folder / "0.safetensors").read_bytes())
+    with pytest.raises(
+        BadInput, match=r"holds model.safetensors and model.safetensors.index.json, which names"
+    ):
+        safetensors_io.read_folder(folder)
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (folder / safetensors_io.INDEX).write_text(json.dumps(index))
+    assert safetensors_io.read_folder(folder).keys() == tensors.keys()
+
+
 def test_a_header_may_say_more_and_a_tensor_may_be_empty(tmp_path):
     header = {"__metadata__": {"format": "pt"}, "b": entry(0, 4), "a": entry(4, 4, shape=[0, 3])}
     (tmp_path / "model.safetensors").write_bytes(file_bytes(header, np.float32(2.5).tobytes()))
@@ -343,6 +359,54 @@ def config_of(tmp_path, **fields):
     raw = {name: value for name, value in (RAW | fields).items() if value != "absent"}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     return hf.read_config(tmp_path)
+
+
+# config.json of the first Llama conversions, but for the sizes.
+OLD_LLAMA = {
+    "architectures": ["LLaMAForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "initializer_range": 0.02,
+    "max_sequence_length": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "pad_token_id": -1,
+    "torch_dtype": "float16",
+    "transformers_version": "4.27.0.dev0",
+    "use_cache": True,
+    "vocab_size": 40,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"num_key_value_heads": None, "head_dim": None}, {}),
+        ({"rms_norm_eps": 1e-5, "num_key_value_heads": 2}, {"norm_eps": 1e-5, "num_kv_heads": 2}),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            {"rope_scaling": RopeScaling("yarn", 4.0, 2048)},
+        ),
+        (
+            {"model_type": "qwen2", "num_attention_heads": 32, "num_key_value_heads": "absent"},
+            {"num_heads": 32, "num_kv_heads": 32, "head_dim": 2, "qkv_bias": True},
+        ),
+        (
+            {"model_type": "qwen3", "num_key_value_heads": None},
+            {"head_dim": 128, "qk_norm": True},
+        ),
+    ],
+)
+def test_fields_left_out_are_as_in_transformers(tmp_path, fields, expected):
+    raw = {name: value for name, value in (OLD_LLAMA | fields).items() if value != "absent"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    plain = ModelConfig(40, 2, 64, 4, 4, 16, 96, rope_theta=1e4, norm_eps=1e-6, qk_norm=False)
+    assert hf.read_config(tmp_path) == dataclasses.replace(plain, **expected)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -398,7 +462,7 @@ def test_fields_that_change_nothing(tmp_path, fields):
         *(
             ({name: "absent"}, f"field '{name}' must be")
             for name in RAW
-            if name not in ("architectures", "head_dim", "hidden_act", "rope_scaling")
+            if name not in ("architectures", "head_dim", "hidden_act", "rope_scaling", *hf.DEFAULTS["qwen3"])
         ),
         ({"vocab_size": "40"}, "field 'vocab_size' must be int, found '40'"),
         ({"tie_word_embeddings": 1}, "field 'tie_word_embeddings' must be bool, found 1"),

@@ -164,6 +164,13 @@ def test_mask_may_be_a_spare_row_of_the_model(bpe_folder):
     fails(bpe_folder, "config.json", "mask_token_id is 512", "0 to 511")
 
 
+def test_pad_may_be_minus_one(bpe_folder):
+    """Old Llama files have no padding token and say so with an id."""
+    change(bpe_folder / "config.json", pad_token_id=-1)
+    tokenizer = load_tokenizer(bpe_folder)
+    assert tokenizer.pad_id == tokenizer.eos_id
+
+
 def test_eos_may_be_a_list_and_pad_may_be_missing(bpe_folder):
     change(bpe_folder / "config.json", eos_token_id=[2, 0], pad_token_id=None, bos_token_id=None)
     tokenizer = load_tokenizer(bpe_folder)
@@ -284,8 +291,14 @@ def test_a_failing_template_is_bad_input(bpe_folder, template, message):
 
 @pytest.mark.parametrize("template", ["\n{% if %}", 7, [{"name": "a"}], [1]])
 def test_an_unusable_template_is_bad_input(bpe_folder, template):
+    """Only prompts that the template renders need it."""
     write(bpe_folder / "tokenizer_config.json", chat_template=template)
-    fails(bpe_folder, "chat_template", "line 2" if isinstance(template, str) else "expected text")
+    tokenizer = load_tokenizer(bpe_folder)
+    assert tokenizer.encode_prompt("hello", raw=True) == [1, *tokenizer.encode("hello")]
+    complaint = "line 2" if isinstance(template, str) else "expected text"
+    for query in "hello", [{"role": "user", "content": "hello"}]:
+        with pytest.raises(BadInput, match=f"chat_template: .*{complaint}.*; --raw decodes texts without it"):
+            tokenizer.encode_prompt(query)
 
 
 @pytest.mark.parametrize("message", ["hi", {"role": "user"}, {"role": "user", "content": None}])

@@ -4,13 +4,14 @@ Metadata that asks for something this model does not implement is an error, as i
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refusion_jax.checkpoints.gguf_file import GGUFFile
+from refusion_jax.checkpoints.gguf_header import GGUFTensor
 from refusion_jax.errors import BadInput
+from refusion_jax.model.rope import RopeScaling, frequencies
 from refusion_jax.weights.lazy import Index, LazyArray
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # the same names as Hugging Face's model_type
@@ -21,6 +22,7 @@ NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+ROPE_FACTORS = "rope_freqs.weight"
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -69,18 +71,28 @@ def read_gguf(file: GGUFFile) -> tuple[dict[str, Any], dict[str, LazyArray]]:
     Raises:
       BadInput: the file contains something that this model does not implement.
     """
-    path = file.path
-    shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in file.tensors}
+    shapes = {tensor.name: tensor.shape for tensor in file.tensors}
     config = _config(file, shapes)
     heads = {}
     if config["model_type"] == "llama":
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tensors = {}
     for tensor in file.tensors:
-        name = _name(path, tensor.name)
+        if tensor.name == ROPE_FACTORS:
+            config["rope_scaling"] = _llama3_fields(tensor, config)
+            continue
+        name = _name(tensor)
         part = name.split(".")[-2]
-        rows = _half_split_rows(heads[part], config["head_dim"]) if part in heads else None
-        tensors[name] = _lazy_array(path, tensor, shapes[tensor.name], rows)
+        rows = None
+        if part in heads and len(tensor.shape) > 1:
+            num_rows, head_dim = heads[part] * config["head_dim"], config["head_dim"]
+            if tensor.shape[0] != num_rows or head_dim % 2:
+                raise BadInput(
+                    f"{_where(tensor)} has {tensor.shape[0]} rows, its metadata make it {num_rows}, in "
+                    f"heads of {head_dim}, which must be even"
+                )
+            rows = _half_split_rows(heads[part], head_dim)
+        tensors[name] = _lazy_array(tensor, rows)
     return config, tensors
 
 
@@ -135,14 +147,67 @@ def _config(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any
     }
 
 
-def _name(path: Path, name: str) -> str:
-    """The Hugging Face name of a tensor from its GGUF name."""
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+def _llama3_fields(tensor: GGUFTensor, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The rope_scaling of config.json of which a tensor of factors was made, None if all are 1.
+
+    Llama 3 files have no other trace of their scaling: the factors are those by which RoPE frequencies are
+    divided. Fields and factors have one degree of freedom more, so low_freq_factor is taken as 1.
+
+    Raises:
+      BadInput: no scaling of the type llama3 has these factors, or the metadata have a scaling as well.
+    """
+    where = _where(tensor)
+    if config["rope_scaling"] is not None:
+        raise BadInput(f"{where} and metadata rope.scaling.type both scale RoPE, expected one of the two")
+    expected = (config["head_dim"] // 2,)
+    if tensor.shape != expected:
+        raise BadInput(f"{where} has shape {tensor.shape}, expected {expected}, half of the size of a head")
+    if not 1 <= config["rope_theta"] < np.inf:
+        raise BadInput(f"{where} scales RoPE frequencies of base {config['rope_theta']}, expected 1 or above")
+    base, _ = frequencies(config["head_dim"], config["rope_theta"], None)
+    factors = _lazy_array(tensor, None).whole().astype(np.float64)
+    if (factors == 1).all():
+        return None
+    unlike = BadInput(f"{where} holds RoPE factors of no scaling of the type llama3, the only one supported")
+    factor = float(factors[-1])
+    between = (factors > 1) & (factors < factor)
+    if not 1 < factor < np.inf or between.sum() < 2:
+        raise unlike
+    # Where neither end applies, 1 / factors = (1 - smooth) / factor + smooth, and smooth is linear in the
+    # frequency: length / (high - low) / wavelength - low / (high - low).
+    smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
+    slope, start = np.polyfit(base[between].astype(np.float64) / (2 * np.pi), smooth, 1).tolist()
+    if not (slope > 0 and start < 0):
+        raise unlike
+    high = 1 - 1 / start
+    fields = {
+        "rope_type": "llama3",
+        "factor": round(factor, 4),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": round(high, 3),
+        "original_max_position_embeddings": round(slope * (high - 1)),
+    }
+    try:
+        scaled, _ = frequencies(config["head_dim"], config["rope_theta"], RopeScaling(**fields))
+    except ValueError:
+        raise unlike from None
+    if not np.allclose(base / scaled, factors, rtol=1e-3, atol=0):
+        raise unlike
+    return fields
+
+
+def _where(tensor: GGUFTensor) -> str:
+    return f"{tensor.path}: tensor {tensor.name!r}"
+
+
+def _name(tensor: GGUFTensor) -> str:
+    """The Hugging Face name of a tensor."""
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", tensor.name, re.ASCII)
     if layer and layer[2] in LAYER_NAMES:
         return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
-    if name not in NAMES:
-        raise BadInput(f"{path}: tensor {name!r} belongs to no part of this model")
-    return NAMES[name]
+    if tensor.name not in NAMES:
+        raise BadInput(f"{_where(tensor)} belongs to no part of this model")
+    return NAMES[tensor.name]
 
 
 def _half_split_rows(heads: int, head_dim: int) -> np.ndarray:
@@ -154,22 +219,23 @@ def _half_split_rows(heads: int, head_dim: int) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def _lazy_array(path: Path, tensor: Any, shape: tuple[int, ...], rows: np.ndarray | None) -> LazyArray:
+def _lazy_array(tensor: GGUFTensor, rows: np.ndarray | None) -> LazyArray:
     """One tensor, dequantised when it is read; `rows` gives the index in the file of each of its rows."""
     from gguf import quants
 
-    where, kind = f"{path}: tensor {tensor.name!r}", tensor.tensor_type
-    layout = (tensor.data.dtype, "r", int(tensor.data_offset), tensor.data.shape)
+    where = _where(tensor)
 
     def read(index: Index) -> np.ndarray:
-        first = index[0] if rows is None else rows[index[0]]
+        if 0 in tensor.shape:  # nothing to map
+            return np.empty(tensor.shape, np.float32)[index]
+        data = np.memmap(tensor.path, np.uint8, "r", tensor.offset, tensor.byte_shape)
+        one_axis = len(tensor.shape) == 1
+        first = slice(None) if one_axis else index[0] if rows is None else rows[index[0]]
         try:
             # Copying lets the mapping end. Quantised blocks never cross rows, so rows can be read alone.
-            return quants.dequantize(np.array(np.memmap(path, *layout)[first]), kind)[:, *index[1:]]
+            array = quants.dequantize(np.array(data[first]), tensor.kind)
         except NotImplementedError:
-            raise BadInput(f"{where} has quantisation {kind.name}, which gguf cannot undo") from None
+            raise BadInput(f"{where} has quantisation {tensor.kind.name}, which gguf cannot undo") from None
+        return array[index] if one_axis else array[:, *index[1:]]
 
-    def read_vector(index: Index) -> np.ndarray:
-        return quants.dequantize(np.array(np.memmap(path, *layout)), kind)[index]
-
-    return LazyArray(shape, np.dtype(np.float32), read if len(shape) > 1 else read_vector, where)
+    return LazyArray(tensor.shape, np.dtype(np.float32), read, where)

@@ -25,6 +25,20 @@ from refusion_jax.weights.lazy import LazyArray
 FAMILIES = {"qwen3": (True, False), "qwen2": (False, True), "llama": (False, False)}
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
+# Values of fields that a config.json leaves out, as in the configuration classes of `transformers`. Sizes,
+# which every config.json has, stay required: their defaults are those of a model of 7 billion parameters.
+_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 32768,
+}
+DEFAULTS = {
+    "llama": _DEFAULTS | {"max_position_embeddings": 2048},
+    "qwen2": _DEFAULTS | {"num_key_value_heads": 32},
+    "qwen3": _DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
+}
+
 # Fields of a config.json that are not copied: fields that we write replace them, or (auto_map) they name
 # Python files, which are not copied either.
 LEFT_OUT = (
@@ -45,8 +59,8 @@ DECODING_FIELDS = {
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_BYTES = 2**24  # of two tensors that must be equal, read at a time
-# Buffers in old files; they follow from config.json.
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Buffers in old files, per layer or one for all; they follow from config.json.
+IGNORED = re.compile(r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)")
 
 
 class Entry(NamedTuple):
@@ -128,8 +142,8 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         implement (another architecture, an unknown RoPE scaling, sliding-window attention).
     """
 
-    def need(field: str, kind: type, fields: Mapping[str, Any] = raw) -> Any:
-        value = fields.get(field)
+    def need(field: str, kind: type) -> Any:
+        value = raw.get(field)
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
@@ -139,10 +153,13 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     family = need("model_type", str)
     if family not in FAMILIES:
         raise BadInput(f"{path}: model_type must be one of {', '.join(FAMILIES)}, found {family!r}")
+    raw = DEFAULTS[family] | dict(raw)
     _refuse_unsupported(path, raw)
     qk_norm, qkv_bias = FAMILIES[family]
     num_heads = need("num_attention_heads", int)
-    theta, scaling = _rope(raw, path)
+    raw["rope_theta"], scaling = _rope(raw, path)
+    if raw.get("num_key_value_heads") is None:
+        raw["num_key_value_heads"] = num_heads
     try:
         return ModelConfig(
             vocab_size=need("vocab_size", int),
@@ -152,7 +169,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
             num_kv_heads=need("num_key_value_heads", int),
             head_dim=need("head_dim", int) if raw.get("head_dim") else need("hidden_size", int) // num_heads,
             mlp_dim=need("intermediate_size", int),
-            rope_theta=need("rope_theta", float, {"rope_theta": theta}),
+            rope_theta=need("rope_theta", float),
             norm_eps=need("rms_norm_eps", float),
             qk_norm=qk_norm,
             qkv_bias=qkv_bias,
@@ -193,6 +210,8 @@ def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
     """Raises BadInput for fields that would change the computed function if they were ignored."""
     windowed = raw.get("sliding_window") is not None and raw.get("use_sliding_window", True)
     layers = raw.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise BadInput(f"{path}: layer_types must be a list, found {layers!r}")
     if windowed or any(layer != "full_attention" for layer in layers):
         raise BadInput(
             f"{path}: sliding-window attention is not supported, use_sliding_window must be false and all "
@@ -247,8 +266,12 @@ def objective(folder: str | Path) -> str:
 
     Without the field "objective" it is "refusion" for a model with a mask token, else "ar".
     """
-    raw = read_json(location(folder) / "config.json")
-    return raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
+    path = location(folder) / "config.json"
+    raw = read_json(path)
+    name = raw.get("objective", "ar" if raw.get("mask_token_id") is None else "refusion")
+    if not isinstance(name, str):
+        raise BadInput(f"{path}: objective must be text, found {name!r}")
+    return name
 
 
 def decoding_defaults(folder: str | Path) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def read_folder(folder: str | Path) -> dict[str, LazyArray]:
       folder: contains model.safetensors, or model.safetensors.index.json and the shards that it names.
 
     Raises:
-      BadInput: a file is missing or broken, or the index and its shards disagree.
+      BadInput: a file is missing or broken, the index and its shards disagree, or model.safetensors is
+        beside an index of other files.
     """
     folder = location(folder)
     if not (folder / INDEX).exists():
@@ -50,6 +51,11 @@ def read_folder(folder: str | Path) -> dict[str, LazyArray]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{index}: field 'weight_map' must map tensor names to files")
     named = sorted({str(file) for file in weight_map.values()})
+    if SINGLE not in named and (folder / SINGLE).exists():
+        raise BadInput(
+            f"{folder}: holds {SINGLE} and {INDEX}, which names other files; remove the one that is not of "
+            "this model"
+        )
     for file in named:
         if Path(file).name != file or not (folder / file).is_file():
             raise BadInput(f"{index}: names the file {file!r}, which is not in {folder}")

@@ -1,10 +1,14 @@
 """ModelConfig, the shape of a model, and the shapes of published models."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from refusion_jax.model.rope import RopeScaling
+
+# Sizes beyond every model, which only a damaged file has. Code walks over layers, and sizes are int32.
+MOST_LAYERS, MOST_ELEMENTS = 10_000, 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +64,17 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            most = MOST_LAYERS if name == "num_layers" else MOST_ELEMENTS
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta must be above 0, got {self.rope_theta}")
-        if not self.norm_eps >= 0:
-            raise ValueError(f"norm_eps must be 0 or above, got {self.norm_eps}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be above 0 and finite, got {self.rope_theta}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be 0 or above and finite, got {self.norm_eps}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates halves), got {self.head_dim}")
 

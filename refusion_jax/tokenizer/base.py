@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -214,20 +214,26 @@ class TemplatedTokenizer(Tokenizer):
     ):
         super().__init__(vocab_size, special, begin)
         self._settings = dict(settings)
-        template = settings.get("chat_template")
-        self._render = None if template is None else compile_template(template)
 
     @property
     def has_chat_template(self) -> bool:
-        return self._render is not None
+        return self._settings.get("chat_template") is not None
+
+    @functools.cached_property
+    def _template(self) -> Callable[..., str]:
+        """The compiled template. Only a prompt that is rendered needs one that parses."""
+        try:
+            return compile_template(self._settings["chat_template"])
+        except BadInput as error:
+            raise BadInput(f"{error}; --raw decodes texts without it") from error
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:
-        if self._render is None:
+        if not self.has_chat_template:
             raise BadInput(
                 "messages were given but the tokenizer has no chat_template: give a plain prompt, "
                 f"or add a chat_template to {SETTINGS}"
             )
-        return self._render(messages, **{**self._token_texts, **options})
+        return self._template(messages, **{**self._token_texts, **options})
 
     def with_token(self, role: str, text: str, index: int | None = None) -> Tokenizer:
         index = self.vocab_size if index is None else index

@@ -1,16 +1,12 @@
 """Chat templates: render conversations to prompt text, with Jinja's sandbox."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
 from refusion_jax.errors import BadInput
+from refusion_jax.tokenizer.template_sandbox import Range, environment
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -39,17 +35,22 @@ def compile_template(template: Any) -> Callable[..., str]:
       BadInput: `template` is neither, or does not parse. The returned function raises it for any error that
         the template raises.
     """
+    text = _default_template(template)
     try:
-        compiled = _environment().from_string(_default_template(template))
+        compiled = environment().from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise BadInput(f"chat_template: line {error.lineno}: {error.message}") from error
+    # Templates become Python code, whose compiler refuses what nests too deeply, with several exceptions.
+    except Exception as error:
+        raise BadInput(f"chat_template does not compile: {type(error).__name__}: {error}") from error
 
     def render(messages: Sequence[Message], **variables: Any) -> str:
         messages = check_messages(messages)
         if not messages:
             raise BadInput("messages is empty, expected at least one")
         try:
-            return compiled.render(**{**_ALWAYS_GIVEN, **variables, "messages": messages})
+            given = {**_ALWAYS_GIVEN, "range": Range(), **variables, "messages": messages}
+            return compiled.render(given)
         # The template is a program that comes with the checkpoint, so any exception is an error of the input.
         except Exception as error:
             raise BadInput(f"chat_template failed: {type(error).__name__}: {error}") from error
@@ -64,40 +65,3 @@ def _default_template(template: Any) -> str:
     if not isinstance(template, str):
         raise BadInput("chat_template: expected text, or a list of {name, template} with a 'default'")
     return template
-
-
-class _Generation(jinja2.ext.Extension):
-    """The tag `{% generation %}...{% endgeneration %}`: marks text of the model without changing it."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)  # variables set in the block are local to it
-
-
-def _environment() -> jinja2.Environment:
-    """The Jinja environment that published templates expect.
-
-    Unlike in `transformers`, today's date (`strftime_now`) is undefined, so that the prompt of a request does
-    not depend on the day. Templates allow for that (Llama 3 uses a fixed date). A caller who wants a date
-    passes it as an option: `date_string`, or a function `strftime_now`.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # Jinja's own tojson escapes HTML characters, which must stay unchanged in a prompt.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)

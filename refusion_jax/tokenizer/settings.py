@@ -16,6 +16,7 @@ SENTENCE_PIECE = "tokenizer.model"
 SETTINGS = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 # Names of the field before and since 2025.
+LARGEST_ID = 2**31 - 1  # ids are int32
 EXTRA_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -56,9 +57,10 @@ def read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, Ad
     texts: set[str] = set()
     for key, fields in pairs:
         text = token_text(fields)
-        if text is None or not text:
+        if not text or not isinstance(fields, dict):
             raise BadInput(f"{path}: added token {key!r} is {fields!r}, expected an object with content")
-        if isinstance(key, bool) or not isinstance(key, int | str) or not str(key).isdecimal():
+        is_number = not isinstance(key, bool) and isinstance(key, int | str) and str(key).isdecimal()
+        if not is_number or len(str(key)) > len(str(LARGEST_ID)) or int(key) > LARGEST_ID:
             raise BadInput(f"{path}: added token {text!r} has the id {key!r}, expected a whole number")
         if int(key) in tokens or text in texts:
             raise BadInput(f"{path}: added token {text!r} or its id {key} appears twice")
@@ -165,7 +167,7 @@ def find_special_ids(
                 # Of several EOS ids, the one that the settings name ends a turn (Llama 3).
                 chosen = by_text(role)
                 value = chosen if chosen in value else value[0]
-            if value is None:
+            if value is None or (role == "pad" and value == -1):  # -1 in old Llama files: there is none
                 continue
             if type(value) is not int or not 0 <= value < limit:
                 raise BadInput(

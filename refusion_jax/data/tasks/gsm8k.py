@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
-from decimal import Decimal
 from typing import ClassVar
 
 from refusion_jax.data.sources.example import Example
@@ -15,6 +14,8 @@ from refusion_jax.errors import BadInput
 
 _FIELDS = ("question", "answer")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
+# The strict match of lm-evaluation-harness: the first number that follows the mark and one space.
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 
 # `_fingerprint` of some questions of the published test set. A file with one of them is not the training set,
@@ -39,8 +40,9 @@ class Gsm8k(FileTask):
     validation split. The test split is the test file. Questions of the test file are left out of the other
     splits, and a training file with questions of the published test set is an error.
 
-    The response is the published solution without the calculator annotations <<...>>. The verifier compares
-    the numbers after `####`, ignoring commas, a dollar sign and a full stop.
+    The response is the published solution without the calculator annotations <<...>>. The verifier is the
+    strict match of lm-evaluation-harness: the first number after `#### ` in the response, whatever follows
+    it, must be written as in the solution but for commas and a full stop.
 
     Attributes:
       path: the training file.
@@ -82,8 +84,8 @@ class Gsm8k(FileTask):
         return self._answers[problem]
 
     def _accepts(self, problem: str, response: str) -> bool:
-        number = _number(response)
-        return number is not None and number == _number(self._answers[problem])
+        found = _STRICT.search(response)
+        return found is not None and _plain(found[1]) == _number(self._answers[problem])
 
 
 def _examples(path: str) -> Iterator[Example]:
@@ -99,6 +101,11 @@ def _fingerprint(question: str) -> int:
     return stable_hash(re.sub(r"[\W_]+", "", question.lower()))
 
 
-def _number(response: str) -> Decimal | None:
-    answer = (final_answer(response) or "").replace(",", "").replace("$", "").removesuffix(".").strip()
-    return Decimal(answer) if _NUMBER.fullmatch(answer) else None
+def _number(solution: str) -> str | None:
+    """The number after the mark of a published solution, None if there is none."""
+    number = _plain(final_answer(solution) or "")
+    return number if _NUMBER.fullmatch(number) else None
+
+
+def _plain(number: str) -> str:
+    return number.replace(",", "").replace("$", "").strip().removesuffix(".")
