@@ -15,7 +15,8 @@ from refusion_jax.checkpoints import hugging_face as hf
 from refusion_jax.checkpoints import safetensors_io
 from refusion_jax.checkpoints.gguf_file import GGUFFile
 from refusion_jax.checkpoints.gguf_weights import read_gguf
-from refusion_jax.data.sources.jsonl import load_jsonl
+from refusion_jax.data.sources.example import Broken
+from refusion_jax.data.sources.jsonl import JsonlSource
 from refusion_jax.errors import BadInput
 from refusion_jax.model.rope import frequencies
 from refusion_jax.model.transformer import ModelConfig
@@ -154,7 +155,11 @@ def read_template(folder: Path) -> None:
 
 
 def read_jsonl(folder: Path) -> None:
-    load_jsonl([min(folder.iterdir(), default=folder / "data.jsonl")])
+    """Raises BadInput if a line is broken, which `train` skips while they are few."""
+    source = JsonlSource([min(folder.iterdir(), default=folder / "data.jsonl")])
+    broken = [entry for entry in source.entries() if isinstance(entry, Broken)]
+    if broken:
+        raise BadInput(broken[0].error)
 
 
 def read_requests(folder: Path) -> None:
