@@ -1,12 +1,12 @@
 """The evaluate command: scores a checkpoint on embedded tasks, by accuracy and by the cost of decoding.
 
     python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction --task_settings='{"fields": 2}' \
-        --output=runs/eval
-    python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction,arithmetic --output=runs/eval
-    python -m refusion_jax.evaluate --checkpoint=DIR --config=configs/small.py --output=runs/eval
+        --output=runs/eval --resume
+    python -m refusion_jax.evaluate --checkpoint=DIR --task=extraction,arithmetic --output=runs/eval --resume
+    python -m refusion_jax.evaluate --checkpoint=DIR --config=configs/small.py --output=runs/eval --resume
 
 These write OUTPUT/results.json (the figures and every setting) and OUTPUT/samples.jsonl (one line per
-problem).
+problem). With --resume a command that was stopped goes on where it was.
 """
 
 import argparse
@@ -25,10 +25,11 @@ from refusion_jax.data.pipeline import make_tasks
 from refusion_jax.data.tasks.registry import TASKS, make_task
 from refusion_jax.data.tasks.task import SPLITS, Task
 from refusion_jax.errors import BadInput, command
-from refusion_jax.files import check_output_folder, write_atomically
-from refusion_jax.serving.flags import add_decoding_flags
+from refusion_jax.files import check_output_folder, read_json, write_atomically
+from refusion_jax.serving.flags import add_decoding_flags, add_resume_flags
 from refusion_jax.serving.opened import Opened, open_model
-from refusion_jax.serving.score import Score, score
+from refusion_jax.serving.progress import Progress, run_record
+from refusion_jax.serving.score import FIGURES, Score, score
 from refusion_jax.training.run import RunConfig
 
 
@@ -100,8 +101,8 @@ def write(folder: Path, figures: Mapping[str, Any], answers: Sequence[Mapping[st
     write_atomically(folder / "results.json", json.dumps(figures, indent=2) + "\n")
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of a command line. Raises BadInput if one of them is wrong by itself."""
     parser = config.Parser(
         prog="python -m refusion_jax.evaluate",
         description="Scores a checkpoint on embedded tasks.",
@@ -128,22 +129,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--limit", type=int, metavar="N", default=200, help="problems per task (default %(default)s)"
     )
     parser.add_argument("--output", metavar="DIR", help="folder for results.json and samples.jsonl")
+    add_resume_flags(parser)
     flags = parser.parse_args(arguments)
     if flags.limit < 1:
         raise BadInput(f"--limit must be at least 1 problem, found {flags.limit}")
     check_output_folder("--output", flags.output)
+    return flags
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = parse_flags(arguments)
     tasks = asked_tasks(flags)
     for task in tasks:
         require_judged(task, flags.split, flags.limit)
+    progress = progress_in(flags)
     opened = open_model(flags)
-    scores = score(opened, tasks, flags.split, flags.limit, flags.batch_size)
+    record = evaluation_record(flags, tasks, opened) if progress else None
+    scores = score(
+        opened, tasks, flags.split, flags.limit, flags.batch_size, progress=progress, record=record
+    )
+    if progress is not None and progress.is_whole:
+        print(json.dumps(read_figures(Path(flags.output))), flush=True)
+        return 0
     figures = {task.name: scored.figures() for task, scored in zip(tasks, scores, strict=True)}
     # Printed before they are written, so that a full disk does not lose them.
     print(json.dumps(figures if len(tasks) > 1 else figures[tasks[0].name]), flush=True)
     if flags.output:
         answers = [answer for scored in scores for answer in scored.answers]
         write(Path(flags.output), results(flags, tasks, scores, opened), answers)
+        progress.discard()
     return 0
+
+
+def progress_in(flags: argparse.Namespace) -> Progress | None:
+    """The answers so far in the folder --output; None without --output.
+
+    Raises:
+      BadInput: the folder holds an evaluation, and no flag says what to do with it.
+    """
+    if not flags.output:
+        if flags.resume or flags.overwrite:
+            raise BadInput(f"--{'resume' if flags.resume else 'overwrite'} needs --output")
+        return None
+    folder = Path(flags.output)
+    progress = Progress(folder / "samples.jsonl", resume=flags.resume, overwrite=flags.overwrite)
+    progress.check(folder / "results.json")
+    return progress
+
+
+def evaluation_record(flags: argparse.Namespace, tasks: Sequence[Task], opened: Opened) -> dict[str, Any]:
+    """What the figures depend on besides the problems, for `Progress.start`."""
+    return run_record(flags.checkpoint, opened) | {
+        "task": [task.name for task in tasks],
+        "task_settings": [dataclasses.asdict(task) for task in tasks],
+        "split": flags.split,
+        "limit": flags.limit,
+        "batch_size": flags.batch_size,
+        "devices": 1 if opened.mesh is None else opened.mesh.size,
+    }
+
+
+def read_figures(folder: Path) -> dict[str, Any]:
+    """The main figures in FOLDER/results.json, as a run prints them."""
+    found = read_json(folder / "results.json")
+    if "tasks" in found:
+        return {name: {key: of_task[key] for key in FIGURES} for name, of_task in found["tasks"].items()}
+    return {key: found[key] for key in FIGURES}
 
 
 def results(

@@ -49,28 +49,20 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_atomically(path: str | Path, *, keep_partial: bool = False) -> Iterator[IO[bytes]]:
+def open_atomically(path: str | Path) -> Iterator[IO[bytes]]:
     """Opens a new file for writing that replaces `path` at the end of the block.
 
     The data goes to a temporary file in the same folder, which is synced to disk and then renamed to `path`.
-    If the block raises, an existing file at `path` stays unchanged, and the temporary file is removed unless
-    `keep_partial` is set. Of a symbolic link the target is replaced. A pipe or a device is written to.
-
-    Args:
-      path: the file.
-      keep_partial: name the temporary file `path`.partial and keep it if the block raises, so that results
-        that took long are not lost. The next call replaces it.
+    If the block raises, an existing file at `path` stays unchanged, and the temporary file is removed. Of a
+    symbolic link the target is replaced. A pipe or a device is written to.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
             yield file
         return
-    partial = path.with_name(
-        f"{path.name}.partial" if keep_partial else f".{path.name}.partial-{os.getpid()}"
-    )
-    if not keep_partial:
-        interrupt.temporary.add(partial)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    interrupt.temporary.add(partial)
     try:
         with partial.open("wb") as file:
             yield file
@@ -78,9 +70,8 @@ def open_atomically(path: str | Path, *, keep_partial: bool = False) -> Iterator
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
-        if not keep_partial:
-            partial.unlink(missing_ok=True)
-            interrupt.temporary.discard(partial)
+        partial.unlink(missing_ok=True)
+        interrupt.temporary.discard(partial)
 
 
 def check_output(flag: str, path: str | Path | None) -> None:

@@ -2,7 +2,7 @@
 
 python -m refusion_jax.sample --prompt="..."
 python -m refusion_jax.sample --checkpoint=DIR --prompt="..."
-python -m refusion_jax.sample --checkpoint=DIR --input=requests.jsonl --output=results.jsonl
+python -m refusion_jax.sample --checkpoint=DIR --input=requests.jsonl --output=results.jsonl --resume
 python -m refusion_jax.sample --checkpoint=DIR
 
 Without --checkpoint it uses the small model that comes with the package.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from refusion_jax.config import Parser
 from refusion_jax.errors import command
-from refusion_jax.serving.flags import add_decoding_flags
+from refusion_jax.serving.flags import add_decoding_flags, add_resume_flags
 
 
 @command
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", metavar="FILE", help="results, one JSON object per line (default -, stdout)"
     )
+    add_resume_flags(parser)
     parser.add_argument("--trace", metavar="FILE", help="file for the trace of a single --prompt, as JSON")
     flags = parser.parse_args(arguments)
     from refusion_jax.serving.answer import answer  # imports JAX, which --help does not need

@@ -1,12 +1,13 @@
 """Requests of a file by length and by memory."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
 import pytest
 from test_sample_methods import command
 
-from refusion_jax.baselines.decoders.config import ARConfig
+from refusion_jax.baselines.decoders.config import ARConfig, MDMConfig
 from refusion_jax.errors import BadInput
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.serving import admission
@@ -27,7 +28,14 @@ def test_requests_of_about_the_same_length_share_a_batch():
 
 
 def test_memory_of_a_request():
-    assert bytes_needed(request(50), CONFIG, jnp.float32) == 150 * (CACHED + 4 * 4 * 50)
+    assert bytes_needed(request(50), CONFIG, jnp.float32) == 150 * (CACHED + 3 * 4 * 4 * 50)
+
+
+def test_a_long_prompt_needs_memory_for_a_chunk_alone():
+    """But MDM, where every token sees every other, feeds it whole."""
+    assert bytes_needed(request(9900), CONFIG, jnp.float32) == 10_000 * (CACHED + 3 * 4 * 4 * 1024)
+    whole = dataclasses.replace(request(9900), config=MDMConfig(3, 2, 100))
+    assert bytes_needed(whole, CONFIG, jnp.float32) == 10_000 * (CACHED + 3 * 4 * 4 * 9900)
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
@@ -56,7 +64,8 @@ def test_free_memory(monkeypatch, tmp_path):
     assert admission.free_bytes() is None
 
 
-def test_one_request_too_long_loses_no_other(checkpoint, tmp_path):
+def test_one_request_too_long_loses_no_other(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(admission, "free_bytes", lambda: 2**30)
     asked = tmp_path / "requests.jsonl"
     prompts = {"a": [5, 6], "long": [5] * 200_000, "middle": [5] * 600, "b": [6, 7]}
     lines = [json.dumps({"id": name, "prompt_ids": ids, "gen_length": 4}) for name, ids in prompts.items()]

@@ -39,18 +39,6 @@ def test_a_folder_that_is_not_there(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_partial_file_may_be_kept(tmp_path):
-    path = tmp_path / "results.jsonl"
-    with pytest.raises(KeyboardInterrupt), open_atomically(path, keep_partial=True) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == ["results.jsonl.partial"]
-    assert (tmp_path / "results.jsonl.partial").read_bytes() == b"half"
-    with open_atomically(path, keep_partial=True) as file:
-        file.write(b"whole")
-    assert os.listdir(tmp_path) == ["results.jsonl"] and path.read_bytes() == b"whole"
-
-
 def test_of_a_link_the_target_is_replaced(tmp_path):
     target, link = tmp_path / "data" / "figures.json", tmp_path / "figures.json"
     target.parent.mkdir()
@@ -72,7 +60,7 @@ def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path):
         write_atomically(pipe, "text")
         assert read.result(timeout=10) == b"text"
     assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
-    with open_atomically(os.devnull, keep_partial=True) as file:
+    with open_atomically(os.devnull) as file:
         file.write(b"text")
     assert Path(os.devnull).is_char_device()
 

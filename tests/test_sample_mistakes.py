@@ -15,7 +15,6 @@ from sampling import FLAGS, GOOD, WEIGHTS, assert_refused, change_config, comman
 
 from refusion_jax import sample
 from refusion_jax.decode.config import DecodeConfig
-from refusion_jax.serving import results
 
 # In flags.
 
@@ -209,7 +208,7 @@ def test_damaged_checkpoints(tmp_path, name):
     asked, answered = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
     asked.write_text(json.dumps(GOOD[0]))
     answered.write_text("of another run")
-    ran = command(f"--checkpoint={folder}", f"--input={asked}", f"--output={answered}")
+    ran = command(f"--checkpoint={folder}", f"--input={asked}", f"--output={answered}", "--overwrite")
     assert_refused(ran, message)
     assert str(folder) in ran.err and ran.out == ""
     assert answered.read_text() == "of another run" and not (tmp_path / "results.jsonl.partial").exists()
@@ -224,23 +223,6 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
     )
     assert_refused(ran, "nowhere is not a folder")
     assert os.listdir(tmp_path) == ["requests.jsonl"]
-
-
-def test_results_take_their_name_when_they_are_whole(tmp_path):
-    """An interrupted run leaves the previous file in place."""
-    answered = tmp_path / "results.jsonl"
-    answered.write_text("of another run")
-
-    def stopped():
-        yield {"id": 1}
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        results.write_results(stopped(), str(answered))
-    assert answered.read_text() == "of another run"
-    assert lines(answered.with_name("results.jsonl.partial")) == [{"id": 1}]
-    results.write_results(iter([{"id": 1}, {"id": "ü"}]), str(answered))
-    assert lines(answered) == [{"id": 1}, {"id": "ü"}] and os.listdir(tmp_path) == ["results.jsonl"]
 
 
 @pytest.mark.parametrize("output", ["missing/results.jsonl", "folder"])

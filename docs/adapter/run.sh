@@ -14,7 +14,7 @@ sample() { python -m refusion_jax.sample --gen_length=256 "$@"; }
 python -m refusion_jax.convert "$model" "$dir/original" --to=hf
 python -m refusion_jax.convert "$model" "$start" --to=hf --add_tokens=mask
 python docs/adapter/prompts.py --text="$text" --output="$dir"
-sample --checkpoint="$start" --method=ar --input="$dir/train.jsonl" --output="$dir/answers.jsonl" --batch_size=512
+sample --checkpoint="$start" --method=ar --input="$dir/train.jsonl" --output="$dir/answers.jsonl" --batch_size=512 --resume
 python docs/own_answers.py "$dir/train.jsonl" "$dir/answers.jsonl" > "$dir/own.jsonl"
 
 python -m refusion_jax.train --config=configs/smollm2_135m.py --workdir="$dir/adapter" \
@@ -27,8 +27,8 @@ python -m refusion_jax.train --config=configs/smollm2_135m.py --workdir="$dir/ad
 compare() { # SPLIT DTYPE BATCH_SIZE
     echo "$1, $2, $3 at a time:"
     local how=(--input="$dir/$1.jsonl" --dtype="$2" --batch_size="$3")
-    sample --checkpoint="$dir/original" --method=ar "${how[@]}" --output="$dir/ar_$1_$2.jsonl"
-    sample --checkpoint="$dir/adapter" "${how[@]}" --output="$dir/exact_$1_$2.jsonl"
+    sample --checkpoint="$dir/original" --method=ar "${how[@]}" --output="$dir/ar_$1_$2.jsonl" --resume
+    sample --checkpoint="$dir/adapter" "${how[@]}" --output="$dir/exact_$1_$2.jsonl" --resume
     python docs/acceptance.py "$dir/exact_$1_$2.jsonl" "$dir/ar_$1_$2.jsonl"
 }
 for split in chat tasks; do

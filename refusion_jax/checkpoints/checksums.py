@@ -5,6 +5,7 @@ in the whole array. The mixing is invertible, so a single changed element always
 changed ones it misses one case in 2^32. A sum of integers has no order, so every mesh finds the same.
 """
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +22,17 @@ CHUNK = 2**20  # elements
 def checksums(tree: Any) -> Any:
     """uint32 [] for each array of a tree, computed on its devices."""
     return jax.tree.map(_checksum, tree)
+
+
+def fingerprint(tree: Any) -> str:
+    """16 hexadecimal digits of the names, shapes, dtypes and values of all arrays of a tree."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    found = jax.device_get([_checksum_of(leaf) for _, leaf in leaves])
+    text = [
+        f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {value}"
+        for (path, leaf), value in zip(leaves, found, strict=True)
+    ]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
 def checksum(array: np.ndarray) -> int:
@@ -54,6 +66,9 @@ def _checksum(x: Array) -> Array:
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     return jnp.sum(_mixed(bits, place), dtype=jnp.uint32)
+
+
+_checksum_of = jax.jit(_checksum)  # compiled for each shape, not for each model
 
 
 def _mixed(bits: Array, place: Array) -> Array:

@@ -44,6 +44,8 @@ class Shape:
       masks_ahead: the number of mask tokens that ride along with W drafts.
       draft_from: the members of config.DRAFT_FROM that some request asks for.
       frugal: whether a row drafts and carries fewer tokens where few of its drafts are accepted.
+      chunk: the most prompt tokens per pass and row (prefill.py), enough for a pass to be bound by computing.
+        Read by the slot decoder and AR.
       caches: the members of baselines.decoders.config.CACHES that some request asks for; read by MDM only.
     """
 
@@ -62,6 +64,7 @@ class Shape:
     masks_ahead: int = 0
     draft_from: tuple[str, ...] = ("masks",)
     frugal: bool = False
+    chunk: int = 1024
     caches: tuple[str, ...] = ()
 
     @classmethod

@@ -45,6 +45,7 @@ from refusion_jax.decode.kv_cache import KVCache, scatter_rows
 from refusion_jax.decode.lookup import looked_up
 from refusion_jax.decode.outputs import read_outputs
 from refusion_jax.decode.phases import Outcome, carry_out
+from refusion_jax.decode.prefill import feed_prompts
 from refusion_jax.decode.row_state import Phase, RowState, geometry
 from refusion_jax.decode.samples import Samples
 from refusion_jax.decode.scores import Scores
@@ -144,32 +145,29 @@ def first_pass(
     model, params, state: DecodeState, mask_id: Array, eos_ids: Array, shape: Shape
 ) -> DecodeState:
     """The first plan or exact pass of every row. It also prefills the prompt."""
-    B, P = state.tokens.shape[0], shape.prompt
-    positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-    prefilled = state.requests.prompt_len
+    lengths = state.requests.prompt_len
     if state.exact is not None:
-        prefilled -= state.is_exact  # the last prompt token is pending
-    real = positions < prefilled[:, None]
+        lengths -= state.is_exact  # the last prompt token is pending
     inputs = batch_inputs(state, mask_id, shape, first=True)
     fed = inputs.fed
     T = fed.tokens.shape[1]
-    causal = jnp.tril(jnp.ones((P, P), bool)) & real[:, None]
-    to_prompt = jnp.concatenate([causal, jnp.broadcast_to(real[:, None], (B, T, P))], axis=1)
-    to_fed = jnp.concatenate([jnp.zeros((B, P, T), bool), fed.mask[:, :, -T:]], axis=1)
     with jax.named_scope("forward"):
-        x, fresh = model.apply(
-            {"params": params},
-            jnp.concatenate([state.tokens[:, :P], fed.tokens], axis=1),
-            jnp.concatenate([positions, fed.positions], axis=1),
-            mask=jnp.concatenate([to_prompt, to_fed], axis=2),
-            method="hidden",
+        prompts, among_fed = state.tokens[:, : shape.prompt], fed.mask[:, :, -T:]
+        prefilled = feed_prompts(
+            model,
+            params,
+            state.cache,
+            prompts,
+            lengths,
+            fed.tokens,
+            fed.positions,
+            among_fed,
+            shape.chunk,
         )
-        of_prompt = jax.tree.map(lambda kv: kv[:, :, :P], fresh)
-        of_fed = jax.tree.map(lambda kv: kv[:, :, P:], fresh)
-        state = state.replace(cache=state.cache.commit(of_prompt, positions, real))
-        logits = model.apply({"params": params}, x[:, P:], method="unembed")
+        logits = model.apply({"params": params}, prefilled.x, method="unembed")
         scores = score_rows(logits, fed.target, fed.sampling, shape.entropy, model.dtype)
-    return advance(state, inputs, Forwarded(scores, of_fed, None), model.dtype, eos_ids)
+    state = state.replace(cache=prefilled.cache)
+    return advance(state, inputs, Forwarded(scores, prefilled.fresh, None), model.dtype, eos_ids)
 
 
 def next_pass(model, params, state: DecodeState, mask_id: Array, eos_ids: Array, shape: Shape) -> DecodeState:

@@ -7,11 +7,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from refusion_jax.baselines.decoders.config import ARConfig
+from refusion_jax.decode.batch import Shape
+from refusion_jax.decode.config import DecodeConfig
 from refusion_jax.errors import BadInput
 from refusion_jax.model.config import ModelConfig
 from refusion_jax.serving.requests import Request
 
 SHORTEST, STEP = 512, 8  # tokens of the shortest class, and the ratio of one class to the one before
+COPIES = 3  # of the scores, as XLA computes a softmax on a CPU; measured
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -57,7 +61,9 @@ def rows_that_fit(requests: Sequence[Request], most: int, config: ModelConfig, d
 
 def bytes_needed(request: Request, config: ModelConfig, dtype: jnp.dtype) -> int:
     """Of the KV cache, and of the attention scores of one layer in float32 while the prompt is fed."""
-    return tokens(request) * (bytes_cached(config, dtype) + 4 * config.num_heads * len(request.prompt))
+    in_chunks = isinstance(request.config, (DecodeConfig, ARConfig))
+    fed = min(len(request.prompt), Shape.chunk) if in_chunks else len(request.prompt)
+    return tokens(request) * (bytes_cached(config, dtype) + 4 * COPIES * config.num_heads * fed)
 
 
 def bytes_cached(config: ModelConfig, dtype: jnp.dtype) -> int:

@@ -1,4 +1,4 @@
-"""The three modes of `sample`: a file of requests, prompts given by flags, prompts typed on a terminal."""
+"""The modes of `sample`: prompts given by flags, prompts typed on a terminal, and a file of requests."""
 
 import argparse
 import contextlib
@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,18 @@ from rich.console import Console
 
 from refusion_jax.errors import BadInput
 from refusion_jax.files import check_output, write_atomically
-from refusion_jax.serving.admission import by_length, check_fits, rows_that_fit
-from refusion_jax.serving.engine import fitting_shape, in_order, serve, warm_up
+from refusion_jax.serving.engine import fitting_shape, serve, warm_up
 from refusion_jax.serving.opened import Opened, asked_method, open_model
-from refusion_jax.serving.requests import Request, is_id, parse
-from refusion_jax.serving.results import write_results
+from refusion_jax.serving.request_file import answer_file
+from refusion_jax.serving.requests import Request, parse
 from refusion_jax.serving.terminal import live_view
 
 
 def answer(flags: argparse.Namespace) -> int:
-    """Runs the mode that the flags of `sample` ask for; returns the exit code 0.
+    """Runs the mode that the flags of `sample` ask for; returns the exit code.
 
     Raises:
-      BadInput: flags contradict each other, a file cannot be read or written, or some request of --input
-        could not be served (the others are).
+      BadInput: flags contradict each other, or a file cannot be read or written.
     """
     if flags.trace and (len(flags.prompt) != 1 or asked_method(flags.checkpoint, flags.method) != "refusion"):
         raise BadInput("--trace needs exactly one --prompt and --method=refusion")
@@ -36,75 +34,11 @@ def answer(flags: argparse.Namespace) -> int:
         raise BadInput("--prompt and --input: give one of the two")
     if flags.output and not flags.input:
         raise BadInput("--output needs --input")
+    if (flags.resume or flags.overwrite) and flags.output in (None, "-"):
+        raise BadInput(f"--{'resume' if flags.resume else 'overwrite'} needs --output=FILE")
     if flags.input:
         return answer_file(flags)
     return answer_prompts(flags, flags.prompt) if flags.prompt else converse(flags)
-
-
-def answer_file(flags: argparse.Namespace) -> int:
-    """Serves every request of --input, in order; a request with a mistake gets an `error` result.
-
-    Raises:
-      BadInput: the file cannot be read, or some request could not be served; raised after the results of all
-        requests are written.
-    """
-    check_output("--output", flags.output)
-    lines = read_lines(Path(flags.input))
-    opened = open_model(flags)
-    model, _, tokenizer, defaults, _ = opened
-    answers: list[dict[str, Any] | None] = []
-    requests: list[Request] = []
-    for number, line in lines:
-        try:
-            raw = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            answers.append({"id": None, "error": f"{flags.input}:{number}: not JSON ({error})"})
-            continue
-        try:
-            request = parse(raw, defaults, tokenizer, model.config.vocab_size)
-            check_fits(request, model.config, model.dtype)
-            requests.append(request)
-            answers.append(None)
-        except BadInput as error:
-            request_id = raw["id"] if isinstance(raw, dict) and is_id(raw.get("id")) else None
-            answers.append({"id": request_id, "error": f"{flags.input}:{number}: {error}"})
-
-    served = in_order(served_by_length(opened, requests, flags.batch_size))
-    with opened.scope():
-        write_results((next(served) if answer is None else answer for answer in answers), flags.output)
-    errors = [answer["error"] for answer in answers if answer is not None]
-    if errors:
-        raise BadInput(f"{len(errors)} of {len(answers)} requests could not be served, first {errors[0]}")
-    return 0
-
-
-def served_by_length(
-    opened: Opened, requests: Sequence[Request], batch_size: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (index, result) of each request; those of about the same length decode together."""
-    model, params, tokenizer, defaults, _ = opened
-    for indices in by_length(requests):
-        group = [requests[index] for index in indices]
-        rows = rows_that_fit(group, batch_size, model.config, model.dtype)
-        shape = fitting_shape(group, rows, defaults.ahead)
-        yield from zip(indices, serve(model, params, tokenizer, group, shape, defaults.stop), strict=True)
-
-
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, line) of every line of a file, or of standard input ("-"), that is not blank.
-
-    Raises:
-      BadInput: the file cannot be read or holds no request.
-    """
-    try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--input={path}: cannot be read ({error})") from None
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise BadInput(f"--input={path}: holds no request")
-    return lines
 
 
 def answer_prompts(flags: argparse.Namespace, prompts: Sequence[str]) -> int:

@@ -66,8 +66,21 @@ def serve(
       stop: texts that end an answer; its text is cut before the first of them.
       watch: called with the state after every forward pass, to show the decode while it happens.
     """
-    ended = decoded(model, params, requests, shape, watch)
-    return in_order((index, result(requests[index], samples, tokenizer, stop)) for index, samples in ended)
+    return in_order(served(model, params, tokenizer, requests, shape, stop, watch))
+
+
+def served(
+    model,
+    params,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    shape: Shape,
+    stop: Sequence[str] = (),
+    watch: Callable[[State], None] | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (index of a request, its result) as requests finish. Arguments are those of `serve`."""
+    for index, samples in decoded(model, params, requests, shape, watch):
+        yield index, result(requests[index], samples, tokenizer, stop)
 
 
 def in_order(numbered: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:

@@ -158,6 +158,17 @@ def _add_exact_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_resume_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --resume and --overwrite."""
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the results that an earlier run with the same model, settings and requests left in "
+        "--output, and decode the others",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+
+
 def _default(setting: str) -> str:
     """The default of a setting as --help shows it; listed per method where methods differ."""
     methods_by_value: dict[Any, list[str]] = {}

@@ -1,14 +1,13 @@
-"""Results as JSON objects with optional traces, written one per line to a file or to stdout."""
+"""Results as JSON objects with optional traces."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from refusion_jax.decode.samples import Samples
-from refusion_jax.files import open_atomically
 from refusion_jax.serving.requests import Request
 from refusion_jax.tokenizer import Tokenizer
 
@@ -102,22 +101,6 @@ def exact_steps(request: Request, samples: Samples) -> list[dict[str, Any]]:
             }
         )
     return steps
-
-
-def write_results(results: Iterable[dict[str, Any]], output: str | None) -> None:
-    """Writes results as JSON lines to stdout (None or "-"), or to a file.
-
-    The file is written as `output`.partial and renamed when it is complete; what a run that is stopped has
-    answered stays there.
-    """
-    if output in (None, "-"):
-        for answer in results:
-            print(to_json(answer), flush=True)
-        return
-    with open_atomically(output, keep_partial=True) as file:
-        for answer in results:
-            file.write(f"{to_json(answer)}\n".encode())
-            file.flush()
 
 
 def to_json(answer: dict[str, Any]) -> str:

@@ -9,10 +9,13 @@ from typing import Any
 
 from refusion_jax.data.sources.example import Example
 from refusion_jax.data.tasks.task import Task
+from refusion_jax.decode.batch import Shape
 from refusion_jax.serving import engine
 from refusion_jax.serving.opened import Opened
+from refusion_jax.serving.progress import Progress, request_digest
 from refusion_jax.serving.requests import Request, parse
 
+FIGURES = ("accuracy", "tokens_per_forward", "seconds")  # those that are printed
 Z = 1.959964  # 95 % of a normal distribution lie within this many standard deviations of its mean
 
 
@@ -44,8 +47,7 @@ class Score:
 
     def figures(self) -> dict[str, float]:
         """The main figures, rounded to 4 places."""
-        names = ("accuracy", "tokens_per_forward", "seconds")
-        return {name: round(getattr(self, name), 4) for name in names}
+        return {name: round(getattr(self, name), 4) for name in FIGURES}
 
     def all_figures(self) -> dict[str, Any]:
         """All figures of a task in results.json, rounded to 4 places."""
@@ -69,6 +71,8 @@ def score(
     limit: int,
     batch_size: int,
     trace: bool = False,
+    progress: Progress | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> list[Score]:
     """Decodes and judges the first `limit` problems of every task. All tasks share one compilation.
 
@@ -79,9 +83,15 @@ def score(
       limit: problems per task.
       batch_size: problems decoded together.
       trace: whether the answers carry traces.
+      progress: where answers are kept as they are decoded, and taken from if this run resumes. `seconds` then
+        counts the time up to the last answer of each run.
+      record: what the answers depend on besides the requests, for `Progress.start`.
 
     Returns:
-      one Score per task.
+      one Score per task; none if the output of `progress` is whole.
+
+    Raises:
+      BadInput: the answers that are there were made from something else.
     """
     model, params, tokenizer, defaults, _ = opened
 
@@ -91,19 +101,54 @@ def score(
 
     examples = [[task.example(index, split) for index in range(limit)] for task in tasks]
     requests = [[request(i, example) for i, example in enumerate(of_task)] for of_task in examples]
-    shape = engine.fitting_shape(list(itertools.chain(*requests)), batch_size, defaults.ahead)
+    everything = list(itertools.chain(*requests))
+    kept: Mapping[int, dict[str, Any]] = {}
+    if progress is not None:
+        digests = [request_digest(request) for request in everything]
+        kept = progress.start({**(record or {}), "requests": digests})
+        if progress.is_whole:
+            return []
+    shape = engine.fitting_shape(everything, batch_size, defaults.ahead)
     scores = []
     with opened.scope():
         start = time.perf_counter()
         engine.warm_up(model, params, tokenizer, requests[0][0], shape)
         compile_seconds = time.perf_counter() - start
-        for task, of_task, asked in zip(tasks, examples, requests, strict=True):
-            start = time.perf_counter()
-            answers = list(engine.serve(model, params, tokenizer, asked, shape, defaults.stop))
-            seconds = time.perf_counter() - start
+        for number, (task, of_task) in enumerate(zip(tasks, examples, strict=True)):
+            indices = range(limit * number, limit * (number + 1))
+            answers, seconds = answer(opened, everything, indices, shape, kept, progress)
             judge(task, of_task, answers)
             scores.append(summary(answers, seconds, compile_seconds, batch_size))
     return scores
+
+
+def answer(
+    opened: Opened,
+    requests: Sequence[Request],
+    indices: Sequence[int],
+    shape: Shape,
+    kept: Mapping[int, dict[str, Any]],
+    progress: Progress | None,
+) -> tuple[list[dict[str, Any]], float]:
+    """Decodes the requests at `indices` that have no kept answer.
+
+    Returns:
+      the answers to the requests at `indices`, and the seconds that decoding took, in this run and, for kept
+      answers, in earlier ones.
+    """
+    model, params, tokenizer, defaults, _ = opened
+    answers = {index: dict(kept[index]) for index in indices if index in kept}
+    seconds = max((answer.pop("seconds") for answer in answers.values()), default=0.0)
+    left = [index for index in indices if index not in answers]
+    if left:
+        start = time.perf_counter() - seconds
+        asked = [requests[index] for index in left]
+        for place, found in engine.served(model, params, tokenizer, asked, shape, defaults.stop):
+            answers[left[place]] = found
+            if progress is not None:
+                progress.add(left[place], found | {"seconds": time.perf_counter() - start})
+        seconds = time.perf_counter() - start
+    return [answers[index] for index in indices], seconds
 
 
 def judge(task: Task, examples: Sequence[Example], answers: Sequence[dict[str, Any]]) -> None:

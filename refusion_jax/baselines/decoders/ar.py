@@ -15,6 +15,7 @@ from refusion_jax.decode.batch import Shape, check_pairs, padded_column, removed
 from refusion_jax.decode.decoder import Decoder, repeated
 from refusion_jax.decode.exact_inputs import reads_mask
 from refusion_jax.decode.kv_cache import KVCache, scatter_rows
+from refusion_jax.decode.prefill import feed_prompts
 from refusion_jax.decode.samples import is_eos
 from refusion_jax.decode.scores import DraftSampling, draft
 
@@ -113,23 +114,21 @@ def first_pass(model, params, state: ARState, mask_id: Array, eos_ids: Array, sh
 
     Its logits are those of the last prompt token or of the mask token, as the request asks.
     """
-    B, P, requests = state.tokens.shape[0], shape.prompt, state.requests
-    places = jnp.broadcast_to(jnp.arange(P), (B, P))
-    real = places < requests.prompt_len[:, None]
-    visible = jnp.concatenate([real, jnp.ones((B, 1), bool)], axis=1)
-    x, fresh = model.apply(
-        {"params": params},
-        jnp.concatenate([state.tokens[:, :P], jnp.full((B, 1), mask_id, jnp.int32)], axis=1),
-        jnp.concatenate([places, requests.prompt_len[:, None]], axis=1),
-        mask=jnp.tril(jnp.ones((P + 1, P + 1), bool)) & visible[:, None],
-        method="hidden",
+    B, requests = state.tokens.shape[0], state.requests
+    prefilled = feed_prompts(
+        model,
+        params,
+        state.cache,
+        state.tokens[:, : shape.prompt],
+        requests.prompt_len,
+        jnp.full((B, 1), mask_id, jnp.int32),
+        requests.prompt_len[:, None],
+        jnp.ones((B, 1, 1), bool),
+        shape.chunk,
     )
-    of_prompt = jax.tree.map(lambda kv: kv[:, :, :P], fresh)
-    state = state.replace(cache=state.cache.commit(of_prompt, places, real))
-    read_at = jnp.where(requests.from_mask, P, requests.prompt_len - 1)
-    x = jnp.take_along_axis(x, read_at[:, None, None], axis=1)
-    logits = model.apply({"params": params}, x, method="unembed")[:, 0]
-    return append(state, logits, eos_ids)
+    x = jnp.where(requests.from_mask[:, None], prefilled.x[:, 0], prefilled.last)
+    logits = model.apply({"params": params}, x, method="unembed")
+    return append(state.replace(cache=prefilled.cache), logits, eos_ids)
 
 
 def next_pass(model, params, state: ARState, mask_id: Array, eos_ids: Array, shape: Shape) -> ARState:
