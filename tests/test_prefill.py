@@ -16,8 +16,8 @@ from refusion_jax.decode.prefill import feed_prompts
 LENGTHS = np.array([8, 1, 0, 5, 4, 7], np.int32)
 
 
-@pytest.fixture(scope="module")
-def fed():
+@pytest.fixture(scope="module", params=[False, True], ids=["one cache", "a cache per layer"])
+def fed(request):
     """The results for chunks of some sizes; all prompts fit into one of 8 tokens."""
     prompts = np.random.default_rng(0).integers(4, CONFIG.vocab_size, (6, 8)).astype(np.int32)
     tokens, among = (
@@ -25,7 +25,7 @@ def fed():
         np.broadcast_to(np.tril(np.ones((2, 2), bool)), (6, 2, 2)),
     )
     positions = LENGTHS[:, None] + np.arange(2, dtype=np.int32)
-    empty = KVCache.zeros(CONFIG, 6, 12, jnp.float32)
+    empty = KVCache.zeros(CONFIG, 6, 12, jnp.float32, by_layer=request.param)
 
     def of(chunk: int):
         arguments = (MODEL, PARAMS, empty, prompts, LENGTHS, tokens, positions, among, chunk)
