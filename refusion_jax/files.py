@@ -28,9 +28,15 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, path: Path) -> dict[str, Any]:
-    """Parses a JSON object; `path` is named in messages. Raises BadInput if `text` is not a JSON object."""
+    """Parses a JSON object; `path` is named in messages.
+
+    Raises:
+      BadInput: `text` is not a JSON object, or a text in it has a lone surrogate, which no encoding has.
+    """
     try:
         value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):

@@ -26,6 +26,7 @@ SCALARS = {
 }
 ALIGNMENT = "general.alignment"
 MOST_AXES = 4  # of a tensor, in ggml
+MOST_ELEMENTS = 2**58  # NumPy makes no larger array, even without elements
 LONGEST_NAME = 2**16 - 1  # bytes, in the specification
 
 
@@ -131,6 +132,8 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     if not 1 <= axes <= MOST_AXES:
         raise ValueError(f"tensor {name!r} has {axes} axes, expected 1 to {MOST_AXES}")
     shape = tuple(cursor.number("<u8") for _ in range(axes))[::-1]
+    if math.prod(filter(None, shape)) > MOST_ELEMENTS:
+        raise ValueError(f"tensor {name!r} has the shape {shape}")
     return name, shape, cursor.number("<u4"), cursor.number("<u8")
 
 

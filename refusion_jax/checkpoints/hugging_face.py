@@ -144,7 +144,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
 
     def need(field: str, kind: type) -> Any:
         value = raw.get(field)
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not kind:
             raise BadInput(f"{path}: field {field!r} must be {kind.__name__}, found {value!r}")

@@ -28,6 +28,7 @@ DTYPES = {
 }
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_AXES, MOST_ELEMENTS = 32, 2**58  # NumPy makes no larger array, even without elements
 LONGEST_HEADER = 100_000_000  # bytes, the limit of other readers
 
 
@@ -48,17 +49,19 @@ def read_folder(folder: str | Path) -> dict[str, LazyArray]:
         return read_file(folder / SINGLE)
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    is_map = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    if not is_map or not weight_map:
         raise BadInput(f"{index}: field 'weight_map' must map tensor names to files")
-    named = sorted({str(file) for file in weight_map.values()})
+    named = sorted(set(weight_map.values()))
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     if SINGLE not in named and (folder / SINGLE).exists():
         raise BadInput(
             f"{folder}: holds {SINGLE} and {INDEX}, which names other files; remove the one that is not of "
             "this model"
         )
     for file in named:
-        if Path(file).name != file or not (folder / file).is_file():
-            raise BadInput(f"{index}: names the file {file!r}, which is not in {folder}")
+        if file not in present:
+            raise BadInput(f"{index}: names the file {file[:200]!r}, which is not in {folder}")
     files = {file: read_file(folder / file) for file in named}
     for file, tensors in files.items():
         for name in tensors:
@@ -119,7 +122,7 @@ def _entry(path: Path, name: str, fields: Any) -> tuple[np.dtype, tuple[int, ...
     dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BadInput(f"{where} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if not _are_sizes(shape):
+    if not _are_sizes(shape) or len(shape) > MOST_AXES or math.prod(filter(None, shape)) > MOST_ELEMENTS:
         raise BadInput(f"{where} has shape {shape!r}, expected a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise BadInput(f"{where} has data_offsets {offsets!r}, expected its first byte and the one after it")

@@ -68,13 +68,20 @@ def byte_level_bpe(
 
 
 def surround(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Adds BOS before and EOS after a text as set by `add_bos_token` and `add_eos_token`."""
+    """Adds BOS before and EOS after a text as set by `add_bos_token` and `add_eos_token`.
+
+    Raises:
+      BadInput: the vocabulary lacks the token.
+    """
 
     def wanted(role: str) -> list[str]:
         text = token_text(settings.get(f"{role}_token"))
         return [text] if text and settings.get(f"add_{role}_token") else []
 
     before, after = wanted("bos"), wanted("eos")
+    for text in (*before, *after):
+        if backend.token_to_id(text) is None:
+            raise BadInput(f"{SETTINGS}: {text!r}, which is added to every text, is not in the vocabulary")
     if before or after:
         backend.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],

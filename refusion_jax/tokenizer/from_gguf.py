@@ -114,6 +114,8 @@ def _sentence_piece(
             f"{file.path}: tokenizer.ggml.scores has {len(scores)} entries for "
             f"{len(vocabulary.tokens)} tokens"
         )
+    if not set(vocabulary.kinds) <= set(range(NORMAL, BYTE + 1)):
+        raise BadInput(f"{file.path}: tokenizer.ggml.token_type has numbers outside {NORMAL} to {BYTE}")
     model = ModelProto()
     for token, kind, score in zip(vocabulary.tokens, vocabulary.kinds, scores, strict=False):
         model.pieces.add(piece=token, type=kind, score=score)

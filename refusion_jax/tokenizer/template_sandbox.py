@@ -39,7 +39,7 @@ class Range:
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with limits on repetition, powers, widths, and numbers in calls."""
+    """Jinja's sandbox with limits on repetition, powers, widths and numbers given to functions."""
 
     intercepted_binops = frozenset(("*", "**", "%"))
 

@@ -110,6 +110,8 @@ def _near(rng: random.Random, value: Any) -> Any:
     """A value close to a valid one."""
     if isinstance(value, bool) or value is None:
         return not value
+    if isinstance(value, int) and abs(value) > 2**64:
+        return -value
     if isinstance(value, int | float):
         return rng.choice((value + 1, value - 1, -value, value * 2, value + 0.5, float(value), value * 10**9))
     if isinstance(value, str):

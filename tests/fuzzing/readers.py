@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,14 +23,15 @@ from refusion_jax.errors import BadInput
 from refusion_jax.model.rope import frequencies
 from refusion_jax.model.transformer import ModelConfig
 from refusion_jax.serving.admission import check_fits
-from refusion_jax.serving.answer import read_lines
 from refusion_jax.serving.methods import METHODS, default_settings
 from refusion_jax.serving.opened import asked_method
+from refusion_jax.serving.request_file import read_lines
 from refusion_jax.serving.requests import Defaults, parse
 from refusion_jax.tokenizer import ByteTokenizer, load_gguf_tokenizer, load_tokenizer
 from refusion_jax.tokenizer.chat_template import compile_template
 
 MESSAGES = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "<think>\n</think>Hm"}]
+SIZES = (0, 1, 2, 3, 16, 17, 32, 64, 2**16, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
 SNIPPETS = (
     *("{{", "}}", "{%", "%}", "{#", "{% for x in range(99999) %}", "{% endfor %}", "{% if %}", "{% else %}"),
     *("{{ 'a' * 10000000000 }}", "{{ 9 ** 9 ** 9 }}", "{{ [0] * 10000000000 }}", "{{ range(10000000000) }}"),
@@ -88,6 +91,8 @@ def mutate(rng: random.Random, files: Files) -> Files:
 def mutate_file(rng: random.Random, name: str, content: bytes) -> bytes:
     """A damaged file: two in three by its structure, the others by bytes."""
     kind = name.rpartition(".")[2]
+    if kind == "gguf" and rng.random() < 0.9:
+        return mutate_gguf(rng, content)
     if kind in ("gz", "model", "gguf") or rng.random() < 0.33:
         return mutate_bytes(rng, content)
     if kind == "json":
@@ -103,6 +108,19 @@ def mutate_file(rng: random.Random, name: str, content: bytes) -> bytes:
         return len(text).to_bytes(8, "little") + text + content[8 + length :]
     snippets = SNIPPETS if kind == "jinja" else ("\n", " ", "a b c", "Ġ", "é", "\r\n", "#version", "\ufeff")
     return mutate_text(rng, content.decode(), snippets).encode("utf-8", "surrogatepass")
+
+
+def mutate_gguf(rng: random.Random, content: bytes) -> bytes:
+    """A GGUF file with bytes of its header damaged, or a number that follows a name."""
+    end = content.rfind(b".weight") + 60
+    if rng.random() < 0.5:
+        return mutate_bytes(rng, content[:end]) + content[end:]
+    names = re.finditer(rb"[a-z0-9_]+\.[a-z0-9_.]+", content[:end])
+    place = rng.choice([match.end() for match in names]) + rng.choice((-8, 0, 0, 4, 4, 8, 12, 20, 24))
+    number = struct.pack(
+        *rng.choice((("<I", rng.randrange(14)), ("<I", 2**32 - 1), ("<Q", rng.choice(SIZES))))
+    )
+    return content[:place] + number + content[place + len(number) :]
 
 
 def read_safetensors(folder: Path) -> None:

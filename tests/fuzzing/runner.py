@@ -25,6 +25,7 @@ LARGE = 500 * 2**20  # bytes by which one case may make the process grow
 SPACE = 8 * 2**30  # bytes of address space beyond what the process has: more is a MemoryError
 PATIENCE = 30.0  # seconds without a new case after which a worker hangs; the machine may be busy
 
+_installed: list = []  # audit hooks stay for the life of a process
 _watched: list[Path] = []  # the folder that is being read
 _outside: list[str] = []  # files opened outside it
 
@@ -70,7 +71,8 @@ def outcomes(reader: Reader, first: int, end: int, seed: int = 0) -> Iterator[st
     if _audit not in _installed:
         sys.addaudithook(_audit)
         _installed.append(_audit)
-    with tempfile.TemporaryDirectory() as temporary:
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as temporary:
         root = Path(temporary).resolve()
         (root / "valid").mkdir()
         valid = reader.files(root / "valid")
@@ -80,9 +82,6 @@ def outcomes(reader: Reader, first: int, end: int, seed: int = 0) -> Iterator[st
         for number in range(first, end):
             _write(root / "case", files_of_case(reader, valid, number, seed))
             yield outcome(reader, root / "case")
-
-
-_installed: list = []
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
