@@ -1,8 +1,7 @@
 """Shares of accepted drafts by offset, from results of `sample --input` with traces of exact verification.
 
-    python -m refusion_jax.sample --checkpoint=DIR --input=requests.jsonl --output=exact.jsonl --resume
-    python -m refusion_jax.sample --checkpoint=DIR --method=ar --input=requests.jsonl --output=ar.jsonl \\
-        --resume
+    python -m refusion_jax.sample --checkpoint=DIR --input=asked.jsonl --output=exact.jsonl --resume
+    python -m refusion_jax.sample --checkpoint=DIR --method=ar --input=asked.jsonl --output=ar.jsonl --resume
     python docs/acceptance.py exact.jsonl ar.jsonl
 
 Each request has `"trace": true`. The draft at offset i of a pass is the i-th token after those committed

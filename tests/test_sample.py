@@ -60,8 +60,9 @@ def test_a_request_that_cannot_be_served_says_why_and_the_others_go_on(served):
     assert failed[0][1]["error"] in served.ran.err
 
 
-def test_nothing_but_the_results_is_left_beside_them(served):
-    assert sorted(os.listdir(served.output.parent)) == ["requests.jsonl", "results.jsonl"]
+def test_nothing_but_the_results_and_their_record_is_left(served):
+    left = sorted(os.listdir(served.output.parent))
+    assert left == ["requests.jsonl", "results.jsonl", "results.jsonl.run.json"]
 
 
 def test_fields_of_a_result(served):
