@@ -60,9 +60,16 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         _check_numbers(args, kwargs)
         return super().call(context, function, *args, **kwargs)
 
-    def format_string(self, text: str, *args: Any, **kwargs: Any) -> str:
-        _check_format(text)
-        return super().format_string(text, *args, **kwargs)
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        formatted = super().wrap_str_format(value)
+        if formatted is None:  # not the method `format` of a text
+            return None
+
+        def limited(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__)
+            return formatted(*args, **kwargs)
+
+        return limited
 
 
 class _Generation(jinja2.ext.Extension):
