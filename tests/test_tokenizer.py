@@ -281,9 +281,14 @@ def test_chat_template_from_a_list_or_a_file(bpe_folder):
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{{ messages.append(messages[0]) }}", "SecurityError"),
         ("{% for x in range(10**9) %}{% endfor %}", "a number above 1,000,000 is passed"),
-        ("{% for x in range(500) %}{% for y in range(500) %}{% endfor %}{% endfor %}", "range: more than"),
-        ("{{ 'a' * 10 ** 10 }}", "a repetition of more than"),
-        ("{{ 10 ** 10 * [0] }}", "a repetition of more than"),
+        ("{% for x in range(500) %}{% for y in range(500) %}{% endfor %}{% endfor %}", "range: too many"),
+        ("{{ 'a' * 10 ** 10 }}", "repetition: too many"),
+        ("{{ 10 ** 10 * [0] }}", "repetition: too many"),
+        ("{% for x in range(20) %}{{ 'a' * 1000000 }}{% endfor %}", "repetition: too many"),
+        ("{{ ('a' * 9999).replace('a', 'b' * 9999) }}", "replace: too many"),
+        ("{{ ('a' * 9999) | replace('a', 'b' * 9999) }}", "replace: too many"),
+        ("{{ ('a' * 9999).join(range(9999) | list) }}", "join: too many"),
+        ("{{ range(9999) | list | join('a' * 9999) }}", "join: too many"),
         ("{{ 9 ** (9 ** 9) }}", "a number of more than 4,096 bits"),
         ("{{ '%9999999d' % 1 }}", "a format is too wide"),
         ("{{ '%*d' % (9999999, 1) }}", "a number above"),
@@ -305,8 +310,9 @@ def test_a_failing_template_is_bad_input(bpe_folder, template, message):
 
 def test_what_templates_may_make(bpe_folder):
     template = "{{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 7 % 4 }} {{ '%03d|%s' % (5, 'x') }} {{ range(2) | list }}"
+    template += " {{ ['b', 'a'] | sort | join('-') | replace('a', 'A') }} {{ 'x-y'.replace('-', '+') }}"
     write(bpe_folder / "tokenizer_config.json", chat_template=template)
-    assert load_tokenizer(bpe_folder).prompt("hi") == "ababab 1024 3 005|x [0, 1]"
+    assert load_tokenizer(bpe_folder).prompt("hi") == "ababab 1024 3 005|x [0, 1] A-b x+y"
 
 
 @pytest.mark.parametrize("template", ["\n{% if %}", 7, [{"name": "a"}], [1]])
