@@ -11,7 +11,7 @@ pytest.importorskip("gguf")
 from fuzzing.readers import READERS
 from fuzzing.runner import Tally, outcomes, run
 
-QUICK = 250  # cases per reader
+QUICK = 200  # cases per reader
 
 
 @pytest.mark.parametrize("name", READERS)

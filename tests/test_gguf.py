@@ -297,6 +297,57 @@ def test_files_that_are_none(tmp_path):
         read_gguf(GGUFFile(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "shift", "number", "complaint"),
+    [
+        # After the name of a metadatum: its type, then its value; a list has type, length, elements.
+        ("qwen3.block_count", 0, 9, "a name of 196,608 bytes at byte"),
+        ("qwen3.block_count", 0, 99, "metadata of the unknown type 99"),
+        ("qwen3.block_count", 0, 8, "cut short: .* bytes at byte"),
+        ("a.list", 8, 2**40, "cut short: 4,398,046,511,104 bytes at byte"),
+        # After the name of a tensor: its number of axes, the axes, its type and its offset.
+        ("output_norm.weight", 0, 2**31, "has 2147483648 axes, expected 1 to 4"),
+        ("output_norm.weight", 4, 2**62, r"has the shape \(4611686018427387904,\)"),
+        ("output_norm.weight", 4, 2**40, "cut short: tensor 'output_norm.weight' ends at byte"),
+        ("output_norm.weight", 12, 77, "'output_norm.weight' has the unknown type 77"),
+        ("output_norm.weight", 16, 0, "begins at byte 0 of the data, inside another"),
+    ],
+)
+def test_numbers_of_a_header_that_cannot_be(tmp_path, name, shift, number, complaint):
+    """The reader of the package gguf takes the long list for one of 2**40 elements, and never ends."""
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_uint32("qwen3.block_count", 2)
+    writer.add_array("a.list", [1, 2, 3])
+    for tensor in ("token_embd.weight", "output_norm.weight"):
+        writer.add_tensor(tensor, np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content = path.read_bytes()
+    place = content.index(name.encode()) + len(name) + shift
+    size = 4 if number < 2**32 and shift != 16 else 8
+    path.write_bytes(content[:place] + number.to_bytes(size, "little") + content[place + size :])
+    with pytest.raises(BadInput, match=f"model.gguf: not a readable GGUF file .*{complaint}"):
+        GGUFFile(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention.head_count": 2**31},
+        {"attention.key_length": 2**31},
+        {"attention.key_length": 15, "attention.value_length": 15},
+    ],
+)
+def test_heads_that_do_not_fit_the_rows(tmp_path, change):
+    tensors = random_tensors(FAMILIES["llama"])
+    path = write(tmp_path / "model.gguf", "llama", tensors, change={"attention.value_length": None} | change)
+    with pytest.raises(BadInput, match=r"'blk.0.attn_[qk].weight' has .* rows, its metadata make it"):
+        read_gguf(GGUFFile(path))
+
+
 def test_without_the_package(tmp_path, monkeypatch):
     real = builtins.__import__
 

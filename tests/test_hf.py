@@ -296,7 +296,7 @@ BROKEN_FILES = {
     "no object": (file_bytes([1]), "must be a JSON object, found list"),
     "cut in the tensors": (file_bytes({"a": entry(0, 4)}, b"12"), "cut short or damaged"),
     "bytes left over": (file_bytes({"a": entry(0, 4)}, b"12345678"), "cut short or damaged"),
-    "offsets beyond the file": (file_bytes({"a": entry(0, 4 * 2**60, shape=[2**60])}, b"1234"), "cut short"),
+    "offsets beyond the file": (file_bytes({"a": entry(0, 4 * 2**50, shape=[2**50])}, b"1234"), "cut short"),
     "negative offsets": (file_bytes({"a": entry(-4, 0)}, b"1234"), r"data_offsets \[-4, 0\]"),
     "offsets backwards": (file_bytes({"a": entry(4, 0)}, b"1234"), "has -4 bytes"),
     "overlapping": (file_bytes({"a": entry(0, 4), "b": entry(2, 6)}, b"123456"), "'b' begins at byte"),
@@ -311,6 +311,8 @@ BROKEN_FILES = {
         file_bytes({"a": entry(0, 4, "F8_E4M3", [4])}, b"1234"),
         "'F8_E4M3', expected one of BF16",
     ),
+    "a size beyond NumPy": (file_bytes({"a": entry(0, 0, shape=[0, 2**62])}), "expected a list of sizes"),
+    "axes beyond NumPy": (file_bytes({"a": entry(0, 0, shape=[0] * 100)}), "expected a list of sizes"),
     "no entry": (file_bytes({"a": 1}), "has dtype None"),
     "three offsets": (file_bytes({"a": entry(0, 4) | {"data_offsets": [0, 4, 4]}}, b"1234"), "data_offsets"),
 }
@@ -324,6 +326,22 @@ def test_broken_files(tmp_path, what):
     with pytest.raises(BadInput, match=complaint) as caught:
         safetensors_io.read_folder(tmp_path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../0.safetensors", "/etc/passwd", "x" * 5000, "a\0b", "", ".", "sub/0.safetensors"]
+)
+def test_an_index_names_files_of_its_folder_only(tmp_path, name):
+    folder = write_shards(tmp_path / "model", [random_tensors(QWEN3)])
+    (tmp_path / "0.safetensors").write_bytes((folder / "0.safetensors").read_bytes())
+    (folder / "sub").mkdir()
+    (folder / "sub" / "0.safetensors").write_bytes((folder / "0.safetensors").read_bytes())
+    with_index(folder, {"weight_map": {"model.norm.weight": name}})
+    with pytest.raises(BadInput, match=r"index.json: names the file '.*', which is not in"):
+        safetensors_io.read_folder(folder)
+    with_index(folder, {"weight_map": {"model.norm.weight": [name]}})
+    with pytest.raises(BadInput, match="must map tensor names to files"):
+        safetensors_io.read_folder(folder)
 
 
 def test_one_file_beside_an_index_of_others_is_no_silent_choice(tmp_path):
@@ -466,6 +484,14 @@ def test_fields_that_change_nothing(tmp_path, fields):
         ),
         ({"vocab_size": "40"}, "field 'vocab_size' must be int, found '40'"),
         ({"tie_word_embeddings": 1}, "field 'tie_word_embeddings' must be bool, found 1"),
+        ({"num_hidden_layers": 10**9}, "num_layers must be at most 10000, got 1000000000"),
+        ({"hidden_size": 2**31}, "embed_dim must be at most 2147483647"),
+        ({"rope_theta": 10**400}, "field 'rope_theta' must be float"),
+        ({"rope_theta": float("inf")}, "rope_theta must be above 0 and finite"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps must be 0 or above and finite"),
+        ({"rope_scaling": {"type": ["yarn"], "factor": 2.0}}, "rope_scaling.rope_type must be one of"),
+        ({"rope_scaling": YARN | {"factor": 10**400}}, "rope_scaling.factor must be a positive number"),
+        ({"layer_types": 5}, "layer_types must be a list, found 5"),
         ({"num_hidden_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"num_key_value_heads": 3}, "num_heads must be a multiple"),
         ({"model_type": "gpt2"}, "model_type must be one of qwen3, qwen2, llama, found 'gpt2'"),
@@ -566,3 +592,10 @@ def test_impossible_ways_to_decode(tmp_path, field, value, expected):
     with pytest.raises(BadInput) as caught:
         hf.decoding_defaults(tmp_path)
     assert str(caught.value) == f"{tmp_path / 'config.json'}: {expected}"
+
+
+@pytest.mark.parametrize("value", [["ar"], 7, {}])
+def test_an_objective_is_text(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps({"objective": value}))
+    with pytest.raises(BadInput, match=r"config.json: objective must be text"):
+        hf.objective(tmp_path)

@@ -207,7 +207,7 @@ def test_mask_and_eos_must_differ(bpe_folder):
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"{} {}"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"{} {}", b'{"a": "\\ud800"}', b"[" * 10**5])
 def test_malformed_files_are_bad_input(bpe_folder, file, content):
     (bpe_folder / file).write_bytes(content)
     fails(bpe_folder, str(bpe_folder / file))
@@ -280,13 +280,39 @@ def test_chat_template_from_a_list_or_a_file(bpe_folder):
         ("{{ messages[0].content + 1 }}", "TypeError"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{{ messages.append(messages[0]) }}", "SecurityError"),
-        ("{% for x in range(10**9) %}{% endfor %}", "OverflowError"),
+        ("{% for x in range(10**9) %}{% endfor %}", "a number above 1,000,000 is passed"),
+        ("{% for x in range(500) %}{% for y in range(500) %}{% endfor %}{% endfor %}", "range: too many"),
+        ("{{ 'a' * 10 ** 10 }}", "repetition: too many"),
+        ("{{ 10 ** 10 * [0] }}", "repetition: too many"),
+        ("{% for x in range(20) %}{{ 'a' * 1000000 }}{% endfor %}", "repetition: too many"),
+        ("{{ ('a' * 9999).replace('a', 'b' * 9999) }}", "replace: too many"),
+        ("{{ ('a' * 9999) | replace('a', 'b' * 9999) }}", "replace: too many"),
+        ("{{ ('a' * 9999).join(range(9999) | list) }}", "join: too many"),
+        ("{{ range(9999) | list | join('a' * 9999) }}", "join: too many"),
+        ("{{ 9 ** (9 ** 9) }}", "a number of more than 4,096 bits"),
+        ("{{ '%9999999d' % 1 }}", "a format is too wide"),
+        ("{{ '%*d' % (9999999, 1) }}", "a number above"),
+        ("{{ '%9999999d' | format(1) }}", "a format is too wide"),
+        ("{{ '{:9999999}'.format(1) }}", "a format is too wide"),
+        ("{{ 'a' | center(9999999) }}", "a number above"),
+        ("{{ 'a'.ljust(9999999) }}", "a number above"),
+        ("{{ [1] | tojson(indent=9999999) }}", "a number above"),
+        ("{{ lipsum(9) }}", "'lipsum' is undefined"),
+        ("{% macro r() %}{{ r() }}{% endmacro %}{{ r() }}", "RecursionError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "does not compile: RecursionError"),
     ],
 )
 def test_a_failing_template_is_bad_input(bpe_folder, template, message):
     write(bpe_folder / "tokenizer_config.json", chat_template=template)
     with pytest.raises(BadInput, match=message):
         load_tokenizer(bpe_folder).prompt("hi")
+
+
+def test_what_templates_may_make(bpe_folder):
+    template = "{{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 7 % 4 }} {{ '%03d|%s' % (5, 'x') }} {{ range(2) | list }}"
+    template += " {{ ['b', 'a'] | sort | join('-') | replace('a', 'A') }} {{ 'x-y'.replace('-', '+') }}"
+    write(bpe_folder / "tokenizer_config.json", chat_template=template)
+    assert load_tokenizer(bpe_folder).prompt("hi") == "ababab 1024 3 005|x [0, 1] A-b x+y"
 
 
 @pytest.mark.parametrize("template", ["\n{% if %}", 7, [{"name": "a"}], [1]])

@@ -237,6 +237,9 @@ def test_a_merge_may_begin_with_a_number_sign(folder, qwen):
         ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "added token '<a>' has the id 'x'"),
         ({"added_tokens_decoder": {"900": {"content": ""}}}, "added token '900' is {'content': ''}"),
         ({"added_tokens_decoder": {"900": 7}}, "added token '900' is 7"),
+        ({"added_tokens_decoder": {"900": "<a>"}}, "added token '900' is '<a>', expected an object"),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "<a>"}}}, "expected a whole number"),
+        ({"added_tokens_decoder": {str(2**31): {"content": "<a>"}}}, "has the id '2147483648', expected"),
         (
             {"added_tokens_decoder": {"901": {"content": "<a>"}, "902": {"content": "<a>"}}},
             "added token '<a>' or its id 902 appears twice",
@@ -251,6 +254,12 @@ def test_a_merge_may_begin_with_a_number_sign(folder, qwen):
 def test_bad_settings_are_bad_input(folder, fields, message):
     change(folder / "tokenizer_config.json", **fields)
     fails(folder, str(folder / "tokenizer_config.json"), message)
+
+
+def test_a_token_before_every_text_is_in_the_vocabulary(folder):
+    (folder / "config.json").write_text('{"bos_token_id": 1}')
+    change(folder / "tokenizer_config.json", bos_token="<gone>", add_bos_token=True)
+    fails(folder, "'<gone>', which is added to every text, is not in the vocabulary")
 
 
 def test_added_tokens_json_is_checked(folder):

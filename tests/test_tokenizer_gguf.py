@@ -191,6 +191,14 @@ def test_bad_metadata_is_bad_input(tmp_path, change, message):
     assert message in str(error.value)
 
 
+def test_types_of_sentencepiece_are_one_to_six(tmp_path):
+    fields = fields_of("gpt-2") | {"tokenizer.ggml.model": "llama"}
+    size = len(fields["tokenizer.ggml.tokens"])
+    fields |= {"tokenizer.ggml.scores": [0.5] * size, "tokenizer.ggml.token_type": [65539] * size}
+    with pytest.raises(BadInput, match="token_type has numbers outside 1 to 6"):
+        load_gguf_tokenizer(GGUFFile(write_gguf(tmp_path / "a.gguf", fields)))
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"garbage" * 100, None])
 def test_what_is_no_gguf_file_is_bad_input(tmp_path, content):
     path = tmp_path / "a.gguf"

@@ -6,7 +6,8 @@ from typing import Any
 import jinja2
 
 from refusion_jax.errors import BadInput
-from refusion_jax.tokenizer.template_sandbox import Range, environment
+from refusion_jax.tokenizer.template_sandbox import environment
+from refusion_jax.tokenizer.template_sandbox import variables as own_variables
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -49,7 +50,7 @@ def compile_template(template: Any) -> Callable[..., str]:
         if not messages:
             raise BadInput("messages is empty, expected at least one")
         try:
-            given = {**_ALWAYS_GIVEN, "range": Range(), **variables, "messages": messages}
+            given = {**_ALWAYS_GIVEN, **own_variables(), **variables, "messages": messages}
             return compiled.render(given)
         # The template is a program that comes with the checkpoint, so any exception is an error of the input.
         except Exception as error:

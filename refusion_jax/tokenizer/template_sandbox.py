@@ -5,7 +5,6 @@ files. The limits here keep an expression such as `'a' * 10 ** 10` from filling 
 process.
 """
 
-import functools
 import json
 import re
 from collections.abc import Callable
@@ -18,34 +17,49 @@ import jinja2.parser
 import jinja2.sandbox
 from jinja2.sandbox import SecurityError
 
-LARGEST = 1_000_000  # number in a call, and length of a repeated text or list
+LARGEST = 1_000_000  # number in a call
 MOST_BITS = 4096  # of a product or power
-MOST_STEPS = 100_000  # of all `range`s of a rendering
+MOST_ELEMENTS = 10_000_000  # of all repetitions, replacements and joins of one rendering
+STEP = 100  # elements that a step of `range` counts as
+BUDGET = "__budget"  # the variable that holds a rendering's Budget
 _WIDE = re.compile(r"[0-9]{6}")  # a width in a format
 
 
-class Range:
-    """`range` for one rendering, limited in total."""
+class Budget:
+    """The elements that one rendering may still make."""
 
     def __init__(self):
-        self._left = MOST_STEPS
+        self._left = MOST_ELEMENTS
 
-    def __call__(self, *bounds: int) -> range:
-        steps = range(*bounds)
-        self._left -= min(len(steps), MOST_STEPS + 1)
+    def spend(self, elements: int, what: str) -> None:
+        self._left -= max(elements, 0)
         if self._left < 0:
-            raise SecurityError(f"range: more than {MOST_STEPS:,} steps in all")
+            raise SecurityError(f"{what}: too many elements")
+
+    def range(self, *bounds: int) -> range:
+        steps = range(*bounds)
+        self.spend(STEP * len(steps), "range")
         return steps
+
+    def spend_on_method(self, text: str, method: str, args: Any) -> None:
+        """Pays for `text.replace(...)` or `text.join(...)` before it is called."""
+        if method == "replace" and len(args) > 1 and all(isinstance(arg, str) for arg in args[:2]):
+            self.spend(text.count(args[0]) * len(args[1]), "replace")
+        elif method == "join" and args and isinstance(args[0], list | tuple | range):
+            self.spend(len(text) * len(args[0]), "join")
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with limits on repetition, powers, widths and numbers given to functions."""
+    """Jinja's sandbox with limits on repetition, powers, widths and numbers given to functions.
+
+    Templates are rendered with `variables()`.
+    """
 
     intercepted_binops = frozenset(("*", "**", "%"))
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.filters = {name: _limited(function) for name, function in self.filters.items()}
+        self.filters = {name: _limited(name, function) for name, function in self.filters.items()}
         del self.globals["lipsum"]
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -53,16 +67,36 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if isinstance(left, str):
                 _check_format(left, right)
         else:
-            _check_size(operator, left, right)
+            _check_bits(operator, left, right)
+            for several, times in ((left, right), (right, left)):
+                is_repetition = isinstance(several, str | list | tuple) and isinstance(times, int)
+                if operator == "*" and is_repetition:
+                    context[BUDGET].spend(len(several) * times, "repetition")
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check_numbers(args, kwargs)
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, str):
+            context[BUDGET].spend_on_method(owner, function.__name__, args)
         return super().call(context, function, *args, **kwargs)
 
-    def format_string(self, text: str, *args: Any, **kwargs: Any) -> str:
-        _check_format(text)
-        return super().format_string(text, *args, **kwargs)
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        formatted = super().wrap_str_format(value)
+        if formatted is None:  # not the method `format` of a text
+            return None
+
+        def limited(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__)
+            return formatted(*args, **kwargs)
+
+        return limited
+
+
+def variables() -> dict[str, Any]:
+    """The variables of the sandbox itself for one rendering."""
+    budget = Budget()
+    return {BUDGET: budget, "range": budget.range}
 
 
 class _Generation(jinja2.ext.Extension):
@@ -89,15 +123,25 @@ def environment() -> Sandbox:
     return sandbox
 
 
-def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that refuses large numbers, and large widths in the format that is its first argument."""
+def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that refuses large numbers, wide formats, and to replace or join more than the budget."""
+    passed = getattr(function, "jinja_pass_arg", None)  # what Jinja passes before the value
 
-    @functools.wraps(function)  # keeps Jinja's marks of what is passed
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        _check_numbers(args[1:], kwargs)
-        if function.__name__ == "do_format":
-            _check_format(str(args[0]))
-        return function(*args, **kwargs)
+    @jinja2.pass_context
+    def limited(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_numbers(args, kwargs)
+        if name == "format":
+            _check_format(str(value))
+        elif name == "replace" and len(args) > 1:
+            context[BUDGET].spend_on_method(str(value), name, args)
+        elif name == "join" and args:
+            context[BUDGET].spend_on_method(str(args[0]), name, (value,))
+        first = {
+            "context": (context,),
+            "eval_context": (context.eval_ctx,),
+            "environment": (context.environment,),
+        }
+        return function(*first.get(passed.name, ()) if passed else (), value, *args, **kwargs)
 
     return limited
 
@@ -114,17 +158,13 @@ def _check_format(text: str, values: Any = ()) -> None:
         raise SecurityError("a format is too wide")
 
 
-def _check_size(operator: str, left: Any, right: Any) -> None:
-    """Raises SecurityError if left * right or left ** right is too large to be meant."""
+def _check_bits(operator: str, left: Any, right: Any) -> None:
+    """Raises SecurityError if the integer left * right or left ** right is too large to be meant."""
     if isinstance(left, int) and isinstance(right, int):
-        left_bits, right_bits = left.bit_length(), right.bit_length()
-        bits = left_bits + right_bits if operator == "*" else left_bits * max(right, 0)
+        bits = left.bit_length()
+        bits = bits + right.bit_length() if operator == "*" else bits * max(right, 0)
         if bits > MOST_BITS:
             raise SecurityError(f"a number of more than {MOST_BITS:,} bits")
-    for several, times in ((left, right), (right, left)):
-        repeats = operator == "*" and isinstance(several, str | list | tuple) and isinstance(times, int)
-        if repeats and len(several) * times > LARGEST:
-            raise SecurityError(f"a repetition of more than {LARGEST:,} elements")
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

@@ -34,7 +34,8 @@ def _audit(event: str, arguments: tuple) -> None:
     if event == "open" and _watched and isinstance(arguments[0], str | bytes):
         path = arguments[0] if isinstance(arguments[0], str) else arguments[0].decode("utf-8", "replace")
         inside = Path(path).resolve().is_relative_to(_watched[0])
-        if not inside and not path.startswith(("/proc/", sys.prefix, sys.base_prefix)):
+        # Python looks for the source of a syntax error under the name of what it compiles, "<template>".
+        if not inside and not path.startswith(("/proc/", "<", sys.prefix, sys.base_prefix)):
             _outside.append(path)
 
 
