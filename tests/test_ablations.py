@@ -111,6 +111,7 @@ def test_cached_keys_and_values_are_those_of_the_pass_that_is_kept():
         assert_holds(run.state, run)
 
 
+@pytest.mark.long
 def test_alone_and_ahead_of_need():
     """Some cases again in a batch of one, with speculative tokens: the same except for the passes."""
     saved, seen = 0, set()

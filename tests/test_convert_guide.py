@@ -81,6 +81,7 @@ def ids(path: Path) -> list[list[int]]:
     return [answer["raw_ids"] for answer in lines(path)]
 
 
+@pytest.mark.long
 def test_the_adapter_changes_no_answer(followed):
     folder, printed = followed
     assert len(ids(folder / "ar.jsonl")) == 20 and ids(folder / "adapter.jsonl") == ids(folder / "ar.jsonl")

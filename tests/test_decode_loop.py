@@ -181,6 +181,7 @@ def test_a_row_may_be_taken_in_while_others_are_under_way(eventful, by_layer):
 # Speculative tokens.
 
 
+@pytest.mark.long
 def test_predictions_ahead_of_need_save_passes_and_change_nothing_else():
     """Every case again with speculative tokens: the same answers, traces and cached values."""
     made = saved = 0

@@ -55,7 +55,7 @@ def test_several_tasks_take_one_compilation(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("method", serving.METHODS)
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_nothing_is_compiled_after_warming_up(caplog, monkeypatch, method, tensor):
     """The timed part only decodes, also where rows start new requests several times."""
     warm_up, compiling = serving.warm_up, re.compile(r"Compiling jit\((\w+)\)")

@@ -180,6 +180,7 @@ def test_a_row_that_accepts_little_drafts_little():
     assert 0 < drafted[1] < drafted[0]
 
 
+@pytest.mark.long
 def test_a_replay_makes_the_passes_that_were_recorded():
     """With other weights, whose drafts the model would not accept."""
     cases = [(prompt, dataclasses.replace(config, eos_id=NEVER)) for prompt, config in random_cases(40)]
@@ -298,6 +299,7 @@ def p_value(counts: collections.Counter, expected: dict[tuple[int, ...], float])
     return float(jax.scipy.special.gammaincc(freedom / 2, statistic / 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batches", [4, pytest.param(20, marks=pytest.mark.long)])
 def test_sampled_answers_have_the_model_s_probabilities(batches):
     """20 batches are 100,000 answers. A wrong rule, sampling at temperature 1, is found out."""

@@ -79,6 +79,7 @@ def test_a_file_that_mixes_exact_and_threshold_requests(checkpoint, tmp_path, ex
         assert mixed[want["id"]]["num_iterations"] == want["num_iterations"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [["--tensor=2"], ["--int8"]], ids=str)
 def test_on_several_devices_and_in_int8(checkpoint, tmp_path, exact_requests, flags):
     asked = write(tmp_path / "exact.jsonl", exact_requests[:4])
@@ -101,6 +102,7 @@ def test_config_json_chooses_the_defaults(tmp_path):
     assert_refused(command(f"--checkpoint={folder}", "--prompt=1+1"), "verify must be .* found 'sometimes'")
 
 
+@pytest.mark.long
 def test_an_answer_ends_at_any_eos_id(checkpoint, tmp_path):
     """Of config.json and of generation_config.json; `release` knows the tokenizer's only."""
     (plain,) = of_file(

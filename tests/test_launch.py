@@ -114,6 +114,7 @@ def test_two_processes_are_one_run_with_two_devices(config_file, two_devices, tm
     assert "restart 1" not in text
 
 
+@pytest.mark.long
 def test_a_killed_process_is_started_again_with_the_other(config_file, two_devices, tmp_path):
     run = Run(config_file, tmp_path / "run", "--processes=2", "--restarts=1", *HALVES)
     pids = run.process.stderr.readline().removeprefix("localhost: processes ").split()
@@ -126,7 +127,11 @@ def test_a_killed_process_is_started_again_with_the_other(config_file, two_devic
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, PREEMPTED_EXIT_CODE), (signal.SIGINT, interrupt.EXIT_CODE)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, PREEMPTED_EXIT_CODE),
+        pytest.param(signal.SIGINT, interrupt.EXIT_CODE, marks=pytest.mark.long),
+    ],
 )
 def test_a_signal_makes_all_processes_save_and_end(config_file, tmp_path, number, code):
     steps = ("--config.train.steps=5000", "--config.train.save_every=5000")

@@ -169,6 +169,7 @@ def memory_of_a_step(run: RunConfig) -> tuple[int, int]:
     return memory.temp_size_in_bytes, layers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scan_layers", "share"), [(True, 0.3), (False, 0.6)])
 def test_memory_of_a_step(scan_layers, share):
     """Beside parameters and optimizer state a step takes less than this share of what the kernels take."""
@@ -193,6 +194,7 @@ def test_meshes_agree(alone, mesh, train):
             assert found[name] == pytest.approx(value, rel=1e-4 if name == "grad_norm" else 1e-5), name
 
 
+@pytest.mark.long
 def test_meshes_agree_about_masks():
     """Eight devices, in microbatches and chunks of the loss, against one device."""
     _, alone, _ = take_steps(run_config(only_masks=True, scan_layers=True))

@@ -290,6 +290,7 @@ def test_slot_decoding(folder):
             compare_decode(case, config, of_row.replace(cache=state.cache.rows(row)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [1, 16])
 def test_slot_decoding_ahead_of_need(folder, rows):
     """The same ids and traces at several batch sizes, with at most 3 passes for 4 of the authors'."""

@@ -124,6 +124,7 @@ def compiled(log: str) -> list[str]:
     return re.findall(r"Finished XLA compilation of jit\((\w+)\)", log)
 
 
+@pytest.mark.long
 def test_on_a_terminal_the_same_is_compiled_as_in_a_pipe(checkpoint):
     """Each program is compiled once, and the printed rate does not include compilation."""
     line = [sys.executable, "-m", "refusion_jax.sample", f"--checkpoint={checkpoint}", "--gen_length=32"]

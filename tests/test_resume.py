@@ -71,7 +71,9 @@ def whole(model, tmp_path_factory) -> bytes:
     return (folder / "results.jsonl").read_bytes().replace(str(folder).encode(), b"FOLDER")
 
 
-@pytest.mark.parametrize("count", [0, 3, 5])
+@pytest.mark.parametrize(
+    "count", [pytest.param(0, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long)]
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(model, asked, whole, monkeypatch, count):
     output = asked.with_name("results.jsonl")
     killed_after(monkeypatch, count)

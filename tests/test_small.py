@@ -71,6 +71,7 @@ def test_the_pages_command_finds_its_accuracies(tmp_path, monkeypatch):
     assert_as_right_as_stated(tmp_path, set(RESULTS["exact"]["tasks"]))
 
 
+@pytest.mark.long
 def test_short_problems_are_as_often_right_as_the_page_says(tmp_path):
     """Those whose prompts share `sample`'s compilation."""
     stated = RESULTS["exact"]["tasks"]
@@ -153,6 +154,7 @@ def test_its_courses_are_followed(tmp_path, monkeypatch, name):
     assert row["tokens"] == size * sum(begun(plan) for course in courses for plan in course)
 
 
+@pytest.mark.long
 def test_its_exact_courses_are_followed(tmp_path, monkeypatch):
     """By weights of no meaning, through the command: as many passes and tokens as were recorded."""
     monkeypatch.setattr(bench_decode, "memory_bandwidth", lambda: 1e10)

@@ -313,7 +313,7 @@ def test_what_a_run_leaves(finished):
     assert params["layers_0"]["mlp"]["gate_up"].shape == (16, 2, 32)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 8])
 def test_a_run_that_dies_goes_on_to_the_last_bit(config_file, finished, tmp_path, capsys, devices):
     whole = finished.workdir
     if devices == 8:
@@ -384,6 +384,7 @@ def test_a_run_of_another_objective_goes_on_to_the_last_bit(tmp_path, objective)
     assert yaml.safe_load((folder / "config.yaml").read_text())["objective"] == objective
 
 
+@pytest.mark.long
 def test_a_packed_run_that_dies_goes_on_to_the_last_bit(tmp_path, capsys):
     source = tmp_path / "source.jsonl"
     lines = [json.dumps({"query": "q" * (i % 11 + 1), "response": str(i)}) for i in range(50)]
@@ -436,6 +437,7 @@ def test_data_workers_import_neither_model_nor_training():
     assert (done.stdout.decode(), done.stderr) == ("\n\n48\n", b"")
 
 
+@pytest.mark.long
 def test_two_processes_save_together_when_one_is_told_to_stop(config_file, finished, tmp_path):
     def start():
         port = random.randint(20000, 60000)
@@ -483,7 +485,10 @@ def test_two_processes_save_together_when_one_is_told_to_stop(config_file, finis
         (["--config.data.eos_extra_blocks=-1"], "data.eos_extra_blocks is -1, expected 0 or more"),
         (["--steps=3"], "--steps=3: no such flag"),
         (["--config=/no/such.py"], "--config=/no/such.py: no such file"),
-        (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run: must be a folder"),
+        (
+            ["--workdir=s3://bucket/run"],
+            "s3://bucket/run: files are read from local disks and from gs:// only",
+        ),
         (["--workdir=/dev/null/run"], "--workdir=/dev/null/run: cannot be made"),
     ],
 )

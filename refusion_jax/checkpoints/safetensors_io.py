@@ -54,14 +54,14 @@ def read_folder(folder: str | Path) -> dict[str, LazyArray]:
         raise BadInput(f"{index}: field 'weight_map' must map tensor names to files")
     named = sorted(set(weight_map.values()))
     present = {path.name for path in folder.iterdir() if path.is_file()}
+    for file in named:
+        if file not in present:
+            raise BadInput(f"{index}: names the file {file[:200]!r}, which is not in {folder}")
     if SINGLE not in named and (folder / SINGLE).exists():
         raise BadInput(
             f"{folder}: holds {SINGLE} and {INDEX}, which names other files; remove the one that is not of "
             "this model"
         )
-    for file in named:
-        if file not in present:
-            raise BadInput(f"{index}: names the file {file[:200]!r}, which is not in {folder}")
     files = {file: read_file(folder / file) for file in named}
     for file, tensors in files.items():
         for name in tensors:

@@ -70,8 +70,10 @@ class RopeScaling:
                 raise ValueError(f"{field.name} is needed for rope_type {self.rope_type!r}")
             if value is None or field.name in ("rope_type", "truncate"):
                 continue
-            if type(value) not in (int, float) or not 1e-9 < value < 1e12:  # further is no length or ratio
-                raise ValueError(f"{field.name} must be a positive number below 1e12, got {value!r}")
+            if type(value) not in (int, float) or not value > 0:
+                raise ValueError(f"{field.name} must be a positive number, got {value!r}")
+            if not 1e-9 < value < 1e12:  # further is no length or ratio
+                raise ValueError(f"{field.name} must be above 1e-9 and below 1e12, got {value!r}")
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor must be above low_freq_factor, got {self.high_freq_factor} and "
