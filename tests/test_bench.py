@@ -46,6 +46,7 @@ def test_real_data_and_packing(tmp_path):
     assert 0 < row["padding"] < 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["ar", "mdm", "bd3"])
 def test_other_objectives(tmp_path, objective):
     file = tmp_path / "figures.json"

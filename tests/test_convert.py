@@ -404,6 +404,7 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory as Linux tells it")
 def test_memory_stays_at_a_few_tensors(tmp_path):
     """200 MB of weights, the largest tensor 8 MB."""

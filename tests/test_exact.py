@@ -171,6 +171,7 @@ def test_neighbours_batch_size_and_budget_do_not_matter():
         assert ids(ours) == ids(alone[id(case)]) and passes(ours) == passes(alone[id(case)])
 
 
+@pytest.mark.long
 def test_a_row_that_accepts_little_drafts_little():
     """Frugal rows make other passes and give the same ids."""
     cases = random_cases(30)

@@ -72,6 +72,7 @@ def test_it_is_the_transcription_and_ar_decoding():
     assert close < 6 and all(seen[kind] for kind in ("all", "some", "none", "nothing found", "hot")), seen
 
 
+@pytest.mark.long
 def test_beside_rows_that_draft_from_masks():
     """In one batch, of which every second row looks up: the passes of each row alone."""
     by_masks, by_lookup = random_cases(64), lookup_cases(65)

@@ -307,6 +307,7 @@ def test_a_gated_run(gated, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, arrays(folder), saved)
 
 
+@pytest.mark.long
 def test_a_gated_run_answers_as_its_base_left_to_right(gated, tmp_path):
     """So does the folder it is converted to; slots are decoded with the adapters, the same from both."""
     _, folder = gated

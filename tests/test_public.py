@@ -41,6 +41,7 @@ def test_what_starts_nothing_heavy(code):
     assert run_python(f"{code}\nimport sys\nprint(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
+@pytest.mark.long
 def test_a_cpu_loads_no_gpu_kernels(checkpoint):
     """Neither our kernels nor Pallas' public modules; JAX itself loads some of its private ones."""
     code = f"""

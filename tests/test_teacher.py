@@ -250,6 +250,7 @@ def test_a_step_is_the_plain_computation(folder, params, packing):
     assert found["flops"] == pytest.approx(sum(work), rel=1e-6)
 
 
+@pytest.mark.long
 def test_meshes_and_microbatches_agree(folder, params):
     alone = step_metrics(run_config(folder, True), params)
     spread = run_config(folder, True, (1, 4, 2), microbatches=2, loss_chunks=4, remat="full")

@@ -237,6 +237,7 @@ def test_steps_to_trace():
     assert list(profiling.parse_steps("20:20", 20)) == [20]
 
 
+@pytest.mark.long
 def test_a_trace_that_a_run_breaks_off_is_written(tmp_path):
     with pytest.raises(KeyboardInterrupt), profiling.Profile(tmp_path, range(1, 9)) as profile:
         profile.before(1, None)
