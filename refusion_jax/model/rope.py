@@ -73,7 +73,7 @@ class RopeScaling:
             if type(value) not in (int, float) or not value > 0:
                 raise ValueError(f"{field.name} must be a positive number, got {value!r}")
             if not 1e-9 < value < 1e12:  # further is no length or ratio
-                raise ValueError(f"{field.name} must be above 1e-9 and below 1e12, got {value!r}")
+                raise ValueError(f"{field.name} must be a positive number, 1e-9 to 1e12, got {value!r}")
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor must be above low_freq_factor, got {self.high_freq_factor} and "
